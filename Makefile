@@ -1,0 +1,38 @@
+# Two commands from a fresh machine: `make quickstart` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: help setup quickstart test test-slow check format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready  ## the virtual environment .venv, from pinned constraints
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vqscale needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: setup  ## clock faces to sampled clocks on this machine, in about five minutes
+	$(BIN)/vqscale quickstart
+
+test: setup  ## everything that takes less than a minute a test
+	$(BIN)/pytest -m 'not slow'
+
+test-slow: setup  ## the long tests: the whole quickstart with its promised figures
+	$(BIN)/pytest -m slow --timeout 1800
+
+check: setup  ## linters and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and caches; runs and data stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info

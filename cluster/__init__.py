@@ -1,0 +1,1 @@
+"""Facts about machines: profiles and rendezvous."""

@@ -1,0 +1,62 @@
+"""Profiles: what vqscale knows about a machine, one typed YAML file each."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROFILES = Path(__file__).parent / "profiles"
+"""Folder of the profiles that come with vqscale; a file's stem is its name."""
+
+INHERITED = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TMPDIR", "XDG_*", "VIRTUAL_ENV",
+    "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_*", "NVIDIA_*", "AWS_*", "GOOGLE_*", "AZURE_*", "FSSPEC_*",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_*",
+)  # fmt: skip
+"""Variables that stages take over from the shell. Settings of NCCL, gloo and OpenMP are not among them: those
+that happen to stand in a shell have made too many runs unrepeatable, so they come from the profile alone."""
+
+
+class Profile(BaseModel):
+    """Facts about the machine or cluster that stages run on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Name of the profile, as in `--on NAME`."""
+    description: str = ""
+    """What the machine is, in a line."""
+    backend: Literal["local"] = "local"
+    """Who starts the stages: `local` is torch's elastic agent on this machine."""
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    """Variables that are set for every stage, above those taken over from the shell."""
+    inherit: tuple[str, ...] = INHERITED
+    """Names (with `*`) of variables that stages take over from the shell; all others are dropped."""
+    max_processes: Annotated[int, Field(ge=1)] | None = None
+    """Most processes that a stage may have here; no limit when it is left out."""
+    grace_s: Annotated[int, Field(ge=1)] = 30
+    """Seconds that a stage's processes are given to stop by themselves before they are killed."""
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles that come with vqscale."""
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
+def profile_path(name: str) -> Path:
+    """File of a profile: one of vqscale's own by name, or any YAML file by path.
+
+    Raises:
+        LookupError: there is none; the text lists the names there are.
+    """
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        return Path(name)
+    names = profile_names()
+    if name in names:
+        return PROFILES / f"{name}.yaml"
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise LookupError(f"{hint}valid profiles: {', '.join(names)}, or the path of a YAML file")

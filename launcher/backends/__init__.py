@@ -1,0 +1,13 @@
+"""Ways to run stages: one module a backend, chosen by the profile."""
+
+from __future__ import annotations
+
+from cluster.profile import Profile
+from launcher.backends.base import Backend
+
+
+def backend_for(profile: Profile) -> Backend:
+    """The backend that a profile names."""
+    from launcher.backends.local import LocalBackend
+
+    return {"local": LocalBackend}[profile.backend]()

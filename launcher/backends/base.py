@@ -1,0 +1,120 @@
+"""What every backend can do, and the data that passes between it and the rest of the launcher."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster.profile import Profile
+from cluster.rendezvous import Variable, inherited
+from vqscale.config.layout import RunLayout
+from vqscale.config.recipe import Recipe
+
+STAGE_MODULES = {
+    "generate": "pipelines.generate",
+    "pack": "pipelines.pack",
+    "tokenizer": "pipelines.train_tokenizer",
+    "extract": "pipelines.extract_codes",
+    "prior": "pipelines.train_prior",
+    "sample": "pipelines.sample",
+    "evaluate": "pipelines.evaluate",
+}
+"""The main of each stage."""
+
+STAGE_TAG = "VQSCALE_STAGE_OF"
+"""Variable that every process of a stage carries: the run directory it belongs to."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides how stages are started; `render` looks at nothing else."""
+
+    recipe: Recipe
+    profile: Profile
+    run: Path
+    stages: tuple[str, ...]
+    python: str
+    """Interpreter of the stages."""
+    source: Path
+    """Folder that holds the packages `pipelines` and `vqscale`; stages start in it."""
+    cores: int
+    """Cores that may be used on the machine of the stages."""
+
+
+@dataclass(frozen=True)
+class StageCommand:
+    """One stage, ready to start."""
+
+    stage: str
+    attempt: int
+    argv: tuple[str, ...]
+    variables: tuple[Variable, ...]
+    """Set for the stage, above what it inherits; a later one overrides an earlier one."""
+    inherit: tuple[str, ...]
+    """Allow-list of variables taken over from the surroundings."""
+    directory: Path
+    log: Path
+    """Where the output of the command itself goes; ranks have logs of their own."""
+    grace_s: int
+    """Seconds between the request to stop and the kill."""
+
+    def environment(self, surroundings: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The whole environment of the stage."""
+        taken = inherited(os.environ if surroundings is None else surroundings, self.inherit)
+        return taken | {variable.name: variable.value for variable in self.variables}
+
+    def shell(self) -> str:
+        """The command as one would type it, an option a line."""
+        words = [shlex.quote(word) for word in self.argv]
+        lines: list[str] = []
+        line = words[0]
+        for word in words[1:]:
+            if word != "--" and (word.startswith("--") or (word == "-m" and lines)):
+                lines.append(line)
+                line = word
+            else:
+                line += f" {word}"
+        return " \\\n    ".join([*lines, line])
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return {
+            "stage": self.stage,
+            "attempt": self.attempt,
+            "argv": list(self.argv),
+            "environment": [{"name": v.name, "value": v.value, "source": v.source} for v in self.variables],
+            "inherit": list(self.inherit),
+            "directory": str(self.directory),
+            "log": str(self.log),
+            "grace_s": self.grace_s,
+        }
+
+
+@dataclass(frozen=True)
+class Poll:
+    """What the backend itself knows of a run, whatever the run directory says."""
+
+    alive: bool | None
+    """Whether someone runs the stages; None when this machine cannot tell."""
+    words: str
+    """The same in plain words, such as `supervisor 4711 on this host`."""
+
+
+class Backend(Protocol):
+    """A way to run stages. `render` is pure; what `plan` prints is what `submit` starts."""
+
+    def render(self, job: Job, attempts: Mapping[str, int] | None = None) -> tuple[StageCommand, ...]:
+        """Commands of the job's stages; `attempts` gives the number of each stage's attempt (else 1)."""
+
+    def submit(self, layout: RunLayout) -> Poll:
+        """Start the prepared run; returns at once."""
+
+    def poll(self, layout: RunLayout) -> Poll:
+        """Whether someone runs the stages now."""
+
+    def cancel(self, layout: RunLayout) -> None:
+        """Stop the run and wait until none of its processes is left."""

@@ -1,0 +1,223 @@
+"""`vqscale`: the command line. Light on purpose: what a command needs is imported when it runs.
+
+Every command's options stand here, its work in `launcher.commands`. Bad input, wrong options included, ends
+with one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from vqscale.errors import EXIT_USER_ERROR, UserError
+
+_HEAD = "Train discrete image models at scale: VQ-VAE-2 tokenizers and priors over their codes."
+_START = "Start here: vqscale quickstart"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and which shows an example under its help."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage."""
+        raise UserError(message, where=self.prog, mend=f"see {self.prog} --help")
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `vqscale`, and those of its commands by name."""
+    parser = Parser(prog="vqscale", description=_HEAD, epilog=_START, allow_abbrev=False)
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    made: dict[str, Parser] = {}
+
+    def add(name: str, handler: str, text: str, example: str) -> Parser:
+        command: Parser = commands.add_parser(
+            name, help=text, description=text, epilog=f"example: {example}", allow_abbrev=False
+        )
+        command.set_defaults(handler=handler)
+        made[name] = command
+        return command
+
+    _add_start(add)
+    _add_watch(add)
+    _add_control(add)
+    _add_other(add)
+    return parser, made
+
+
+Add = Callable[[str, str, str, str], Parser]
+
+
+def _add_start(add: Add) -> None:
+    quickstart = add(
+        "quickstart",
+        "start:quickstart",
+        "run the whole pipeline on generated clock faces, on this machine",
+        "vqscale quickstart tokenizer.training.steps=200",
+    )
+    _directory(quickstart)
+    _overrides(quickstart)
+    plan = add(
+        "plan",
+        "start:plan",
+        "print what submit would run: resolved recipe, commands, environment, warnings",
+        "vqscale plan cifar10 resources.processes=4",
+    )
+    _recipe(plan)
+    _json(plan)
+    submit = add(
+        "submit",
+        "start:submit",
+        "start a run and return at once",
+        "vqscale submit my.yaml --follow prior.training.steps=5000",
+    )
+    _recipe(submit)
+    submit.add_argument("--follow", action="store_true", help="show the progress; Ctrl-C leaves the run going")
+    submit.add_argument("--prepare-only", action="store_true", help="make the run directory, start nothing")
+    _json(submit)
+
+
+def _add_watch(add: Add) -> None:
+    status = add(
+        "status",
+        "watch:status",
+        "show how a run stands (the newest one if none is named)",
+        "vqscale status --watch",
+    )
+    status.add_argument("run", nargs="?", default="latest", metavar="RUN", help=_RUN_HELP)
+    status.add_argument("--watch", action="store_true", help="show the progress until the run is over")
+    _json(status)
+    logs = add(
+        "logs",
+        "watch:logs",
+        "print the logs of a run's ranks, merged and marked",
+        "vqscale logs latest --failed",
+    )
+    _run(logs)
+    logs.add_argument("--stage", metavar="STAGE", help="stage; the one that runs or failed if left out")
+    logs.add_argument("--attempt", type=int, metavar="N", help="attempt of the stage; the newest if left out")
+    which = logs.add_mutually_exclusive_group()
+    which.add_argument("--rank", type=int, metavar="N", help="one rank only")
+    which.add_argument("--failed", action="store_true", help="only ranks that failed")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
+    listing = add("ls", "watch:ls", "list all runs of this user", "vqscale ls --json")
+    _json(listing)
+
+
+def _add_control(add: Add) -> None:
+    cancel = add("cancel", "control:cancel", "stop a run; none of its processes is left", "vqscale cancel latest")
+    _run(cancel)
+    _json(cancel)
+    requeue = add(
+        "requeue",
+        "control:requeue",
+        "go on with a run that stopped: at its first unfinished stage, from its last checkpoint",
+        "vqscale requeue quickstart-20260101-120000 --follow",
+    )
+    _run(requeue)
+    requeue.add_argument("--stages", metavar="A,B", help="add stages that the run did not have so far")
+    requeue.add_argument("--follow", action="store_true", help="show the progress; Ctrl-C leaves the run going")
+    _json(requeue)
+
+
+def _add_other(add: Add) -> None:
+    data = add(
+        "data",
+        "other:data",
+        "pack, verify and show image shards (vqscale data --help)",
+        "vqscale data pack photos/ shards/ --size 64",
+    )
+    data.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    add("schema", "other:schema", "print the JSON Schema of recipes", "vqscale schema > recipe.schema.json")
+
+
+_RUN_HELP = "run directory, id, beginning of an id, or latest"
+
+
+def _run(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help=_RUN_HELP)
+
+
+def _recipe(parser: Parser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a recipe that comes with vqscale")
+    parser.add_argument("--on", default="local", metavar="PROFILE", help="machine to run on (default: local)")
+    parser.add_argument("--stages", metavar="A,B", help="only these stages")
+    _directory(parser)
+    _overrides(parser)
+
+
+def _directory(parser: Parser) -> None:
+    parser.add_argument("--run", metavar="DIR", help="run directory (default: NAME-TIME in $VQSCALE_RUNS or ./runs)")
+
+
+def _overrides(parser: Parser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings of the recipe, such as seed=7"
+    )
+
+
+def _json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print facts as JSON")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line.
+
+    Raises:
+        UserError: unknown command or option; names the nearest.
+    """
+    parser, commands = build_parser()
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        parser.parse_args(["--help"])
+    if name not in commands:
+        raise UserError(
+            f"unknown command '{name}'",
+            where="vqscale",
+            mend=f"{_near(name, commands)}commands: {', '.join(commands)}",
+        )
+    if name == "data":  # its options, --help included, belong to the pipeline behind it
+        return argparse.Namespace(handler="other:data", arguments=list(argv[1:]))
+    return _parse_command(commands[name], argv[1:])
+
+
+def _parse_command(command: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    # Intermixed, since `submit RECIPE seed=1 --follow prior.width=64` is what people type.
+    arguments, unknown = command.parse_known_intermixed_args(argv)
+    if unknown:
+        options = [option for option in command._option_string_actions if option.startswith("--")]
+        kind = "unknown option" if unknown[0].startswith("-") else "unexpected argument"
+        near = _near(unknown[0].partition("=")[0], options)
+        raise UserError(f"{kind} '{unknown[0]}'", where=command.prog, mend=f"{near}see {command.prog} --help")
+    return arguments
+
+
+def _near(word: str, valid: Sequence[str] | dict[str, Parser]) -> str:
+    near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'? " if near else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `vqscale`; returns the exit code."""
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        module, _, function = arguments.handler.partition(":")
+        code: int = getattr(importlib.import_module(f"launcher.commands.{module}"), function)(arguments)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `vqscale logs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

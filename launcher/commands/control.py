@@ -1,0 +1,63 @@
+"""Commands that change runs: cancel, requeue."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from cluster.profile import Profile
+from launcher.backends import Backend, backend_for
+from launcher.commands.start import follow_or_detach
+from launcher.plan import select_stages
+from launcher.registry import resolve
+from launcher.state import RunState, StageState
+from launcher.status import read_status
+from vqscale.config.layout import RunLayout
+from vqscale.errors import UserError
+from vqscale.files import read_json
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    """Stop a run and wait until nothing of it is left."""
+    layout = resolve(arguments.run)
+    before = read_status(layout)
+    if before.state in ("done", "failed", "cancelled") and not before.alive:
+        raise UserError(f"is {before.state} already", where=before.id, mend="there is nothing to cancel")
+    _backend(layout).cancel(layout)
+    now = read_status(layout)
+    print(json.dumps(now.facts(), indent=2) if arguments.json else f"{now.id}: {now.words}")
+    return 0
+
+
+def requeue(arguments: argparse.Namespace) -> int:
+    """Start the supervisor of a run again."""
+    layout = resolve(arguments.run)
+    before = read_status(layout)
+    if before.alive:
+        raise UserError("is running", where=before.id, mend=f"vqscale status {before.id} --watch shows it")
+    if before.alive is None:
+        raise UserError("belongs to another host", where=before.id, mend="requeue it there, or copy its directory")
+    state = RunState.read(layout)
+    if arguments.stages:
+        _add_stages(layout, state, arguments.stages)
+    if all(layout.done(stage).exists() for stage in state.stages):
+        raise UserError("is done", where=before.id, mend="there is nothing to go on with; submit a new run")
+    state.reopen(layout)
+    state.write(layout)
+    _backend(layout).submit(layout)
+    unfinished = [name for name, stage in state.stages.items() if stage.state != "done"]
+    if arguments.json:
+        print(json.dumps({"id": before.id, "path": str(layout.root), "stages": unfinished}, indent=2))
+    else:
+        print(f"{before.id} goes on with {', '.join(unfinished)}")
+    return follow_or_detach(layout) if arguments.follow and not arguments.json else 0
+
+
+def _add_stages(layout: RunLayout, state: RunState, text: str) -> None:
+    recipe = layout.read_recipe()
+    wanted = {*state.stages, *select_stages(recipe, text, layout)}
+    state.stages = {name: state.stages.get(name, StageState()) for name in recipe.stages if name in wanted}
+
+
+def _backend(layout: RunLayout) -> Backend:
+    return backend_for(Profile.model_validate(read_json(layout.info)["profile"]))

@@ -1,0 +1,203 @@
+"""The plan of a run: what `vqscale plan` prints is what `vqscale submit` starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.profile import Profile, profile_path
+from launcher.backends import backend_for
+from launcher.backends.base import Job, StageCommand
+from launcher.backends.local import SOURCE
+from launcher.recipes import find_recipe
+from launcher.registry import choose_directory
+from vqscale.config.inputs import check_inputs
+from vqscale.config.layout import RunLayout
+from vqscale.config.load import dump_yaml, load_model, load_recipe
+from vqscale.config.recipe import Recipe
+from vqscale.errors import UserError
+from vqscale.files import read_json
+
+NEEDS = {
+    "pack": "generate",
+    "tokenizer": "pack",
+    "extract": "tokenizer",
+    "prior": "extract",
+    "sample": "prior",
+    "evaluate": "sample",
+}
+"""The stage whose output each stage reads."""
+
+_FROM_PROFILE_ONLY = ("NCCL_", "GLOO_", "OMP_", "TORCH_NCCL_")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked job, the commands of its stages, and what the user should know before it starts."""
+
+    job: Job
+    commands: tuple[StageCommand, ...]
+    warnings: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        job = self.job
+        return {
+            "name": job.recipe.name,
+            "profile": job.profile.model_dump(mode="json"),
+            "run": str(job.run),
+            "cores": job.cores,
+            "stages": [command.facts() for command in self.commands],
+            "recipe": job.recipe.model_dump(mode="json"),
+            "warnings": list(self.warnings),
+        }
+
+    def text(self) -> str:
+        """The plan as people read it."""
+        job, first = self.job, self.commands[0]
+        own = {variable.name for command in self.commands for variable in command.variables}
+        width = max(len(name) for name in own)
+        shared = [v for v in first.variables if v.name != "VQSCALE_ATTEMPT"]
+        machine = job.profile.description or job.profile.backend
+        lines = [
+            f"run        {job.recipe.name} on {job.profile.name} ({machine})",
+            f"directory  {job.run}",
+            f"resources  {_resources(job)}",
+            "",
+            "environment of every stage",
+            *(f"  {v.name:{width}} = {v.value}    from {v.source}" for v in shared),
+            f"  taken over from the shell: {' '.join(first.inherit)}",
+            "",
+            f"stages, started in {first.directory}",
+        ]
+        for number, command in enumerate(self.commands, 1):
+            body = command.shell().replace("\n", "\n    ")
+            lines += [f"  {number} {command.stage} (attempt {command.attempt})", f"    {body}"]
+        lines += ["", "recipe", *(f"  {line}" for line in dump_yaml(job.recipe).splitlines())]
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)]) + "\n"
+
+
+def make_plan(
+    recipe: str,
+    on: str = "local",
+    overrides: Iterable[str] = (),
+    *,
+    run: Path | None = None,
+    stages: str | None = None,
+) -> Plan:
+    """Resolve and check everything that can be checked before something starts.
+
+    Args:
+        recipe: path, or name of a packaged recipe.
+        on: name of a profile, or path of its YAML file.
+        overrides: `dotted.key=value` texts.
+        run: run directory; chosen from the recipe's name when None.
+        stages: comma-separated selection; None for all of the recipe.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    resolved = absolute_paths(load_recipe(find_recipe(recipe), overrides))
+    profile = load_profile(on)
+    chosen = select_stages(resolved, stages)
+    warnings = check_inputs(resolved)
+    job = make_job(resolved, profile, run or choose_directory(resolved.name, None), chosen)
+    return Plan(job, backend_for(profile).render(job), (*warnings, *_machine_warnings(job)))
+
+
+def make_job(recipe: Recipe, profile: Profile, run: Path, stages: Sequence[str]) -> Job:
+    """A job on this machine and with this interpreter."""
+    limit, asked = profile.max_processes, recipe.resources.processes
+    if limit is not None and asked > limit:
+        raise UserError(
+            f"asks for {asked} processes, profile {profile.name} allows {limit}",
+            where="resources.processes",
+            mend=f"use at most {limit}",
+        )
+    return Job(recipe, profile, run, tuple(stages), sys.executable, SOURCE, len(os.sched_getaffinity(0)))
+
+
+def job_of(layout: RunLayout, stages: Sequence[str]) -> Job:
+    """The job of a run directory, from its own record."""
+    profile = Profile.model_validate(read_json(layout.info)["profile"])
+    return make_job(layout.read_recipe(), profile, layout.root, stages)
+
+
+def load_profile(on: str) -> Profile:
+    """A profile by name or path.
+
+    Raises:
+        UserError: no such profile, or a faulty file.
+    """
+    try:
+        return load_model(Profile, profile_path(on))
+    except LookupError as error:
+        raise UserError(f"no profile '{on}'", where="--on", mend=str(error)) from None
+
+
+def absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with its data folders made absolute, as seen from the current directory; URLs stay."""
+    folders = {name: _absolute(getattr(recipe.data, name)) for name in ("train", "validation")}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=folders)})
+
+
+def select_stages(recipe: Recipe, text: str | None, layout: RunLayout | None = None) -> tuple[str, ...]:
+    """The stages to run, in the recipe's order.
+
+    Args:
+        recipe: says which stages there are.
+        text: comma-separated names; None for all.
+        layout: an existing run, whose finished stages need not run again.
+
+    Raises:
+        UserError: unknown name, or a stage whose input nobody makes.
+    """
+    if text is None:
+        return recipe.stages
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in recipe.stages]
+    if unknown or not asked:
+        what = f"no stage '{unknown[0]}' in this recipe" if unknown else "names no stage"
+        raise UserError(what, where="--stages", mend=f"stages: {', '.join(recipe.stages)}")
+    for name in asked:
+        need = _need(recipe, name)
+        finished = layout is not None and need is not None and layout.done(need).exists()
+        if need in recipe.stages and need not in asked and not finished:
+            raise UserError(f"'{name}' reads the output of '{need}'", where="--stages", mend=f"add {need}")
+    return tuple(name for name in recipe.stages if name in asked)
+
+
+def _need(recipe: Recipe, stage: str) -> str | None:
+    # Samples are read back on clocks alone; on other images the report is about reconstructions.
+    return "tokenizer" if stage == "evaluate" and not recipe.data.clocks else NEEDS.get(stage)
+
+
+def _absolute(text: str) -> str:
+    return text if not text or "://" in text else str(Path(text).expanduser().absolute())
+
+
+def _resources(job: Job) -> str:
+    resources = job.recipe.resources
+    threads = next(v.value for v in backend_for(job.profile).render(job)[0].variables if v.name == "OMP_NUM_THREADS")
+    return (
+        f"processes a stage: {resources.processes}, threads each: {threads}, device: {resources.device}, "
+        f"restarts: {resources.max_restarts}; cores here: {job.cores}"
+    )
+
+
+def _machine_warnings(job: Job) -> list[str]:
+    resources, warnings = job.recipe.resources, []
+    processes, threads = resources.processes, max(1, resources.threads)
+    if processes * threads > job.cores:
+        warnings.append(f"{processes} processes x {threads} threads will wait for each other on {job.cores} cores")
+    ignored = [
+        name for name in sorted(os.environ)
+        if name.startswith(_FROM_PROFILE_ONLY) and name not in job.profile.environment
+    ]  # fmt: skip
+    if ignored:
+        warnings.append(f"{', '.join(ignored)} of this shell do not reach the stages; set them in the profile")
+    return warnings

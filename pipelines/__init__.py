@@ -1,0 +1,1 @@
+"""One thin main a stage: `torchrun -m pipelines.STAGE --run-dir DIR`."""

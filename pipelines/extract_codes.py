@@ -1,0 +1,114 @@
+"""Stage `extract`: image shards to code shards, one for one.
+
+Each code shard is written beside, renamed and recorded; a shard that is recorded is skipped. Killed and started
+again at any time, the stage finishes with every sample exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.stage import Stage, run_stage
+from vqscale.data import storage
+from vqscale.data.bad import BadPick
+from vqscale.data.codes import (
+    CodeBlock,
+    CodeRecord,
+    manifest_from_records,
+    read_record,
+    write_code_shard,
+    write_record,
+)
+from vqscale.data.images import ImageSource
+from vqscale.data.manifest import CodeLevel, Manifest, read_manifest, write_manifest
+from vqscale.data.order import evaluation_shards
+from vqscale.events import EventLog
+from vqscale.export import TrainedTokenizer, load_tokenizer
+from vqscale.models.quantizer import usage_figures
+
+
+def main(stage: Stage) -> dict[str, Any]:
+    """Encode the training and the held-out images with the run's tokenizer."""
+    tokenizer = load_tokenizer(stage.layout.root, stage.ranks.device)
+    splits = {split: stage.layout.shards(stage.recipe, split) for split in ("train", "validation")}
+    manifests = {split: read_manifest(url) for split, url in splits.items()}
+    events = stage.events("images/s", len(evaluation_shards_of(manifests["train"], stage)))
+    figures: dict[str, Any] = {}
+    for split, url in splits.items():
+        source = ImageSource(url, manifests[split], stage.recipe.data.image_size)
+        counted = extract_split(stage, tokenizer, source, split, events if split == "train" else None)
+        figures[f"{split}_samples"] = manifests[split].samples
+        if split == "train":
+            figures |= usage_figures(counted)
+    if events:
+        events.close()
+    return figures
+
+
+def evaluation_shards_of(manifest: Manifest, stage: Stage) -> range:
+    """This rank's shards."""
+    return evaluation_shards(len(manifest.shards), stage.ranks.rank, stage.ranks.world)
+
+
+def extract_split(
+    stage: Stage, tokenizer: TrainedTokenizer, source: ImageSource, split: str, events: EventLog | None
+) -> dict[str, torch.Tensor]:
+    """Write this rank's code shards, then (rank 0) the manifest; returns the use of the codes over the whole split."""
+    folder = str(stage.layout.codes(split))
+    manifest = source.manifest
+    for number, shard in enumerate(evaluation_shards_of(manifest, stage)):
+        record = read_record(folder, source.name(shard), tokenizer.fingerprint)
+        if record is None:
+            write_record(folder, extract_shard(stage, tokenizer, source, shard, folder))
+        if events:
+            events.log(number + 1)
+    stage.ranks.barrier()
+    names = [shard.name for shard in manifest.shards]
+    if stage.ranks.first:
+        levels = zip(stage.recipe.grids, stage.recipe.tokenizer.levels, strict=True)
+        finished = manifest_from_records(
+            folder,
+            names,
+            levels=[CodeLevel(name=level.name, grid=side, codes=level.codes) for side, level in levels],
+            classes=manifest.classes,
+            image_size=stage.recipe.data.image_size,
+            fingerprint=tokenizer.fingerprint,
+            source={"images": source.url},
+        )
+        write_manifest(folder, finished)
+    stage.ranks.barrier()
+    records = [read_record(folder, name, tokenizer.fingerprint) for name in names]
+    return {name: torch.tensor([r.usage[name] for r in records if r]).sum(dim=0) for name in tokenizer.levels}
+
+
+def extract_shard(
+    stage: Stage, tokenizer: TrainedTokenizer, source: ImageSource, shard: int, folder: str
+) -> CodeRecord:
+    """Write one code shard and return its record."""
+    bad: list[BadPick] = []
+    usage = {level.name: np.zeros(level.codes, np.int64) for level in stage.recipe.tokenizer.levels}
+
+    def blocks() -> Iterator[CodeBlock]:
+        for fields, keys in source.read_shard(shard, stage.recipe.extract.block, bad):
+            if keys:
+                codes = _encode(tokenizer, fields["image"], stage.recipe.extract.batch)
+                for name, grid in codes.items():
+                    usage[name] += np.bincount(grid.ravel(), minlength=len(usage[name]))
+                yield CodeBlock(codes, fields["label"], keys)
+
+    written = write_code_shard(storage.join(folder, source.name(shard)), blocks())
+    use = {name: counts.tolist() for name, counts in usage.items()}
+    return CodeRecord(shard=written, fingerprint=tokenizer.fingerprint, skipped=len(bad), usage=use)
+
+
+def _encode(tokenizer: TrainedTokenizer, images: np.ndarray, batch: int) -> dict[str, np.ndarray]:
+    parts = [tokenizer.encode(images[start : start + batch]) for start in range(0, len(images), batch)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in tokenizer.levels}
+
+
+if __name__ == "__main__":
+    run_stage("extract", main)

@@ -1,0 +1,96 @@
+"""What all stages share: arguments, the recipe, the process group, and the markers of success and failure."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from vqscale.config.layout import RunLayout
+from vqscale.config.recipe import Recipe
+from vqscale.errors import EXIT_USER_ERROR, UserError
+from vqscale.events import EventLog
+from vqscale.files import write_json
+from vqscale.training.distributed import Ranks, process_group
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage's main is given."""
+
+    name: str
+    layout: RunLayout
+    recipe: Recipe
+    ranks: Ranks
+    attempt: int
+
+    def events(self, unit: str, total: int) -> EventLog | None:
+        """The stage's event log on rank 0, None elsewhere."""
+        if not self.ranks.first:
+            return None
+        return EventLog(self.layout.events(self.name), self.name, self.attempt, unit, total)
+
+    def say(self, *lines: str) -> None:
+        """Print lines on rank 0, into the stage's log."""
+        if self.ranks.first:
+            print(*lines, sep="\n", flush=True)
+
+
+def run_stage(name: str, main: Callable[[Stage], dict[str, Any]]) -> None:
+    """Run a stage on this rank and leave its marker.
+
+    The marker `done.json` is written by rank 0 after all ranks have finished; it holds what `main` returned on
+    rank 0. Bad input leaves `failure.json` and exit code 2, anything else `failure.json` and a traceback.
+
+    Args:
+        name: stage name as in the recipe's order.
+        main: the stage; returns its figures.
+    """
+    parser = argparse.ArgumentParser(prog=f"torchrun -m pipelines.{Path(sys.argv[0]).stem}", description=main.__doc__)
+    # Two names: under Python 3.11 torchrun takes a plain `--run` for a short form of its own `--run-path`,
+    # unless `--` stands before the module.
+    where = "run directory (`vqscale submit --prepare-only` makes one)"
+    parser.add_argument("--run-dir", "--run", dest="run", type=Path, required=True, metavar="DIR", help=where)
+    layout = RunLayout(parser.parse_args().run.resolve())
+    try:
+        record(_run)(name, main, layout)
+    except UserError as error:
+        _fail(layout, name, "user", str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except Exception as error:
+        _fail(layout, name, "error", f"{type(error).__name__}: {error}")
+        raise
+
+
+def _run(name: str, main: Callable[[Stage], dict[str, Any]], layout: RunLayout) -> None:
+    started = time.time()
+    recipe = layout.read_recipe()
+    if recipe.resources.threads:
+        torch.set_num_threads(recipe.resources.threads)
+    else:
+        cores, sharing = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, cores // sharing))
+    with process_group(recipe.resources.device, recipe.resources.timeout_s) as ranks:
+        attempt = int(os.environ.get("VQSCALE_ATTEMPT", "1"))
+        figures = main(Stage(name, layout, recipe, ranks, attempt))
+        ranks.barrier()
+        if ranks.first:
+            layout.failure(name).unlink(missing_ok=True)
+            seconds = round(time.time() - started, 2)
+            write_json(layout.done(name), {"stage": name, "attempt": attempt, "seconds": seconds, **figures})
+
+
+def _fail(layout: RunLayout, name: str, kind: str, message: str) -> None:
+    """The first rank that fails says why; the others fail because of it."""
+    if not layout.failure(name).exists():
+        rank = int(os.environ.get("RANK", "-1"))
+        write_json(layout.failure(name), {"stage": name, "kind": kind, "rank": rank, "message": message})

@@ -1,0 +1,45 @@
+"""Stage `tokenizer`: image shards to a trained VQ-VAE-2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.stage import Stage, run_stage
+from pipelines.training import train_stage
+from vqscale.data.images import ImageSource
+from vqscale.data.loader import EvaluationReader
+from vqscale.data.manifest import read_manifest
+from vqscale.training.build import build_tokenizer
+from vqscale.training.engine import Engine
+from vqscale.training.tokenizer_task import TokenizerTask
+
+FIXED_IMAGES = 16
+
+
+def main(stage: Stage) -> dict[str, Any]:
+    """Train the tokenizer; goes on from the newest checkpoint of the run."""
+    recipe, ranks = stage.recipe, stage.ranks
+    train_url = stage.layout.shards(recipe, "train")
+    held_out_url = stage.layout.shards(recipe, "validation")
+    manifest, held_out = read_manifest(train_url), read_manifest(held_out_url)
+    held_out_source = ImageSource(held_out_url, held_out, recipe.data.image_size)
+
+    def read_held_out(rank: int = ranks.rank, world: int = ranks.world) -> Iterator[np.ndarray]:
+        for batch in EvaluationReader(held_out_source, held_out.counts, rank, world, recipe.evaluate.batch):
+            yield batch.fields["image"]
+
+    torch.manual_seed(recipe.seed)
+    network = build_tokenizer(recipe.tokenizer)
+    engine = Engine(network, recipe.tokenizer.training, ranks, recipe.resources.strategy)
+    fixed = next(read_held_out(0, 1))[:FIXED_IMAGES]
+    task = TokenizerTask(engine, recipe.tokenizer, recipe.seed, read_held_out, fixed)
+    source = ImageSource(train_url, manifest, recipe.data.image_size)
+    return train_stage(stage, task, source, manifest.counts, recipe.tokenizer.training, "images/s")
+
+
+if __name__ == "__main__":
+    run_stage("tokenizer", main)

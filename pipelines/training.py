@@ -1,0 +1,60 @@
+"""What the two training stages share: the loader, the tracker, and the loop from the newest checkpoint on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.stage import Stage
+from vqscale.config.load import dump_yaml
+from vqscale.config.recipe import Training
+from vqscale.data.loader import Loader
+from vqscale.data.order import StreamOrder
+from vqscale.data.source import Source
+from vqscale.training.loop import Task, resume, train
+from vqscale.training.tracking import Tracker
+
+
+def train_stage(
+    stage: Stage, task: Task, source: Source, counts: Sequence[int], training: Training, unit: str
+) -> dict[str, Any]:
+    """Train over shards in the canonical order; goes on from the newest valid checkpoint.
+
+    Args:
+        stage: the stage that trains.
+        task: model and losses.
+        source: the training shards.
+        counts: samples of each shard.
+        training: the stage's optimisation settings.
+        unit: what the speed counts, such as `images/s`.
+
+    Returns:
+        Steps, parameters, bad samples and the last validation's figures.
+    """
+    recipe, ranks = stage.recipe, stage.ranks
+    data, folder = recipe.data, stage.layout.checkpoints(stage.name)
+    start, notes = resume(task, folder)
+    size = sum(parameter.numel() for parameter in task.engine.bare.parameters())
+    stage.say(f"{size:,} parameters, {ranks.world} ranks on {ranks.device.type}, from step {start}", *notes)
+    order = StreamOrder(counts, seed=recipe.seed, streams=data.streams, packet=data.packet, shuffle=data.shuffle)
+    events = stage.events(unit, training.steps)
+    tracker = Tracker(stage.layout.tensorboard / stage.name, events, start) if events else None
+    if tracker:
+        tracker.text("recipe", dump_yaml(recipe))
+    with Loader(
+        source,
+        order,
+        rank=ranks.rank,
+        world=ranks.world,
+        global_batch=training.global_batch,
+        threads=data.threads,
+        start_step=start,
+        error_budget=data.error_budget,
+        flip=data.flip and "image" in source.spec,
+        seed=recipe.seed,
+    ) as loader:
+        figures = train(task, training, loader, start=start, seed=recipe.seed, folder=folder, tracker=tracker)
+        bad = sum(loader.bad.values())
+    if tracker:
+        tracker.close()
+    return {"steps": training.steps, "parameters": size, "bad_samples": bad, **figures}

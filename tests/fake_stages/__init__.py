@@ -1,0 +1,1 @@
+"""Stages that take no time, for tests of the launcher."""

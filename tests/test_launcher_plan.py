@@ -1,0 +1,147 @@
+"""The plan: golden text of what is started, checks before anything is, machines and profiles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.profile import Profile, profile_path
+from cluster.rendezvous import agent_arguments, inherited, thread_environment
+from launcher import plan as plan_module
+from launcher.backends.base import Job
+from launcher.backends.local import LocalBackend
+from launcher.plan import absolute_paths, load_profile, make_plan, select_stages
+from tests.recipes import tiny_recipe, write_recipe
+from vqscale.errors import UserError
+
+GOLDEN_COMMAND = """\
+python -m torch.distributed.run \\
+    --nnodes 1 \\
+    --nproc-per-node 2 \\
+    --max-restarts 1 \\
+    --rdzv-backend c10d \\
+    --rdzv-endpoint 127.0.0.1:0 \\
+    --rdzv-id tiny-1-tokenizer-3 \\
+    --local-addr 127.0.0.1 \\
+    --log-dir '/runs/with space/tiny-1/stages/tokenizer/attempt-003/ranks' \\
+    --redirects 3 \\
+    -m -- pipelines.train_tokenizer \\
+    --run '/runs/with space/tiny-1'"""
+
+GOLDEN_VARIABLES = [
+    ("OMP_NUM_THREADS", "4", "8 cores / 2 processes"),
+    ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1", "cluster.rendezvous"),
+    ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30", "cluster.rendezvous (grace_s of the profile)"),
+    ("NCCL_DEBUG", "WARN", "profile here"),
+    ("VQSCALE_ATTEMPT", "3", "launcher"),
+    ("VQSCALE_STAGE_OF", "/runs/with space/tiny-1", "launcher"),
+]
+
+
+def golden_job() -> Job:
+    recipe = tiny_recipe(resources={"processes": 2, "max_restarts": 1})
+    profile = Profile(name="here", environment={"NCCL_DEBUG": "WARN"})
+    run = Path("/runs/with space/tiny-1")
+    return Job(recipe, profile, run, ("tokenizer",), python="python", source=Path("/src"), cores=8)
+
+
+def test_rendered_command_is_golden() -> None:
+    (command,) = LocalBackend().render(golden_job(), {"tokenizer": 3})
+    assert command.shell() == GOLDEN_COMMAND
+    assert [(v.name, v.value, v.source) for v in command.variables] == GOLDEN_VARIABLES
+    assert command.log == Path("/runs/with space/tiny-1/stages/tokenizer/attempt-003/agent.log")
+
+
+def test_render_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = LocalBackend().render(golden_job())
+    monkeypatch.setenv("OMP_NUM_THREADS", "99")
+    monkeypatch.chdir("/")
+    assert LocalBackend().render(golden_job()) == before
+
+
+def test_environment_is_allow_listed() -> None:
+    (command,) = LocalBackend().render(golden_job())
+    shell = {"PATH": "/bin", "NCCL_DEBUG": "INFO", "MY_TOKEN": "x", "RANK": "5", "AWS_PROFILE": "p"}
+    environment = command.environment(shell)
+    assert environment["PATH"] == "/bin"
+    assert environment["AWS_PROFILE"] == "p"
+    assert environment["NCCL_DEBUG"] == "WARN"
+    assert not {"MY_TOKEN", "RANK"} & set(environment)
+    assert inherited(shell, ["R*"]) == {"RANK": "5"}
+
+
+def test_no_rendezvous_of_several_nodes_on_localhost() -> None:
+    with pytest.raises(ValueError, match="needs an endpoint"):
+        agent_arguments(rdzv_id="x", processes=2, max_restarts=0, nodes=2)
+    arguments = agent_arguments(rdzv_id="x", processes=2, max_restarts=0, nodes=2, endpoint="head:29400")
+    assert "head:29400" in arguments
+    assert "127.0.0.1" not in arguments
+
+
+def test_threads() -> None:
+    assert thread_environment(0, 3, 2)[0].value == "1"
+    assert thread_environment(5, 3, 2)[0].value == "5"
+
+
+def test_plan_shows_what_runs(home: Path) -> None:
+    made = make_plan(str(write_recipe(home / "r.yaml")), overrides=["seed=7"])
+    text = made.text()
+    for command in made.commands:
+        assert command.shell().splitlines()[-1].strip() in text
+    assert "seed: 7" in text
+    assert "OMP_NUM_THREADS" in text
+    facts = json.loads(json.dumps(made.facts()))
+    assert [stage["stage"] for stage in facts["stages"]] == list(made.job.recipe.stages)
+    assert not (home / "runs").exists(), "a plan makes nothing"
+
+
+def test_warnings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module.os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    path = str(write_recipe(home / "r.yaml", resources__threads=3))
+    warnings = make_plan(path).warnings
+    assert any("1 processes x 3 threads" in warning for warning in warnings)
+    assert any("NCCL_DEBUG" in warning and "profile" in warning for warning in warnings)
+
+
+def test_stages_are_checked() -> None:
+    recipe = tiny_recipe()
+    assert select_stages(recipe, "tokenizer, generate,pack") == ("generate", "pack", "tokenizer")
+    with pytest.raises(UserError, match="no stage 'tokeniser'"):
+        select_stages(recipe, "tokeniser")
+    with pytest.raises(UserError, match="'prior' reads the output of 'extract'; add extract"):
+        select_stages(recipe, "prior")
+    with pytest.raises(UserError, match="add sample"):
+        select_stages(recipe, "generate,pack,tokenizer,evaluate")
+    images = tiny_recipe(data__clocks=None, data__train="a", data__validation="b")
+    assert select_stages(images, "tokenizer,evaluate") == ("tokenizer", "evaluate")
+
+
+def test_data_folders_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_recipe(data__clocks=None, data__train="shards/train", data__validation="s3://bucket/val")
+    resolved = absolute_paths(recipe)
+    assert resolved.data.train == str(tmp_path / "shards/train")
+    assert resolved.data.validation == "s3://bucket/val"
+
+
+def test_profiles(tmp_path: Path) -> None:
+    assert load_profile("local").backend == "local"
+    with pytest.raises(LookupError, match="did you mean 'local'"):
+        profile_path("locla")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("name: mine\nmax_processes: 1\n")
+    assert load_profile(str(mine)).max_processes == 1
+    mine.write_text("name: mine\nbakend: local\n")
+    with pytest.raises(UserError, match="did you mean 'backend'"):
+        load_profile(str(mine))
+
+
+def test_profile_limits_processes(home: Path) -> None:
+    small = home / "small.yaml"
+    small.write_text("name: small\nmax_processes: 1\n")
+    path = write_recipe(home / "r.yaml", resources__processes=2)
+    with pytest.raises(UserError, match="allows 1"):
+        make_plan(str(path), str(small))

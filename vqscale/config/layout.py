@@ -1,0 +1,121 @@
+"""Where a run keeps its files: the one place that knows the names inside a run directory.
+
+RUN/
+  recipe.yaml                 the resolved recipe
+  run.json                    name, creation time, command line, host
+  code/                       commit, uncommitted diff, environment and versions
+  state.json                  how each stage stands; written by the supervisor on the host
+  supervisor.json, .log       process that runs the stages
+  stages/STAGE/events.jsonl   one line a log step, continued over attempts
+  stages/STAGE/done.json      the stage's own marker of success, with its figures
+  stages/STAGE/failure.json   why the stage's processes gave up, in one line
+  stages/STAGE/attempt-NNN/   agent.log, ranks/ (logs by rank)
+  images/{train,validation}/  generated class folders (stage generate)
+  shards/{train,validation}/  image shards (stage pack)
+  checkpoints/STAGE/          committed checkpoints
+  codes/{train,validation}/   code shards
+  samples/                    PNG files and sheet.png
+  tensorboard/STAGE/          event files
+  report.json                 the evaluation
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqscale.config.load import load_recipe
+from vqscale.config.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """Paths inside one run directory. Makes nothing; the writers make what they need."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def info(self) -> Path:
+        """Name, creation time, command line, host."""
+        return self.root / "run.json"
+
+    @property
+    def code(self) -> Path:
+        """The code's identity and the environment."""
+        return self.root / "code"
+
+    @property
+    def state(self) -> Path:
+        """How each stage stands, as the supervisor on the host saw it."""
+        return self.root / "state.json"
+
+    @property
+    def supervisor(self) -> Path:
+        """Process id and start time of the supervisor."""
+        return self.root / "supervisor.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Log directory for `tensorboard --logdir`."""
+        return self.root / "tensorboard"
+
+    @property
+    def samples(self) -> Path:
+        """Drawn images."""
+        return self.root / "samples"
+
+    @property
+    def report(self) -> Path:
+        """The evaluation."""
+        return self.root / "report.json"
+
+    def stage(self, stage: str) -> Path:
+        """Events, markers and attempts of a stage."""
+        return self.root / "stages" / stage
+
+    def events(self, stage: str) -> Path:
+        """One JSON object a line and log step."""
+        return self.stage(stage) / "events.jsonl"
+
+    def done(self, stage: str) -> Path:
+        """Marker that the stage's processes write when all of its output is in place."""
+        return self.stage(stage) / "done.json"
+
+    def failure(self, stage: str) -> Path:
+        """One line that says why the stage's processes gave up."""
+        return self.stage(stage) / "failure.json"
+
+    def attempt(self, stage: str, number: int) -> Path:
+        """Logs of one attempt."""
+        return self.stage(stage) / f"attempt-{number:03d}"
+
+    def images(self, split: str) -> Path:
+        """Generated class folders."""
+        return self.root / "images" / split
+
+    def checkpoints(self, stage: str) -> Path:
+        """Committed checkpoints of a stage."""
+        return self.root / "checkpoints" / stage
+
+    def codes(self, split: str) -> Path:
+        """Code shards of a split."""
+        return self.root / "codes" / split
+
+    def shards(self, recipe: Recipe, split: str) -> str:
+        """Image shards of a split: the recipe's own, or those packed in this run."""
+        if recipe.data.clocks:
+            return str(self.root / "shards" / split)
+        return recipe.data.train if split == "train" else recipe.data.validation
+
+    def read_recipe(self) -> Recipe:
+        """The resolved recipe of this run.
+
+        Raises:
+            UserError: the directory holds no valid recipe.
+        """
+        return load_recipe(self.recipe)

@@ -1,0 +1,151 @@
+"""From YAML and `dotted.key=value` to a checked recipe; every fault becomes one line that names key and mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from vqscale.config.recipe import Recipe
+from vqscale.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file, apply overrides, check everything that needs no data.
+
+    Args:
+        path: YAML file.
+        overrides: `dotted.key=value` texts; the value is read as YAML, list items by index
+            (`tokenizer.levels.0.codes=256`).
+
+    Raises:
+        UserError: unreadable file, unknown key, wrong type, or settings that contradict each other.
+    """
+    return load_model(Recipe, path, overrides)
+
+
+def load_model(model: type[Model], path: str | Path, overrides: Iterable[str] = ()) -> Model:
+    """Read any typed YAML file (a recipe, a profile) with the errors that `load_recipe` promises."""
+    source = str(path)
+    tree = _read_yaml(Path(path))
+    for text in overrides:
+        _apply_override(tree, text)
+    return parse(model, tree, source)
+
+
+def parse(model: type[Model], tree: Mapping[str, Any], source: str) -> Model:
+    """Check a tree of plain values against a model; `source` names it in errors."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(model, error, source) from None
+
+
+def dump_yaml(model: BaseModel) -> str:
+    """The resolved settings as YAML that `load_model` reads back to an equal model."""
+    return yaml.safe_dump(model.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no such file", where=str(path), mend="check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read ({error})", where=str(path)) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"is not YAML ({getattr(error, 'problem', error)})", where=f"{path}{line}") from None
+    if not isinstance(tree, dict):
+        raise UserError("holds no settings", where=str(path), mend="write `key: value` lines")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], text: str) -> None:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"{text!r} is no override", mend="write dotted.key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"the value {value!r} is not YAML", where=key, mend="quote it") from None
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        node = _child(node, part, key)
+    if isinstance(node, list):
+        node[_index(node, last, key)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, key)]
+    child = node.setdefault(part, {})
+    if child is None:
+        child = node[part] = {}
+    if not isinstance(child, (dict, list)):
+        raise UserError(f"'{part}' is a single value and has no settings below it", where=key)
+    return child
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    if part.isdigit() and int(part) < len(node):
+        return int(part)
+    raise UserError(f"'{part}' is no item of a list of {len(node)}", where=key, mend=f"use 0 to {len(node) - 1}")
+
+
+def _explain(model: type[BaseModel], error: ValidationError, source: str) -> UserError:
+    """The first fault as one line; the number of further ones behind it."""
+    faults = error.errors(include_url=False)
+    fault = faults[0]
+    location = [str(part) for part in fault["loc"]]
+    more = f" ({len(faults) - 1} more below it)" if len(faults) > 1 else ""
+    if fault["type"] == "extra_forbidden":
+        valid = _keys_at(model, location[:-1])
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+        mend = f"did you mean '{'.'.join([*location[:-1], near[0]])}'? " if near else ""
+        return UserError(
+            f"unknown key '{'.'.join(location)}'{more}",
+            where=source,
+            mend=f"{mend}valid keys: {', '.join(valid)}",
+        )
+    key = ".".join(location)
+    if fault["type"] == "missing":
+        return UserError(f"key '{key}' is missing{more}", where=source, mend=f"set {key}")
+    if fault["type"] == "value_error":  # raised by a validator of ours, which names keys and mend itself
+        message = str(fault["ctx"]["error"])
+        return UserError(f"{key + ' ' if key else ''}{message}{more}", where=source)
+    got = _short(fault["input"])
+    return UserError(f"'{key}' is {got}{more}", where=source, mend=fault["msg"][:1].lower() + fault["msg"][1:])
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = f"{value!r} (a {type(value).__name__})"
+    return text if len(text) <= limit else f"a {type(value).__name__}"
+
+
+def _keys_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    """Valid keys of the section at `location`, following lists by index and optional sections."""
+    current: type[BaseModel] | None = model
+    for part in location:
+        if current is not None and part in current.model_fields:
+            current = _section_in(current.model_fields[part].annotation)
+    return list(current.model_fields) if current else []
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType, tuple, list):
+        return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
+    return None

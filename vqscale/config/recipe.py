@@ -1,0 +1,301 @@
+"""One recipe: every setting of an experiment, typed and documented where it is declared.
+
+The tree is frozen and refuses unknown keys. `vqscale schema` prints it as JSON Schema; the docstring under a
+field is its description there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+STAGES = ("generate", "pack", "tokenizer", "extract", "prior", "sample", "evaluate")
+"""All stages, in the order in which data flows through them."""
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: frozen, strict about keys, documented by attribute docstrings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Clocks(Section):
+    """Draw analog clock faces instead of reading a data set; the class label is the hour."""
+
+    train: Positive = 24_000
+    """Number of training images."""
+    validation: Positive = 1_200
+    """Number of held-out images, drawn from another seed."""
+    shards: Positive = 24
+    """Number of training shards."""
+
+
+class Data(Section):
+    """What the models are trained on: WebDataset shards with a manifest, or generated clock faces."""
+
+    image_size: Positive
+    """Side of the square images in pixels. Stored images of another size are cropped and resized to it."""
+    train: str = ""
+    """Folder or URL of the training shards and their `manifest.json`; empty when `clocks` is set."""
+    validation: str = ""
+    """Folder or URL of the held-out shards; empty when `clocks` is set."""
+    clocks: Clocks | None = None
+    """Generate the data set (stages `generate` and `pack`) in the run directory."""
+    streams: Positive = 12
+    """Canonical streams of the data order. Ranks must divide it, and there must be as many shards or more."""
+    packet: Positive = 16
+    """Samples that are read together from one stream; the global batch is a multiple of packet times ranks."""
+    shuffle: Positive = 4_096
+    """Shuffle radius in samples: whole shards are grouped until a group holds this many, then permuted."""
+    threads: Positive = 1
+    """Decoding threads of each rank."""
+    flip: bool = False
+    """Mirror training images horizontally with probability one half (a function of seed and position)."""
+    error_budget: Fraction = 0.001
+    """Largest share of unreadable samples that a run may replace before it stops."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.clocks and (self.train or self.validation):
+            raise ValueError("has both `clocks` and shards; remove `clocks`, or `train` and `validation`")
+        if not self.clocks and not (self.train and self.validation):
+            raise ValueError("names no data: set `train` and `validation`, or `clocks`")
+        return self
+
+
+class Training(Section):
+    """How one stage is optimised; the tokenizer and the prior share it."""
+
+    steps: Positive
+    """Optimizer steps."""
+    global_batch: Positive
+    """Samples of one step over all ranks."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak learning rate of AdamW."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from zero."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Course of the learning rate after the warm-up, down to `final_learning_rate`."""
+    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the last step, as a fraction of the peak (unused by `constant`)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay on matrices and kernels; vectors, norms and embeddings are not decayed."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Gradient norm is clipped to this; 0 switches clipping off (the norm is still logged)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` runs the networks under autocast; weights, codebooks and the code search stay fp32."""
+    log_every: Positive = 10
+    """Steps between two lines of figures in the events and TensorBoard."""
+    picture_every: Positive = 250
+    """Steps between two sets of pictures in TensorBoard."""
+    validate_every: Positive = 250
+    """Steps between two passes over held-out data."""
+    checkpoint_every: Positive = 250
+    """Steps between two checkpoints; the last step always writes one."""
+    keep: Positive = 2
+    """Checkpoints that are kept; older ones are removed after a newer one is committed."""
+    hash_every: Positive = 50
+    """Steps between two comparisons of the codebooks' hash across ranks (tokenizer only)."""
+
+
+class Level(Section):
+    """One level of the hierarchy."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    """Name in reports and TensorBoard, such as `bottom` or `top`."""
+    downsample: Literal[2, 4, 8, 16]
+    """Factor between this level's grid and the level below it (for the first level: the image)."""
+    codes: Annotated[int, Field(ge=2, le=65_536)] = 512
+    """Codebook size K."""
+    dim: Positive = 64
+    """Dimension D of a code vector."""
+
+
+class Quantizer(Section):
+    """The EMA codebooks (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019, section 2.1)."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """EMA decay of counts and sums, a step."""
+    commitment: Annotated[float, Field(ge=0)] = 0.25
+    """Weight beta of the commitment loss."""
+    init: Literal["data", "random"] = "data"
+    """First codes: latents of the first batch, agreed across ranks, or a normal distribution."""
+    restarts: bool = True
+    """Move dead codes onto latents of the current batch."""
+    restart_below: Fraction = 0.05
+    """A code is dead when its EMA count falls below this fraction of its expected use (vectors / codes)."""
+    max_restarts: Positive = 16
+    """At most so many codes of a level are restarted in one step."""
+
+
+class Tokenizer(Section):
+    """VQ-VAE-2 (Razavi, van den Oord, Vinyals 2019)."""
+
+    levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=4)]
+    """From the image upwards: the first is the finest (bottom), the last the coarsest (top)."""
+    hidden: Positive = 128
+    """Channels of the convolutions."""
+    residual_blocks: Positive = 2
+    """Residual blocks of each encoder and decoder."""
+    residual_hidden: Positive = 64
+    """Channels inside a residual block."""
+    quantizer: Quantizer = Quantizer()
+    """The codebooks of all levels."""
+    training: Training
+    """Optimisation."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [level.name for level in self.levels]
+        if len(set(names)) < len(names):
+            raise ValueError(f"levels carry the same name twice ({', '.join(names)}); give each its own")
+        return self
+
+
+class Extract(Section):
+    """The data set as shards of code grids."""
+
+    batch: Positive = 256
+    """Images that are encoded at once on each rank."""
+    block: Positive = 512
+    """Samples of one block inside a code shard."""
+
+
+class Prior(Section):
+    """Decoder-only transformer over the codes, the coarsest level first."""
+
+    layers: Positive = 4
+    """Transformer blocks."""
+    width: Positive = 128
+    """Model dimension."""
+    heads: Positive = 4
+    """Attention heads; must divide `width`."""
+    dropout: Fraction = 0.0
+    """Dropout on the residual branches."""
+    class_dropout: Fraction = 0.1
+    """Share of samples trained without their class, which classifier-free guidance needs (Ho & Salimans 2022)."""
+    training: Training
+    """Optimisation."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; change one of them")
+        return self
+
+
+class Sample(Section):
+    """Images drawn from the prior."""
+
+    per_class: Positive = 16
+    """Images drawn for each class."""
+    batch: Positive = 256
+    """Images that are drawn at once on each rank."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Softmax temperature."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw among the k likeliest codes only; 0 keeps all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling: the smallest set of codes that holds this probability."""
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    """Classifier-free guidance scale; 1 is none."""
+    seed: int = 0
+    """Sample i depends on (this seed, i) alone, not on the batch or the number of ranks."""
+
+
+class Evaluate(Section):
+    """What the report measures."""
+
+    batch: Positive = 256
+    """Images that are evaluated at once on each rank."""
+
+
+class Resources(Section):
+    """What each stage runs on."""
+
+    processes: Positive = 1
+    """Processes (ranks) a stage."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of each process; 0 shares the machine's cores evenly."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where torch finds a GPU for every process, else the CPU; what was taken is printed."""
+    strategy: Literal["ddp"] = "ddp"
+    """How the model is spread over the ranks."""
+    max_restarts: Annotated[int, Field(ge=0)] = 0
+    """How often the elastic agent restarts failed processes of a stage; they resume from the last checkpoint."""
+    timeout_s: Positive = 600
+    """Longest wait in a collective, in seconds, before a stage is stopped."""
+
+
+class Recipe(Section):
+    """A whole experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Name of the experiment; runs are called name-date-time."""
+    seed: int = 0
+    """Seed of everything: data order, initialisation, restarts, dropout."""
+    data: Data
+    """Images."""
+    tokenizer: Tokenizer
+    """Stage one."""
+    extract: Extract = Extract()
+    """Images to codes."""
+    prior: Prior
+    """Stage two."""
+    sample: Sample = Sample()
+    """Codes to new images."""
+    evaluate: Evaluate = Evaluate()
+    """Report."""
+    resources: Resources = Resources()
+    """Processes and devices."""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages that this recipe runs; shards that exist already are neither generated nor packed."""
+        return STAGES if self.data.clocks else STAGES[2:]
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Side of each level's code grid, from the finest level to the coarsest."""
+        sides, side = [], self.data.image_size
+        for level in self.tokenizer.levels:
+            side //= level.downsample
+            sides.append(side)
+        return tuple(sides)
+
+    @model_validator(mode="after")
+    def _grids_divide(self) -> Self:
+        total = math.prod(level.downsample for level in self.tokenizer.levels)
+        size = self.data.image_size
+        if size % total:
+            below = size // total * total
+            near = [str(n) for n in (below, below + total) if n > 0]
+            raise ValueError(
+                f"data.image_size {size} is not divisible by {total}, the product of "
+                f"tokenizer.levels.*.downsample; use {' or '.join(near)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        ranks, packet = self.resources.processes, self.data.packet
+        if self.data.streams % ranks:
+            raise ValueError(
+                f"data.streams {self.data.streams} is not divisible by resources.processes {ranks}; "
+                f"use a number of streams that is"
+            )
+        for stage in ("tokenizer", "prior"):
+            batch = getattr(self, stage).training.global_batch
+            if batch % (ranks * packet):
+                raise ValueError(
+                    f"{stage}.training.global_batch {batch} is not divisible by resources.processes {ranks} "
+                    f"× data.packet {packet}; use a multiple of {ranks * packet}"
+                )
+        return self

@@ -1,0 +1,1 @@
+"""Images and code grids in shards: written once, read in one canonical order. Imports no torch."""

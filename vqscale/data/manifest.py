@@ -1,0 +1,253 @@
+"""The manifest of a folder of shards: how many samples each holds, its size and its hash.
+
+`manifest.json` is written last, so a folder that has one is complete. Light on purpose (no numpy): the
+launcher reads it before anything starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vqscale.data import storage, tar
+from vqscale.errors import UserError
+
+MANIFEST = "manifest.json"
+IMAGES = "vqscale-images/1"
+CODES = "vqscale-codes/0"
+
+_AGAIN = "copy it again, or write the shards again"
+_PACK = "write shards with `vqscale data pack SRC DEST --size S`"
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shard(_Record):
+    """One tar file."""
+
+    name: str
+    """File name inside the manifest's folder."""
+    samples: Count
+    """Images, or code grids, that it holds."""
+    bytes: Count
+    """Size of the file."""
+    sha256: str
+    """Hash of the file's content, in hexadecimal digits."""
+
+    @field_validator("name")
+    @classmethod
+    def _stays_inside(cls, name: str) -> str:
+        if not name or "/" in name or "\\" in name or ".." in name:
+            raise ValueError(f"shard name {name!r} leaves the manifest's folder")
+        return name
+
+
+class CodeLevel(_Record):
+    """One level of the code grids."""
+
+    name: str
+    """Name of the level, such as `bottom`."""
+    grid: Annotated[int, Field(ge=1)]
+    """Side of the grid."""
+    codes: Annotated[int, Field(ge=2, le=65_536)]
+    """Codebook size."""
+
+
+class Manifest(_Record):
+    """What a folder of shards holds."""
+
+    format: Literal["vqscale-images/1", "vqscale-codes/0"]
+    """What the shards hold."""
+    shards: tuple[Shard, ...]
+    """In the order in which samples are numbered."""
+    classes: tuple[str, ...] = ()
+    """Names of the labels 0, 1, ...; empty when the samples have none."""
+    image_size: int | None = None
+    """Side of the stored square images in pixels; None when they vary."""
+    skipped: Count = 0
+    """Unreadable files that were left out when the shards were written."""
+    levels: tuple[CodeLevel, ...] = ()
+    """Levels of the code grids, from the finest to the coarsest; empty for images."""
+    fingerprint: str = ""
+    """Identity of the tokenizer that wrote the codes; empty for images."""
+    source: dict[str, Any] = {}
+    """Where the samples came from and how they were written."""
+
+    @property
+    def samples(self) -> int:
+        """Samples of all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each shard."""
+        return [shard.samples for shard in self.shards]
+
+
+def read_manifest(url: str | Path) -> Manifest:
+    """Read the manifest of a folder of shards.
+
+    Raises:
+        UserError: no such folder, an empty folder, no manifest, or one that is broken.
+    """
+    where = storage.join(url, MANIFEST)
+    if storage.size(where) is None:
+        raise _no_manifest(str(url))
+    try:
+        return Manifest.model_validate(json.loads(storage.read_bytes(where)))
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise UserError(f"is no valid manifest ({key}: {fault['msg']})", where=where, mend=_AGAIN) from None
+    except ValueError as error:
+        raise UserError(f"is not JSON ({error})", where=where, mend=_AGAIN) from None
+
+
+def _no_manifest(url: str) -> UserError:
+    names = storage.list_names(url)
+    if names is None:
+        return UserError("no such folder", where=url, mend=f"check the path, or {_PACK}")
+    if not names:
+        return UserError("is an empty folder", where=url, mend=_PACK)
+    splits = [storage.join(url, name) for name in ("train", "validation") if name in names]
+    if splits:
+        return UserError("holds no manifest.json itself", where=url, mend=f"name {' or '.join(splits)}")
+    return UserError("has no manifest.json, its writing was not finished", where=url, mend=_PACK)
+
+
+def write_manifest(url: str | Path, manifest: Manifest) -> None:
+    """Write the manifest, atomically; call it last, when every shard is in place."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    storage.write_bytes(storage.join(url, MANIFEST), (text + "\n").encode())
+
+
+def check_shards(url: str | Path, manifest: Manifest) -> None:
+    """Compare names and sizes with the files; reads no shard.
+
+    Raises:
+        UserError: names the first shard that is missing or has another size.
+    """
+    for shard in manifest.shards:
+        where = storage.join(url, shard.name)
+        found = storage.size(where)
+        if found is None:
+            raise UserError("shard is missing", where=where, mend=_AGAIN)
+        if found != shard.bytes:
+            raise UserError(
+                f"shard has {found} bytes, its manifest says {shard.bytes}",
+                where=where,
+                mend=_AGAIN,
+            )
+
+
+def check_streams(counts: Sequence[int], *, streams: int, packet: int, where: str = "") -> None:
+    """Whether shards of these sizes can feed the canonical streams (`order.StreamOrder`) in every epoch.
+
+    Args:
+        counts: samples of each shard.
+        streams: canonical streams.
+        packet: samples that are read together from one stream.
+        where: names the shards in errors.
+
+    Raises:
+        UserError: fewer shards than streams, or a stream could hold less than one packet.
+    """
+    filled = [count for count in counts if count]
+    if len(filled) < streams:
+        raise UserError(
+            f"{len(filled)} shards cannot feed {streams} streams",
+            where=where,
+            mend=f"set data.streams to {len(filled) or 1} or less, or pack into {streams} shards or more",
+        )
+    # A stream's load when every shard goes to the emptiest stream, whatever the order of the shards, is at
+    # least the smallest shard, and at least the even share less the largest shard.
+    even = (sum(filled) - (streams - 1) * max(filled)) // streams
+    least = max(min(filled), even)
+    if least < packet:
+        raise UserError(
+            f"a stream may hold only {least} samples, less than a packet of {packet}",
+            where=where,
+            mend=f"set data.packet to {max(1, least)} or less, or fewer data.streams, or pack equal shards",
+        )
+
+
+def deal(order: Sequence[int], counts: Sequence[int], streams: int) -> list[list[int]]:
+    """Deal shards, in the given order, each to the stream that holds the fewest samples so far."""
+    loads = [(0, stream) for stream in range(streams)]
+    dealt: list[list[int]] = [[] for _ in range(streams)]
+    for shard in order:
+        load, stream = loads[0]
+        dealt[stream].append(shard)
+        heapq.heapreplace(loads, (load + counts[shard], stream))
+    return dealt
+
+
+def verify(url: str | Path, manifest: Manifest, progress: Callable[[Shard], None] | None = None) -> list[str]:
+    """Read every shard and compare it with the manifest: size, hash, and the number of samples in the tar.
+
+    Args:
+        url: the manifest's folder.
+        manifest: what it should hold.
+        progress: called after each shard.
+
+    Returns:
+        One line for each fault; empty when all is well.
+    """
+    faults = []
+    for shard in manifest.shards:
+        fault = _fault(storage.join(url, shard.name), shard, manifest.format)
+        if fault:
+            faults.append(f"{shard.name}: {fault}")
+        if progress:
+            progress(shard)
+    return faults
+
+
+def hash_bytes(buffer: storage.Buffer) -> str:
+    """SHA-256 in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for chunk in storage.chunks(buffer):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _fault(where: str, shard: Shard, format_: str) -> str:
+    found = storage.size(where)
+    if found is None:
+        return "is missing"
+    if found != shard.bytes:
+        return f"has {found} bytes, the manifest says {shard.bytes}"
+    try:
+        buffer = storage.open_shard(where)
+        if hash_bytes(buffer) != shard.sha256:
+            return "its content has another sha256 than the manifest says"
+        samples = count_samples(buffer, format_)
+    except UserError as error:
+        return error.what
+    if samples != shard.samples:
+        return f"holds {samples} samples, the manifest says {shard.samples}"
+    return ""
+
+
+def count_samples(buffer: storage.Buffer, format_: str) -> int:
+    """Samples inside a shard: its WebDataset samples, or for codes the keys that its blocks list."""
+    samples = tar.samples(buffer)
+    if format_ == IMAGES:
+        return len(samples)
+    spans = [sample.fields["keys.json"] for sample in samples if "keys.json" in sample.fields]
+    return sum(len(json.loads(buffer[offset : offset + size])) for offset, size in spans)

@@ -1,0 +1,143 @@
+"""Files by URL: local paths directly, everything with a scheme through fsspec.
+
+Light on purpose: the launcher checks manifests with it, so fsspec is imported only for URLs that need it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vqscale import files
+from vqscale.errors import UserError
+
+Buffer = mmap.mmap | bytes
+"""A whole shard for random access; slices of it are `bytes`."""
+
+
+def join(url: str | Path, *names: str) -> str:
+    """The URL of something below `url`."""
+    return "/".join([str(url).rstrip("/") or "/", *names])
+
+
+def local_path(url: str | Path) -> Path | None:
+    """The path behind a local URL (`file://` or no scheme); None for what lies elsewhere."""
+    text = str(url)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return None if "://" in text or "::" in text else Path(text)
+
+
+def size(url: str | Path) -> int | None:
+    """Size of a file in bytes; None when there is no such file.
+
+    Raises:
+        UserError: the storage cannot be reached.
+    """
+    path = local_path(url)
+    if path is not None:
+        return path.stat().st_size if path.is_file() else None
+    with _explained(url):
+        system, name = _filesystem(url)
+        try:
+            found = system.info(name)
+        except FileNotFoundError:
+            return None
+    return int(found["size"]) if found.get("type") == "file" else None
+
+
+def list_names(url: str | Path) -> list[str] | None:
+    """Names in a folder, sorted; None when there is no such folder."""
+    path = local_path(url)
+    if path is not None:
+        return sorted(os.listdir(path)) if path.is_dir() else None
+    with _explained(url):
+        system, name = _filesystem(url)
+        try:
+            entries = system.ls(name, detail=False)
+        except FileNotFoundError:
+            return None
+    return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in entries)
+
+
+def read_bytes(url: str | Path) -> bytes:
+    """A whole file.
+
+    Raises:
+        UserError: it is absent or cannot be read.
+    """
+    path = local_path(url)
+    with _explained(url):
+        if path is not None:
+            return path.read_bytes()
+        system, name = _filesystem(url)
+        return bytes(system.cat_file(name))
+
+
+def write_bytes(url: str | Path, data: bytes) -> None:
+    """Write a whole file so that no reader sees a part of it; object stores commit when the upload ends."""
+    path = local_path(url)
+    with _explained(url):
+        if path is not None:
+            files.write_bytes(path, data)
+            return
+        system, name = _filesystem(url)
+        system.makedirs(name.rpartition("/")[0], exist_ok=True)
+        system.pipe_file(name, data)
+
+
+def remove(url: str | Path) -> None:
+    """Remove a file; nothing happens when there is none."""
+    path = local_path(url)
+    with _explained(url):
+        if path is not None:
+            path.unlink(missing_ok=True)
+            return
+        system, name = _filesystem(url)
+        if system.exists(name):
+            system.rm_file(name)
+
+
+def open_shard(url: str | Path) -> Buffer:
+    """A shard for random access: mapped into memory where it is local, else read whole.
+
+    The mapping is released with its last reference.
+
+    Raises:
+        UserError: the shard is absent or cannot be read.
+    """
+    path = local_path(url)
+    if path is None:
+        return read_bytes(url)
+    with _explained(url), path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return b""  # an empty file cannot be mapped
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def chunks(buffer: Buffer, length: int = 1 << 24) -> Iterator[bytes]:
+    """A buffer in pieces, for hashing without a second copy of the whole."""
+    for start in range(0, len(buffer), length):
+        yield buffer[start : start + length]
+
+
+@contextmanager
+def _explained(url: str | Path) -> Iterator[None]:
+    """Turns the faults of any storage into one line that names the URL."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError("no such file", where=str(url), mend="check the path") from None
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"cannot be reached ({error or type(error).__name__})", where=str(url)) from error
+
+
+def _filesystem(url: str | Path) -> tuple[Any, str]:
+    import fsspec
+
+    system, name = fsspec.core.url_to_fs(str(url))
+    return system, str(name)

@@ -1,0 +1,38 @@
+"""Contact sheets with captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+_PAD = 4
+
+
+def labelled_sheet(rows: Mapping[str, NDArray[np.uint8]], side: int = 64) -> NDArray[np.uint8]:
+    """A row of images for each caption.
+
+    Args:
+        rows: caption to images uint8 [n, S, S, 3]; rows may differ in length.
+        side: least side of an image on the sheet in pixels; smaller images are enlarged by a whole factor.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    size = next(iter(rows.values())).shape[1]
+    scale = max(1, side // size)
+    font = ImageFont.load_default(16)
+    margin = max((int(font.getlength(name)) for name in rows), default=0) + 2 * _PAD
+    step = size * scale + _PAD
+    width = margin + max(len(images) for images in rows.values()) * step
+    sheet = Image.new("RGB", (width, len(rows) * step + _PAD), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (name, images) in enumerate(rows.items()):
+        top = number * step + _PAD
+        pen.text((_PAD, top + step // 2), name, fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images):
+            picture = Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1))
+            sheet.paste(picture, (margin + column * step, top))
+    return np.asarray(sheet)

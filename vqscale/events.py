@@ -1,0 +1,61 @@
+"""The events of a stage: one JSON object a line, appended by rank 0, read by `status` and the progress display."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Appends progress to `stages/STAGE/events.jsonl`; a line is written whole or not at all.
+
+    Args:
+        path: the events file (`RunLayout.events`).
+        stage: name of the stage.
+        attempt: number of the attempt, from 1.
+        unit: what `rate` counts, such as `images/s`.
+        total: steps of the whole stage, for the estimate of the time left.
+    """
+
+    def __init__(self, path: Path, stage: str, attempt: int, unit: str, total: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        self._head = {"stage": stage, "attempt": attempt, "unit": unit, "total": total}
+        self._total = total
+        self._first: tuple[float, int] | None = None
+
+    def log(self, step: int, *, rate: float | None = None, **figures: Any) -> None:
+        """Record that `step` steps are done.
+
+        Args:
+            step: finished steps, counted from the stage's beginning.
+            rate: units a second since the last line.
+            figures: whatever else is known, such as `loss` or `data_wait` (share of the time, 0 to 1).
+        """
+        now = time.time()
+        if self._first is None:
+            self._first = (now, step)
+        began, first = self._first
+        done = step - first
+        eta = (now - began) / done * (self._total - step) if done > 0 else None
+        line = {"time": now, **self._head, "step": step, "rate": rate, "eta_s": eta, **figures}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def last_event(path: Path) -> dict[str, Any] | None:
+    """The newest whole line of an events file; None when there is none. Reads the file's end only."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 65_536))
+            lines = file.read().split(b"\n")[:-1]  # what stands behind the last newline is not finished
+    except FileNotFoundError:
+        return None
+    return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None

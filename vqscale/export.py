@@ -1,0 +1,91 @@
+"""Trained models outside of training: load a run's tokenizer or prior and use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vqscale.config.layout import RunLayout
+from vqscale.config.recipe import Recipe
+from vqscale.data.manifest import read_manifest
+from vqscale.errors import UserError
+from vqscale.models.pixels import from_uint8, to_uint8
+from vqscale.models.transformer import Transformer
+from vqscale.models.vqvae import VQVAE
+from vqscale.training import checkpoint
+from vqscale.training.build import build_prior, build_tokenizer, grid_shapes
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """Images to codes and back."""
+
+    network: VQVAE
+    levels: tuple[str, ...]
+    """Level names, the finest first."""
+    image_size: int
+    fingerprint: str
+    """sha256 of the weights; code shards carry it."""
+    device: torch.device
+
+    @torch.no_grad()
+    def encode(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.uint16]]:
+        """Code grids [B, side, side] by level name, of images uint8 [B, S, S, 3]. Always in fp32.
+
+        Raises:
+            UserError: the images have another size than the tokenizer was trained for.
+        """
+        if images.shape[1:] != (self.image_size, self.image_size, 3):
+            raise UserError(
+                f"images of shape {images.shape[1:]}, the tokenizer takes {(self.image_size, self.image_size, 3)}",
+                mend="crop and resize them first",
+            )
+        codes = self.network.encode(from_uint8(images, self.device))
+        return {name: grid.cpu().numpy().astype(np.uint16) for name, grid in zip(self.levels, codes, strict=True)}
+
+    @torch.no_grad()
+    def decode(self, codes: Mapping[str, NDArray[np.integer]]) -> NDArray[np.uint8]:
+        """Images uint8 [B, S, S, 3] of code grids by level name."""
+        grids = [torch.from_numpy(codes[name].astype(np.int64)).to(self.device) for name in self.levels]
+        return to_uint8(self.network.decode(grids))
+
+
+def load_tokenizer(run: str | Path, device: str | torch.device = "cpu") -> TrainedTokenizer:
+    """The tokenizer of a run directory, from its newest valid checkpoint.
+
+    Raises:
+        UserError: no run, or no trained tokenizer in it.
+    """
+    layout = RunLayout(Path(run))
+    recipe = layout.read_recipe()
+    found = checkpoint.require(layout.checkpoints("tokenizer"), "tokenizer")
+    network = build_tokenizer(recipe.tokenizer)
+    checkpoint.load_into(network, found)
+    network.to(device)
+    network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    names = tuple(level.name for level in recipe.tokenizer.levels)
+    return TrainedTokenizer(network, names, recipe.data.image_size, found.fingerprint(), torch.device(device))
+
+
+def load_prior(run: str | Path, device: str | torch.device = "cpu") -> Transformer:
+    """The prior of a run directory, from its newest valid checkpoint, in evaluation mode.
+
+    Raises:
+        UserError: no run, or no trained prior in it.
+    """
+    layout = RunLayout(Path(run))
+    recipe = layout.read_recipe()
+    found = checkpoint.require(layout.checkpoints("prior"), "prior")
+    network = build_prior(recipe.prior, grid_shapes(recipe), len(class_names(layout, recipe)))
+    checkpoint.load_into(network, found)
+    return network.to(device).eval()
+
+
+def class_names(layout: RunLayout, recipe: Recipe) -> tuple[str, ...]:
+    """Class names of the run's training data; empty without labels. Needs the codes, not the images."""
+    return read_manifest(str(layout.codes("train"))).classes

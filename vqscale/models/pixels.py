@@ -1,0 +1,19 @@
+"""Between stored images (uint8, NHWC) and what the networks see (float, NCHW, -1 to 1)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def from_uint8(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """uint8 [B, S, S, 3] to fp32 [B, 3, S, S] in [-1, 1], channels last in memory; scaled on the device."""
+    return torch.from_numpy(images).to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """[B, 3, S, S] in [-1, 1] (clipped) to uint8 [B, S, S, 3]."""
+    scaled = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()

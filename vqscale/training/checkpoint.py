@@ -1,0 +1,157 @@
+"""Checkpoints that are committed: written beside, synced, manifest last, renamed; only then an old one goes.
+
+    checkpoints/STAGE/step-00000250/
+      model.safetensors       parameters and buffers, codebooks with counts and sums among them
+      optimizer.safetensors   the optimizer's tensors
+      state.json              step and the optimizer's plain values
+      manifest.json           size and sha256 of each file above; its presence is the commit
+
+Nothing here is a pickle, so loading runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vqscale.errors import UserError
+from vqscale.files import read_json, write_json
+
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One committed checkpoint."""
+
+    path: Path
+    step: int
+    """Finished optimizer steps."""
+
+    def model(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return load_file(self.path / "model.safetensors")
+
+    def fingerprint(self) -> str:
+        """sha256 of the weights' file: what code shards carry to name their tokenizer."""
+        return read_json(self.path / "manifest.json")["files"]["model.safetensors"]["sha256"]
+
+    def optimizer(self) -> dict[str, Any]:
+        """State as `torch.optim.Optimizer.load_state_dict` takes it."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in load_file(self.path / "optimizer.safetensors").items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+        return {"state": state, "param_groups": read_json(self.path / "state.json")["param_groups"]}
+
+
+def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Any], keep: int) -> Checkpoint:
+    """Commit a checkpoint, then remove all but the newest `keep`. Called on rank 0 alone."""
+    final = folder / f"step-{step:08d}"
+    beside = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    save_file(_contiguous(model), beside / "model.safetensors")
+    tensors = {f"{i}.{key}": value for i, entry in optimizer["state"].items() for key, value in entry.items()}
+    save_file(_contiguous(tensors), beside / "optimizer.safetensors")
+    write_json(beside / "state.json", {"step": step, "param_groups": optimizer["param_groups"]})
+    files = {name: {"bytes": (beside / name).stat().st_size, "sha256": _sha256(beside / name)} for name in _FILES}
+    for name in _FILES:
+        _sync(beside / name)
+    write_json(beside / "manifest.json", {"format": "vqscale-checkpoint/0", "step": step, "files": files})
+    _sync(beside)
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    _sync(folder)
+    _retire(folder, keep)
+    return Checkpoint(final, step)
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files are as its manifest says, and a line for each one passed over."""
+    passed_over: list[str] = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        fault = find_fault(path)
+        if fault is None:
+            return Checkpoint(path, int(path.name.removeprefix("step-"))), passed_over
+        passed_over.append(f"{path}: {fault}; passed over")
+    return None, passed_over
+
+
+def require(folder: Path, stage: str) -> Checkpoint:
+    """The newest valid checkpoint of a finished stage.
+
+    Raises:
+        UserError: there is none.
+    """
+    found, passed_over = newest(folder)
+    if found is None:
+        reason = "; ".join(passed_over) or "no checkpoint"
+        raise UserError(reason, where=str(folder), mend=f"run the stage '{stage}' first")
+    return found
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None when nothing is."""
+    try:
+        manifest = read_json(path / "manifest.json")
+    except json.JSONDecodeError:
+        return "manifest.json is not JSON"
+    if manifest is None:
+        return "was never committed (no manifest.json)"
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+            return f"{name} is not what its manifest says"
+    return None
+
+
+def _retire(folder: Path, keep: int) -> None:
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # channels_last kernels are not contiguous, and safetensors stores contiguous tensors only.
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Load weights strictly: every name must match.
+
+    Raises:
+        UserError: the checkpoint belongs to another architecture.
+    """
+    try:
+        model.load_state_dict(checkpoint.model(), strict=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(
+            f"does not fit the recipe's network ({reason})",
+            where=str(checkpoint.path),
+            mend="resume with the settings it was trained with",
+        ) from None

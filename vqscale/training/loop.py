@@ -1,0 +1,188 @@
+"""The one training loop; the tokenizer and the prior are tasks in it."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vqscale.config.recipe import Training
+from vqscale.data.loader import Batch
+from vqscale.seeds import mix
+from vqscale.training import checkpoint
+from vqscale.training.checkpoint import Checkpoint
+from vqscale.training.engine import Engine, learning_rate
+from vqscale.training.guards import require_finite
+from vqscale.training.tracking import Tracker
+
+
+class Task(ABC):
+    """What differs between stages. Every method runs on every rank and may use collectives."""
+
+    engine: Engine
+
+    def begin(self, batch: Batch) -> None:
+        """Prepare from the first batch of a run that starts at step 0."""
+
+    @abstractmethod
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Forward of a batch: scalars by name, `total` is what is minimised."""
+
+    def after_step(self) -> None:
+        """Called once after each successful optimizer step."""
+
+    def figures(self) -> dict[str, float]:
+        """Further figures of the last step, equal on all ranks."""
+        return {}
+
+    def check(self, step: int) -> None:
+        """Compare ranks; raises when they differ."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Figures over the held-out data."""
+
+    def pictures(self, step: int, tracker: Tracker) -> None:
+        """Draw into TensorBoard; called on rank 0 alone, so no collective may be used."""
+
+
+class Batches(Protocol):
+    """The loader as the loop sees it."""
+
+    wait_s: float
+
+    @property
+    def bad(self) -> Mapping[str, int]:
+        """Bad samples so far, by kind."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Endless batches from the loader's first step on."""
+
+
+@dataclass
+class _Window:
+    """What is measured between two log lines."""
+
+    began: float
+    waited: float
+    steps: int = 0
+
+
+def resume(task: Task, folder: Path) -> tuple[int, list[str]]:
+    """Load the newest valid checkpoint, chosen on rank 0; returns its step (0: none) and what was passed over."""
+    engine = task.engine
+    found, passed_over = checkpoint.newest(folder) if engine.ranks.first else (None, [])
+    # Other ranks must not look for themselves: they could find another one.
+    choice = engine.ranks.gather((str(found.path), found.step) if found else None)[0]
+    if choice is None:
+        return 0, passed_over
+    chosen = Checkpoint(Path(choice[0]), choice[1])
+    checkpoint.load_into(engine.bare, chosen)
+    engine.optimizer.load_state_dict(chosen.optimizer())
+    engine.broadcast()
+    return chosen.step, passed_over
+
+
+def train(
+    task: Task,
+    training: Training,
+    loader: Batches,
+    *,
+    start: int,
+    seed: int,
+    folder: Path,
+    tracker: Tracker | None,
+) -> dict[str, float]:
+    """Train from step `start` to the end; returns the last validation's figures.
+
+    Args:
+        task: model and losses.
+        training: the stage's optimisation settings.
+        loader: endless batches, the first one belongs to step `start`.
+        start: finished steps.
+        seed: the run's seed.
+        folder: where checkpoints go.
+        tracker: on rank 0; None elsewhere.
+    """
+    engine, validation = task.engine, {}
+    window = _Window(time.perf_counter(), loader.wait_s)
+    engine.model.train()
+    for step, batch in zip(range(start, training.steps), loader, strict=False):
+        # All of torch's randomness (dropout) is a function of seed, step and rank: resuming needs no generator state.
+        torch.manual_seed(mix(seed, step, engine.ranks.rank))
+        if step == 0:
+            task.begin(batch)
+        losses = task.losses(batch)
+        norm = engine.optimise(losses["total"], step)
+        task.after_step()
+        window.steps += 1
+
+        done = step + 1
+        last = done == training.steps
+        if done % training.log_every == 0 or last or done == 1:
+            _log(task, training, losses, norm, done, window, loader, tracker)
+            window = _Window(time.perf_counter(), loader.wait_s)
+        if done % training.hash_every == 0 or last:
+            task.check(done)
+        if done % training.validate_every == 0 or last:
+            validation = _validate(task, done, tracker)
+        if tracker and (done % training.picture_every == 0 or last or done == 1):
+            task.pictures(done, tracker)
+        if done % training.checkpoint_every == 0 or last:
+            _save(engine, folder, done, training.keep)
+    return validation
+
+
+def _log(
+    task: Task,
+    training: Training,
+    losses: dict[str, Tensor],
+    norm: Tensor,
+    done: int,
+    window: _Window,
+    loader: Batches,
+    tracker: Tracker | None,
+) -> None:
+    """Mean losses over the ranks and what the window measured; collective."""
+    ranks = task.engine.ranks
+    values = torch.stack([value.detach().float() for value in losses.values()])
+    means = dict(zip(losses, (ranks.sum(values) / ranks.world).tolist(), strict=True))
+    require_finite(means["total"], float(norm), done)
+    figures = task.figures()
+    if tracker is None:
+        return
+    seconds = time.perf_counter() - window.began
+    tracker.figures(
+        done,
+        {f"loss/{name}": value for name, value in means.items()}
+        | figures
+        | {
+            "optim/learning_rate": learning_rate(training, done - 1),
+            "optim/gradient_norm": float(norm),
+            "speed/data_wait": (loader.wait_s - window.waited) / seconds,
+            "data/bad_samples": sum(loader.bad.values()),
+        },
+        rate=window.steps * training.global_batch / seconds,
+    )
+
+
+def _validate(task: Task, done: int, tracker: Tracker | None) -> dict[str, float]:
+    task.engine.model.eval()
+    with torch.no_grad():
+        figures = task.validate()
+    task.engine.model.train()
+    if tracker:
+        tracker.scalars(done, {f"validation/{name}": value for name, value in figures.items()})
+    return figures
+
+
+def _save(engine: Engine, folder: Path, step: int, keep: int) -> None:
+    if engine.ranks.first:
+        checkpoint.save(folder, step, engine.bare.state_dict(), engine.optimizer.state_dict(), keep)
+    engine.ranks.barrier()
