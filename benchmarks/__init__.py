@@ -1,0 +1,1 @@
+"""One file a benchmark; results as JSON, and plots made from it."""

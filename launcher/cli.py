@@ -7,40 +7,31 @@ with one line on standard error and exit code 2.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
+from vqscale.arguments import OneLineParser, require_command
 from vqscale.errors import EXIT_USER_ERROR, UserError
 
 _HEAD = "Train discrete image models at scale: VQ-VAE-2 tokenizers and priors over their codes."
 _START = "Start here: vqscale quickstart"
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and which shows an example under its help."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing usage."""
-        raise UserError(message, where=self.prog, mend=f"see {self.prog} --help")
-
-
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
+def build_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """The parser of `vqscale`, and those of its commands by name."""
-    parser = Parser(prog="vqscale", description=_HEAD, epilog=_START, allow_abbrev=False)
+    parser = OneLineParser(prog="vqscale", description=_HEAD, epilog=_START)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    made: dict[str, Parser] = {}
+    made: dict[str, OneLineParser] = {}
 
-    def add(name: str, handler: str, text: str, example: str) -> Parser:
-        command: Parser = commands.add_parser(
-            name, help=text, description=text, epilog=f"example: {example}", allow_abbrev=False
+    def add(name: str, handler: str, text: str, example: str) -> OneLineParser:
+        command: OneLineParser = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,  # an example is not wrapped
         )
         command.set_defaults(handler=handler)
         made[name] = command
@@ -53,7 +44,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, made
 
 
-Add = Callable[[str, str, str, str], Parser]
+Add = Callable[[str, str, str, str], OneLineParser]
 
 
 def _add_start(add: Add) -> None:
@@ -142,11 +133,11 @@ def _add_other(add: Add) -> None:
 _RUN_HELP = "run directory, id, beginning of an id, or latest"
 
 
-def _run(parser: Parser) -> None:
+def _run(parser: OneLineParser) -> None:
     parser.add_argument("run", metavar="RUN", help=_RUN_HELP)
 
 
-def _recipe(parser: Parser) -> None:
+def _recipe(parser: OneLineParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a recipe that comes with vqscale")
     parser.add_argument("--on", default="local", metavar="PROFILE", help="machine to run on (default: local)")
     parser.add_argument("--stages", metavar="A,B", help="only these stages")
@@ -154,17 +145,17 @@ def _recipe(parser: Parser) -> None:
     _overrides(parser)
 
 
-def _directory(parser: Parser) -> None:
+def _directory(parser: OneLineParser) -> None:
     parser.add_argument("--run", metavar="DIR", help="run directory (default: NAME-TIME in $VQSCALE_RUNS or ./runs)")
 
 
-def _overrides(parser: Parser) -> None:
+def _overrides(parser: OneLineParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings of the recipe, such as seed=7"
     )
 
 
-def _json(parser: Parser) -> None:
+def _json(parser: OneLineParser) -> None:
     parser.add_argument("--json", action="store_true", help="print facts as JSON")
 
 
@@ -178,31 +169,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         parser.parse_args(["--help"])
-    if name not in commands:
-        raise UserError(
-            f"unknown command '{name}'",
-            where="vqscale",
-            mend=f"{_near(name, commands)}commands: {', '.join(commands)}",
-        )
+    require_command(name, commands, "vqscale")
     if name == "data":  # its options, --help included, belong to the pipeline behind it
         return argparse.Namespace(handler="other:data", arguments=list(argv[1:]))
-    return _parse_command(commands[name], argv[1:])
-
-
-def _parse_command(command: Parser, argv: Sequence[str]) -> argparse.Namespace:
-    # Intermixed, since `submit RECIPE seed=1 --follow prior.width=64` is what people type.
-    arguments, unknown = command.parse_known_intermixed_args(argv)
-    if unknown:
-        options = [option for option in command._option_string_actions if option.startswith("--")]
-        kind = "unknown option" if unknown[0].startswith("-") else "unexpected argument"
-        near = _near(unknown[0].partition("=")[0], options)
-        raise UserError(f"{kind} '{unknown[0]}'", where=command.prog, mend=f"{near}see {command.prog} --help")
-    return arguments
-
-
-def _near(word: str, valid: Sequence[str] | dict[str, Parser]) -> str:
-    near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'? " if near else ""
+    return commands[name].parse(argv[1:])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vqscale.arguments import OneLineParser, require_command
 from vqscale.data import storage
 from vqscale.data.manifest import IMAGES, Manifest, Shard, read_manifest, verify
 from vqscale.errors import EXIT_USER_ERROR, UserError
@@ -22,19 +24,29 @@ EXIT_FAULTS = 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `vqscale data` and return its exit code."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
         return int(options.run(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser, commands = _parsers()
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        parser.parse_args(["--help"])
+    require_command(name, commands, "vqscale data")
+    return commands[name].parse(arguments[1:])
+
+
+def _parsers() -> tuple[OneLineParser, dict[str, OneLineParser]]:
+    """The parser of `vqscale data`, and those of its commands by name."""
+    parser = OneLineParser(
         prog="vqscale data", description="Image folders and archives into shards, and what is in them."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     _add_pack(commands.add_parser("pack", help="pack images into WebDataset shards", description=_pack.__doc__))
     check = commands.add_parser("verify", help="compare shards with their manifest", description=_verify.__doc__)
     check.add_argument("url", metavar="URL", help="folder of shards with a manifest.json")
@@ -46,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
+    return parser, dict(commands.choices)
 
 
 def _add_pack(pack: argparse.ArgumentParser) -> None:
@@ -187,7 +199,10 @@ def _labels(where: str, manifest: Manifest) -> list[int]:
 
 def _write_sheet(url: str, manifest: Manifest, path: Path, samples: int) -> None:
     """The first images of the data set (which is shuffled), side by side."""
-    from vqscale.data.images import ImageSource, sheet
+    import numpy as np
+
+    from vqscale.data.images import ImageSource, encode_png
+    from vqscale.data.sheet import tile
 
     if samples < 1:
         raise UserError(f"{samples} samples make no sheet", where="--samples", mend="use 1 or more")
@@ -197,7 +212,7 @@ def _write_sheet(url: str, manifest: Manifest, path: Path, samples: int) -> None
         if len(images) < samples:
             fields, _ = next(source.read_shard(shard, samples - len(images), []), ({"image": []}, []))
             images.extend(fields["image"])
-    storage.write_bytes(path, sheet(images))
+    storage.write_bytes(path, encode_png(tile(np.stack(images), columns=math.ceil(math.sqrt(len(images))))))
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
@@ -213,13 +228,13 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
 
 
 def _line(url: str, manifest: Manifest) -> str:
-    size = f" of {manifest.image_size}×{manifest.image_size}" if manifest.image_size else ""
-    what = "images" if manifest.format == IMAGES else "code grids"
+    size = f"{manifest.image_size}×{manifest.image_size}" if manifest.image_size else ""
+    if manifest.format == IMAGES:
+        what = f"images of {size}" if size else "images"
+    else:
+        what = f"code grids of {size} images" if size else "code grids"
     kinds = f" in {len(manifest.classes)} classes" if manifest.classes else ""
-    return (
-        f"{url}: {manifest.samples:,} {what}{size}{kinds}, "
-        f"{len(manifest.shards)} shards, {manifest.bytes / 1e6:,.1f} MB"
-    )
+    return f"{url}: {manifest.samples:,} {what}{kinds}, {len(manifest.shards)} shards, {manifest.bytes / 1e6:,.1f} MB"
 
 
 def _print_json(value: Any) -> None:

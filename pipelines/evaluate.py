@@ -12,11 +12,11 @@ from PIL import Image
 
 from pipelines.stage import Stage, run_stage
 from vqscale.data.images import ImageSource, encode_png
-from vqscale.data.loader import EvaluationReader
 from vqscale.data.manifest import read_manifest
+from vqscale.data.sheet import labelled_sheet
+from vqscale.errors import UserError
 from vqscale.evaluation.hours import HourCounts
 from vqscale.evaluation.metrics import mse, psnr
-from vqscale.evaluation.sheet import labelled_sheet
 from vqscale.export import TrainedTokenizer, load_tokenizer
 from vqscale.files import read_json, write_bytes, write_json
 
@@ -50,7 +50,7 @@ def measure_reconstructions(stage: Stage, tokenizer: TrainedTokenizer) -> dict[s
     squares = sums = pixels = 0.0
     hours = HourCounts()
     ranks = stage.ranks
-    for batch in EvaluationReader(source, manifest.counts, ranks.rank, ranks.world, stage.recipe.evaluate.batch):
+    for batch in stage.read_once(source, manifest.counts):
         images = batch.fields["image"]
         rebuilt = tokenizer.decode(tokenizer.encode(images))
         if not errors and ranks.first:
@@ -82,6 +82,8 @@ def measure_hours(stage: Stage) -> dict[str, Any]:
     """Read the hour of every sample and compare it with the class that was asked for."""
     folder = stage.layout.samples
     record = read_json(folder / "samples.json")
+    if record is None:
+        raise UserError("has no samples.json", where=str(folder), mend="run the stage 'sample' first")
     mine = list(range(stage.ranks.rank, len(record["files"]), stage.ranks.world))
     counts = HourCounts()
     for start in range(0, len(mine), stage.recipe.evaluate.batch):

@@ -41,7 +41,8 @@ def main(stage: Stage) -> dict[str, Any]:
     for split, url in splits.items():
         source = ImageSource(url, manifests[split], stage.recipe.data.image_size)
         counted = extract_split(stage, tokenizer, source, split, events if split == "train" else None)
-        figures[f"{split}_samples"] = manifests[split].samples
+        finished = read_manifest(stage.layout.codes(split))
+        figures |= {f"{split}_samples": finished.samples, f"{split}_skipped": finished.skipped}
         if split == "train":
             figures |= usage_figures(counted)
     if events:

@@ -10,10 +10,10 @@ from PIL import Image
 
 from pipelines.stage import Stage, run_stage
 from vqscale.data.images import encode_png
-from vqscale.evaluation.sheet import labelled_sheet
+from vqscale.data.sheet import labelled_sheet
 from vqscale.export import class_names, load_prior, load_tokenizer
 from vqscale.files import write_bytes, write_json
-from vqscale.training.sampling import draw_images
+from vqscale.sampling import draw_images
 
 SHEET_PER_CLASS = 12
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from vqscale.arguments import OneLineParser
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
+from vqscale.data.loader import EvaluationReader
+from vqscale.data.source import Source
 from vqscale.errors import EXIT_USER_ERROR, UserError
 from vqscale.events import EventLog
 from vqscale.files import write_json
@@ -38,6 +41,12 @@ class Stage:
             return None
         return EventLog(self.layout.events(self.name), self.name, self.attempt, unit, total)
 
+    def read_once(self, source: Source, counts: Sequence[int]) -> EvaluationReader:
+        """This rank's share of a data set: over all ranks every sample once, within the recipe's error budget."""
+        ranks, recipe = self.ranks, self.recipe
+        budget = recipe.data.error_budget
+        return EvaluationReader(source, counts, ranks.rank, ranks.world, recipe.evaluate.batch, error_budget=budget)
+
     def say(self, *lines: str) -> None:
         """Print lines on rank 0, into the stage's log."""
         if self.ranks.first:
@@ -54,21 +63,27 @@ def run_stage(name: str, main: Callable[[Stage], dict[str, Any]]) -> None:
         name: stage name as in the recipe's order.
         main: the stage; returns its figures.
     """
-    parser = argparse.ArgumentParser(prog=f"torchrun -m pipelines.{Path(sys.argv[0]).stem}", description=main.__doc__)
+    layout = _run_directory(main.__doc__)
+    try:
+        with _recorded(layout, name):
+            record(_run)(name, main, layout)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _run_directory(text: str | None) -> RunLayout:
+    """The run that the command line names; `text` is what `--help` says of the stage."""
+    parser = OneLineParser(prog=f"torchrun -m pipelines.{Path(sys.argv[0]).stem}", description=text)
     # Two names: under Python 3.11 torchrun takes a plain `--run` for a short form of its own `--run-path`,
     # unless `--` stands before the module.
     where = "run directory (`vqscale submit --prepare-only` makes one)"
     parser.add_argument("--run-dir", "--run", dest="run", type=Path, required=True, metavar="DIR", help=where)
-    layout = RunLayout(parser.parse_args().run.resolve())
     try:
-        record(_run)(name, main, layout)
+        return RunLayout(parser.parse(sys.argv[1:]).run.resolve())
     except UserError as error:
-        _fail(layout, name, "user", str(error))
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-    except Exception as error:
-        _fail(layout, name, "error", f"{type(error).__name__}: {error}")
-        raise
 
 
 def _run(name: str, main: Callable[[Stage], dict[str, Any]], layout: RunLayout) -> None:
@@ -79,14 +94,29 @@ def _run(name: str, main: Callable[[Stage], dict[str, Any]], layout: RunLayout) 
     else:
         cores, sharing = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, cores // sharing))
-    with process_group(recipe.resources.device, recipe.resources.timeout_s) as ranks:
+    # Where this is unset, Accelerate replaces the number of threads by its own.
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    # Recorded inside: once a rank has left the group, the others fail too, and one of them could say so first.
+    with process_group(recipe.resources.device, recipe.resources.timeout_s) as ranks, _recorded(layout, name):
+        if ranks.first:
+            layout.failure(name).unlink(missing_ok=True)  # an earlier attempt's
+        ranks.barrier()
         attempt = int(os.environ.get("VQSCALE_ATTEMPT", "1"))
         figures = main(Stage(name, layout, recipe, ranks, attempt))
         ranks.barrier()
         if ranks.first:
-            layout.failure(name).unlink(missing_ok=True)
             seconds = round(time.time() - started, 2)
             write_json(layout.done(name), {"stage": name, "attempt": attempt, "seconds": seconds, **figures})
+
+
+@contextmanager
+def _recorded(layout: RunLayout, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        kind = "user" if isinstance(error, UserError) else "error"
+        _fail(layout, name, kind, str(error) if kind == "user" else f"{type(error).__name__}: {error}")
+        raise
 
 
 def _fail(layout: RunLayout, name: str, kind: str, message: str) -> None:

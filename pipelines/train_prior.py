@@ -10,14 +10,13 @@ import torch
 from pipelines.stage import Stage, run_stage
 from pipelines.training import train_stage
 from vqscale.data.codes import CodeSource
-from vqscale.data.loader import EvaluationReader
 from vqscale.data.manifest import read_manifest
 from vqscale.errors import UserError
 from vqscale.export import load_tokenizer
+from vqscale.sampling import preview
 from vqscale.training.build import build_prior, grid_shapes
 from vqscale.training.engine import Engine
 from vqscale.training.prior_task import CodeFields, PriorTask
-from vqscale.training.sampling import preview
 
 
 def main(stage: Stage) -> dict[str, Any]:
@@ -34,8 +33,7 @@ def main(stage: Stage) -> dict[str, Any]:
     held_out_source = CodeSource(held_out_url, held_out)
 
     def read_held_out() -> Iterator[CodeFields]:
-        reader = EvaluationReader(held_out_source, held_out.counts, ranks.rank, ranks.world, recipe.evaluate.batch)
-        for batch in reader:
+        for batch in stage.read_once(held_out_source, held_out.counts):
             yield batch.fields
 
     torch.manual_seed(recipe.seed)

@@ -11,7 +11,6 @@ import torch
 from pipelines.stage import Stage, run_stage
 from pipelines.training import train_stage
 from vqscale.data.images import ImageSource
-from vqscale.data.loader import EvaluationReader
 from vqscale.data.manifest import read_manifest
 from vqscale.training.build import build_tokenizer
 from vqscale.training.engine import Engine
@@ -28,14 +27,14 @@ def main(stage: Stage) -> dict[str, Any]:
     manifest, held_out = read_manifest(train_url), read_manifest(held_out_url)
     held_out_source = ImageSource(held_out_url, held_out, recipe.data.image_size)
 
-    def read_held_out(rank: int = ranks.rank, world: int = ranks.world) -> Iterator[np.ndarray]:
-        for batch in EvaluationReader(held_out_source, held_out.counts, rank, world, recipe.evaluate.batch):
+    def read_held_out() -> Iterator[np.ndarray]:
+        for batch in stage.read_once(held_out_source, held_out.counts):
             yield batch.fields["image"]
 
     torch.manual_seed(recipe.seed)
     network = build_tokenizer(recipe.tokenizer)
     engine = Engine(network, recipe.tokenizer.training, ranks, recipe.resources.strategy)
-    fixed = next(read_held_out(0, 1))[:FIXED_IMAGES]
+    fixed = next(held_out_source.read_shard(0, FIXED_IMAGES, []))[0]["image"]
     task = TokenizerTask(engine, recipe.tokenizer, recipe.seed, read_held_out, fixed)
     source = ImageSource(train_url, manifest, recipe.data.image_size)
     return train_stage(stage, task, source, manifest.counts, recipe.tokenizer.training, "images/s")

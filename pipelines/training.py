@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from typing import Any
 
 from pipelines.stage import Stage
@@ -39,22 +40,24 @@ def train_stage(
     order = StreamOrder(counts, seed=recipe.seed, streams=data.streams, packet=data.packet, shuffle=data.shuffle)
     events = stage.events(unit, training.steps)
     tracker = Tracker(stage.layout.tensorboard / stage.name, events, start) if events else None
-    if tracker:
+    if tracker and not start:
         tracker.text("recipe", dump_yaml(recipe))
-    with Loader(
-        source,
-        order,
-        rank=ranks.rank,
-        world=ranks.world,
-        global_batch=training.global_batch,
-        threads=data.threads,
-        start_step=start,
-        error_budget=data.error_budget,
-        flip=data.flip and "image" in source.spec,
-        seed=recipe.seed,
-    ) as loader:
+    closing_tracker = closing(tracker) if tracker else nullcontext()
+    with (
+        closing_tracker,
+        Loader(
+            source,
+            order,
+            rank=ranks.rank,
+            world=ranks.world,
+            global_batch=training.global_batch,
+            threads=data.threads,
+            start_step=start,
+            error_budget=data.error_budget,
+            flip=data.flip and "image" in source.spec,
+            seed=recipe.seed,
+        ) as loader,
+    ):
         figures = train(task, training, loader, start=start, seed=recipe.seed, folder=folder, tracker=tracker)
         bad = sum(loader.bad.values())
-    if tracker:
-        tracker.close()
     return {"steps": training.steps, "parameters": size, "bad_samples": bad, **figures}

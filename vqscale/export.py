@@ -32,10 +32,12 @@ class TrainedTokenizer:
     fingerprint: str
     """sha256 of the weights; code shards carry it."""
     device: torch.device
+    bf16: bool = False
+    """Whether the networks run under bf16 autocast. As in training, so that both pick identical codes."""
 
     @torch.no_grad()
     def encode(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.uint16]]:
-        """Code grids [B, side, side] by level name, of images uint8 [B, S, S, 3]. Always in fp32.
+        """Code grids [B, side, side] by level name, of images uint8 [B, S, S, 3].
 
         Raises:
             UserError: the images have another size than the tokenizer was trained for.
@@ -45,14 +47,16 @@ class TrainedTokenizer:
                 f"images of shape {images.shape[1:]}, the tokenizer takes {(self.image_size, self.image_size, 3)}",
                 mend="crop and resize them first",
             )
-        codes = self.network.encode(from_uint8(images, self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            codes = self.network.encode(from_uint8(images, self.device))
         return {name: grid.cpu().numpy().astype(np.uint16) for name, grid in zip(self.levels, codes, strict=True)}
 
     @torch.no_grad()
     def decode(self, codes: Mapping[str, NDArray[np.integer]]) -> NDArray[np.uint8]:
         """Images uint8 [B, S, S, 3] of code grids by level name."""
         grids = [torch.from_numpy(codes[name].astype(np.int64)).to(self.device) for name in self.levels]
-        return to_uint8(self.network.decode(grids))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return to_uint8(self.network.decode(grids))
 
 
 def load_tokenizer(run: str | Path, device: str | torch.device = "cpu") -> TrainedTokenizer:
@@ -69,7 +73,8 @@ def load_tokenizer(run: str | Path, device: str | torch.device = "cpu") -> Train
     network.to(device)
     network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     names = tuple(level.name for level in recipe.tokenizer.levels)
-    return TrainedTokenizer(network, names, recipe.data.image_size, found.fingerprint(), torch.device(device))
+    bf16 = recipe.tokenizer.training.precision == "bf16"
+    return TrainedTokenizer(network, names, recipe.data.image_size, found.fingerprint(), torch.device(device), bf16)
 
 
 def load_prior(run: str | Path, device: str | torch.device = "cpu") -> Transformer:

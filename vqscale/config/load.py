@@ -60,7 +60,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError("no such file", where=str(path), mend="check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read ({error})", where=str(path)) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-45
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"is not YAML ({getattr(error, 'problem', error)})", where=f"{path}{line}") from None
@@ -75,7 +75,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
         raise UserError(f"{text!r} is no override", mend="write dotted.key=value")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2024-13-45
         raise UserError(f"the value {value!r} is not YAML", where=key, mend="quote it") from None
     node: Any = tree
     *parents, last = key.split(".")
@@ -99,14 +99,15 @@ def _child(node: Any, part: str, key: str) -> Any:
 
 
 def _index(node: list[Any], part: str, key: str) -> int:
-    if part.isdigit() and int(part) < len(node):
+    if part.isascii() and part.isdigit() and int(part) < len(node):
         return int(part)
     raise UserError(f"'{part}' is no item of a list of {len(node)}", where=key, mend=f"use 0 to {len(node) - 1}")
 
 
 def _explain(model: type[BaseModel], error: ValidationError, source: str) -> UserError:
     """The first fault as one line; the number of further ones behind it."""
-    faults = error.errors(include_url=False)
+    # Unknown keys first: a misspelt key that is required is also missing.
+    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     fault = faults[0]
     location = [str(part) for part in fault["loc"]]
     more = f" ({len(faults) - 1} more below it)" if len(faults) > 1 else ""

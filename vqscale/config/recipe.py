@@ -76,7 +76,9 @@ class Training(Section):
     global_batch: Positive
     """Samples of one step over all ranks."""
     learning_rate: Annotated[float, Field(gt=0)]
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the updates of the transformer's hidden matrices (AdamW keeps the rest)."""
     warmup: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up from zero."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -150,6 +152,12 @@ class Tokenizer(Section):
     """The codebooks of all levels."""
     training: Training
     """Optimisation."""
+
+    @model_validator(mode="after")
+    def _kernels_take_adamw(self) -> Self:
+        if self.training.optimizer == "muon":
+            raise ValueError("training.optimizer muon is for the prior's matrices; use adamw")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -49,7 +49,7 @@ def draw(first: int, count: int, size: int, seed: int) -> tuple[NDArray[np.uint8
 def parameters(first: int, count: int, seed: int) -> Clocks:
     """The parameters of clocks number `first` to `first + count - 1`."""
     unit = np.stack([np.random.default_rng((seed, first + i)).random(10) for i in range(count)])
-    radius = 0.34 + 0.12 * unit[:, 2]
+    radius = 0.37 + 0.09 * unit[:, 2]
     slack = 0.48 - radius  # the rim stays inside the image
     return Clocks(
         hour=np.minimum((unit[:, 0] * 12).astype(np.int64), 11),
@@ -83,8 +83,8 @@ def render(clocks: Clocks, size: int) -> NDArray[np.uint8]:
     _paint(image, distance, clocks.rim, size)
     _paint(image, distance + 0.055, clocks.face, size)
     hour_angle, minute_angle = hand_angles(clocks.hour, clocks.minute)
-    _paint(image, _hand(x, y, minute_angle, 0.78 * radius, 0.024), clocks.minute_hand, size)
-    _paint(image, _hand(x, y, hour_angle, 0.52 * radius, 0.044), clocks.hour_hand, size)
+    _paint(image, _hand(x, y, minute_angle, 0.78 * radius, 0.034), clocks.minute_hand, size)
+    _paint(image, _hand(x, y, hour_angle, 0.52 * radius, 0.052), clocks.hour_hand, size)
     return (image * 255 + 0.5).astype(np.uint8)
 
 

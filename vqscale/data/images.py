@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import struct
 import warnings
 import zlib
@@ -316,18 +315,3 @@ def _label(buffer: storage.Buffer, fields: dict[str, tuple[int, int]], classes: 
 def read_labels(where: str) -> list[int]:
     """Labels of all samples of an image shard; -1 for none, -2 for what is no label."""
     return _build_index(storage.open_shard(where), where, 0).labels
-
-
-def sheet(pictures: Sequence[Pixels]) -> bytes:
-    """Images of one size side by side, in about a square, as a PNG.
-
-    Args:
-        pictures: uint8 [S, S, 3] each.
-    """
-    columns = max(1, math.ceil(math.sqrt(len(pictures))))
-    size = pictures[0].shape[0] if len(pictures) else 1
-    page = np.full((max(1, -(-len(pictures) // columns)), columns, size, size, 3), 255, np.uint8)
-    for number, picture in enumerate(pictures):
-        page[number // columns, number % columns] = picture
-    rows, columns = page.shape[:2]
-    return encode_png(page.swapaxes(1, 2).reshape(rows * size, columns * size, 3))

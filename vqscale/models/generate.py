@@ -44,16 +44,14 @@ def generate(prior: Transformer, classes: Tensor, seeds: Sequence[int], sampling
     uniforms = torch.stack([_uniforms(seed, prior.length) for seed in seeds]).to(device)
     flat = [torch.zeros(len(rows), length, dtype=torch.int64, device=device) for length in prior.lengths]
     caches = prior.caches(len(rows), prior.class_token.weight)
-    token = rows
     for position in range(prior.length):
-        logits = prior.step(position, token, flat, caches).float()
+        logits = prior.step(position, rows, flat, caches).float()
         if guided:
             given, none = logits[:batch], logits[batch:]
             logits = none + sampling.guidance * (given - none)
         drawn = draw(logits, uniforms[:, position], sampling)
-        token = torch.cat([drawn, drawn]) if guided else drawn
         level, cell = prior.locate(position)
-        flat[level][:, cell] = token
+        flat[level][:, cell] = torch.cat([drawn, drawn]) if guided else drawn
     return [codes[:batch].view(batch, grid.side, grid.side) for codes, grid in zip(flat, prior.grids, strict=True)]
 
 

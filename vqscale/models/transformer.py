@@ -1,9 +1,9 @@
 """Decoder-only transformer over code grids: the coarsest level first, each level in raster order.
 
 The sequence of a sample is [class, c_0, …, c_{T-2}] and position t predicts c_t. What is known about the *target*
-of a position is added to its input: where it lies (learned, by level, row and column) and the code that lies over
-it in the next coarser level (Razavi et al. 2019, section 3.2, condition the bottom prior on the top in the same
-way). Layer norm before each branch and a GELU feed-forward, as in GPT-2
+of a position is added to its input: the class, where the target lies (learned, by level and cell), the code above it
+in its grid, and the code that covers it in the next coarser level (Razavi et al. 2019, section 3.2, condition the
+bottom prior on the top in the same way). Layer norm before each branch and a GELU feed-forward, as in GPT-2
 (Radford et al. 2019), without biases in norms and attention.
 """
 
@@ -97,6 +97,8 @@ class Transformer(nn.Module):
         self.class_token = nn.Embedding(classes + 1, width)  # the last one stands for "no class"
         self.tokens = nn.ModuleList(nn.Embedding(grid.codes, width) for grid in grids)
         self.positions = nn.ParameterList(nn.Parameter(torch.zeros(length, width)) for length in self.lengths)
+        self.class_everywhere = nn.Embedding(classes + 1, width)
+        self.above = nn.ModuleList(nn.Embedding(grid.codes, width) for grid in grids)
         self.parents = nn.ModuleList(nn.Embedding(grid.codes, width) for grid in grids[:-1])
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=False)
@@ -125,28 +127,35 @@ class Transformer(nn.Module):
         flat = [grid.flatten(1).long() for grid in codes]
         embedded = [tokens(grid) for tokens, grid in zip(self.tokens, flat, strict=True)]
         inputs = torch.cat([self.class_token(classes)[:, None], *embedded], dim=1)[:, :-1]
-        x = inputs + torch.cat([self._target(level, flat) for level in range(len(flat))], dim=1)
+        targets = torch.cat([self._targets(level, flat) for level in range(len(flat))], dim=1)
+        x = inputs + targets + self.class_everywhere(classes)[:, None]
         for block in self.blocks:
             x = block(x)
         parts = self.norm(x).split(self.lengths, dim=1)
         return [head(part) for head, part in zip(self.heads, parts, strict=True)]
 
-    def step(self, position: int, token: Tensor, flat: Sequence[Tensor], caches: Sequence[KeyValueCache]) -> Tensor:
-        """Logits [B, K] of the code at `position`, from the token before it and the cache.
+    def step(self, position: int, classes: Tensor, flat: Sequence[Tensor], caches: Sequence[KeyValueCache]) -> Tensor:
+        """Logits [B, K] of the code at `position`, from the codes before it and the cache.
 
         Args:
             position: number of the code in the sequence.
-            token: int [B]: the class at position 0, else the code before.
+            classes: int [B].
             flat: int64 [B, side²] a level; filled up to `position`.
             caches: one a layer, holding the positions before.
         """
         level, cell = self.locate(position)
-        source, _ = self.locate(position - 1) if position else (0, 0)
-        x = self.class_token(token) if position == 0 else self.tokens[source](token)
-        x = x + self.positions[level][cell]
+        if position:
+            before, at = self.locate(position - 1)
+            x = self.tokens[before](flat[before][:, at])
+        else:
+            x = self.class_token(classes)
+        x = x + self.class_everywhere(classes) + self.positions[level][cell]
         if level:
             parent = self._parent_cell(level)[cell]
             x = x + self.parents[level - 1](flat[level - 1][:, parent])
+        side = self.grids[level].side
+        if cell >= side:
+            x = x + self.above[level](flat[level][:, cell - side])
         x = x[:, None]
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, cache, position)
@@ -166,11 +175,14 @@ class Transformer(nn.Module):
             position -= length
         raise IndexError("position behind the end of the sequence")
 
-    def _target(self, level: int, flat: Sequence[Tensor]) -> Tensor:
-        where = self.positions[level]
-        if not level:
-            return where.expand(len(flat[0]), -1, -1)
-        return where + self.parents[level - 1](flat[level - 1][:, self._parent_cell(level)])
+    def _targets(self, level: int, flat: Sequence[Tensor]) -> Tensor:
+        """What is known of a level's cells before they are predicted: [B, side², width]."""
+        side = self.grids[level].side
+        above = self.above[level](flat[level][:, :-side])
+        known = self.positions[level] + F.pad(above, (0, 0, side, 0))
+        if level:
+            known = known + self.parents[level - 1](flat[level - 1][:, self._parent_cell(level)])
+        return known
 
     def _parent_cell(self, level: int) -> Tensor:
         return getattr(self, f"parent_{level}")

@@ -2,8 +2,8 @@
 
     checkpoints/STAGE/step-00000250/
       model.safetensors       parameters and buffers, codebooks with counts and sums among them
-      optimizer.safetensors   the optimizer's tensors
-      state.json              step and the optimizer's plain values
+      optimizer.safetensors   the optimizers' tensors
+      state.json              step and the optimizers' plain values
       manifest.json           size and sha256 of each file above; its presence is the commit
 
 Nothing here is a pickle, so loading runs no code.
@@ -12,9 +12,9 @@ Nothing here is a pickle, so loading runs no code.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_FORMAT = "vqscale-checkpoint/0"
 
 
 @dataclass(frozen=True)
@@ -45,34 +46,46 @@ class Checkpoint:
         """sha256 of the weights' file: what code shards carry to name their tokenizer."""
         return read_json(self.path / "manifest.json")["files"]["model.safetensors"]["sha256"]
 
-    def optimizer(self) -> dict[str, Any]:
-        """State as `torch.optim.Optimizer.load_state_dict` takes it."""
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in load_file(self.path / "optimizer.safetensors").items():
-            index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = tensor
-        return {"state": state, "param_groups": read_json(self.path / "state.json")["param_groups"]}
+    def optimizers(self) -> dict[str, dict[str, Any]]:
+        """State of each optimizer by name, as `torch.optim.Optimizer.load_state_dict` takes it."""
+        groups = read_json(self.path / "state.json")["param_groups"]
+        states: dict[str, dict[str, Any]] = {
+            name: {"state": {}, "param_groups": value} for name, value in groups.items()
+        }
+        for entry, tensor in load_file(self.path / "optimizer.safetensors").items():
+            name, index, key = entry.split(".", 2)
+            states[name]["state"].setdefault(int(index), {})[key] = tensor
+        return states
 
 
-def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Any], keep: int) -> Checkpoint:
+def save(
+    folder: Path, step: int, model: dict[str, Tensor], optimizers: Mapping[str, dict[str, Any]], keep: int
+) -> Checkpoint:
     """Commit a checkpoint, then remove all but the newest `keep`. Called on rank 0 alone."""
-    final = folder / f"step-{step:08d}"
+    final = folder / _name(step)
+    for unfinished in folder.glob(".step-*"):  # of saves that were killed
+        shutil.rmtree(unfinished)
     beside = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     save_file(_contiguous(model), beside / "model.safetensors")
-    tensors = {f"{i}.{key}": value for i, entry in optimizer["state"].items() for key, value in entry.items()}
+    tensors = {
+        f"{name}.{index}.{key}": value
+        for name, optimizer in optimizers.items()
+        for index, entry in optimizer["state"].items()
+        for key, value in entry.items()
+    }
     save_file(_contiguous(tensors), beside / "optimizer.safetensors")
-    write_json(beside / "state.json", {"step": step, "param_groups": optimizer["param_groups"]})
+    groups = {name: optimizer["param_groups"] for name, optimizer in optimizers.items()}
+    write_json(beside / "state.json", {"step": step, "param_groups": groups})
     files = {name: {"bytes": (beside / name).stat().st_size, "sha256": _sha256(beside / name)} for name in _FILES}
     for name in _FILES:
         _sync(beside / name)
-    write_json(beside / "manifest.json", {"format": "vqscale-checkpoint/0", "step": step, "files": files})
+    write_json(beside / "manifest.json", {"format": _FORMAT, "step": step, "files": files})
     _sync(beside)
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
     _sync(folder)
-    _retire(folder, keep)
+    _retire(folder, step, keep)
     return Checkpoint(final, step)
 
 
@@ -104,22 +117,37 @@ def find_fault(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, None when nothing is."""
     try:
         manifest = read_json(path / "manifest.json")
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or no text at all
         return "manifest.json is not JSON"
     if manifest is None:
         return "was never committed (no manifest.json)"
-    for name, entry in manifest["files"].items():
+    try:
+        if (manifest["format"], _name(manifest["step"])) != (_FORMAT, path.name):
+            return f"manifest.json is that of {manifest['format']} step {manifest['step']}"
+        expected = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in _FILES}
+    except (KeyError, TypeError, ValueError):
+        return "manifest.json lacks what a manifest has"
+    for name, (size, sha256) in expected.items():
         file = path / name
         if not file.exists():
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+        if file.stat().st_size != size or _sha256(file) != sha256:
             return f"{name} is not what its manifest says"
     return None
 
 
-def _retire(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _retire(folder: Path, step: int, keep: int) -> None:
+    """Keep the newest `keep` up to `step`. Later ones were damaged: the run was resumed before them."""
+    own = _name(step)
+    found = sorted(path for path in folder.glob("step-*"))
+    kept = [path for path in found if path.name <= own][-keep:]
+    for path in found:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,6 +166,19 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load one optimizer's state (an entry of `Checkpoint.optimizers`) into the memory layout of its parameters.
+
+    Fused AdamW on the CPU walks parameter, gradient and moments by address: moments that are stored contiguously
+    would belong to other weights of a channels_last kernel.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -17,6 +19,8 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
 from vqscale.config.recipe import Training
+from vqscale.errors import UserError
+from vqscale.training.checkpoint import load_optimizer
 from vqscale.training.distributed import Ranks
 
 _EXPECTED = {("ddp", "cpu"): DistributedType.MULTI_CPU, ("ddp", "cuda"): DistributedType.MULTI_GPU}
@@ -41,7 +45,9 @@ class Engine:
         with warnings.catch_warnings():
             # Accelerate still passes DDP the old name of `forward_sync_buffers`.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.model, self.optimizer = self._accelerator.prepare(model, _optimizer(model, training))
+            optimizers = make_optimizers(model, training)
+            self.model, *prepared = self._accelerator.prepare(model, *optimizers.values())
+        self._optimizers = dict(zip(optimizers, prepared, strict=True))
         self.broadcast_buffers()
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -64,11 +70,32 @@ class Engine:
         self._accelerator.backward(loss)
         limit = self.training.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.bare.parameters(), limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.training, step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        rate = learning_rate(self.training, step)
+        for optimizer in self._optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
         return norm
+
+    def optimizer_states(self) -> dict[str, dict[str, Any]]:
+        """State of each optimizer by name, for a checkpoint."""
+        return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
+
+    def load_optimizers(self, states: Mapping[str, dict[str, Any]]) -> None:
+        """Take over the states of a checkpoint.
+
+        Raises:
+            UserError: it was written with another optimizer.
+        """
+        if set(states) != set(self._optimizers):
+            raise UserError(
+                f"the checkpoint's optimizers are {', '.join(states)}, the recipe's {', '.join(self._optimizers)}",
+                where="training.optimizer",
+                mend="resume with the settings it was trained with",
+            )
+        for name, optimizer in self._optimizers.items():
+            load_optimizer(optimizer, states[name])
 
 
 def learning_rate(training: Training, step: int) -> float:
@@ -95,14 +122,51 @@ def _accelerator(ranks: Ranks, strategy: str) -> Accelerator:
     return accelerator
 
 
-def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019); only kernels and matrices are decayed."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in embeddings]
-    kept = {id(p) for p in decayed}
+def make_optimizers(model: nn.Module, training: Training) -> dict[str, torch.optim.Optimizer]:
+    """The recipe's optimizers by name.
+
+    `adamw` (Loshchilov & Hutter 2019) takes everything, or with `muon` what Muon is not made for: embeddings, heads,
+    norms, biases and kernels. `muon` (Jordan et al. 2024) takes the matrices between hidden layers; its updates are
+    scaled to AdamW's size (Liu et al. 2025, section 2.2), so that both share one learning rate.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    # Learned positions are tables too.
+    tables |= {id(p) for m in model.modules() if isinstance(m, nn.ParameterList) for p in m.parameters()}
+    decayed = {id(p) for p in weights if p.dim() >= 2 and id(p) not in tables}
+    hidden = _hidden_matrices(model) if training.optimizer == "muon" else []
+    taken = {id(p) for p in hidden}
+    rest = [p for p in weights if id(p) not in taken]
     groups = [
-        {"params": decayed, "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if id(p) not in kept], "weight_decay": 0.0},
+        {"params": [p for p in rest if id(p) in decayed], "weight_decay": training.weight_decay},
+        {"params": [p for p in rest if id(p) not in decayed], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas, fused=True)
+    lr, decay = training.learning_rate, training.weight_decay
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "adamw": torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=training.betas, fused=True)
+    }
+    if hidden:
+        optimizers["muon"] = torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return optimizers
+
+
+def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of the linear layers inside the blocks of a network.
+
+    Raises:
+        UserError: it has none.
+    """
+    blocks = getattr(model, "blocks", nn.ModuleList())
+    found = [
+        parameter
+        for block in blocks
+        for module in block.modules()
+        if isinstance(module, nn.Linear)
+        for parameter in module.parameters()
+        if parameter.dim() == 2
+    ]
+    if not found:
+        raise UserError(
+            "muon needs linear layers in blocks, this network has none", where="training.optimizer", mend="use adamw"
+        )
+    return found

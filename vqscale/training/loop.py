@@ -84,7 +84,7 @@ def resume(task: Task, folder: Path) -> tuple[int, list[str]]:
         return 0, passed_over
     chosen = Checkpoint(Path(choice[0]), choice[1])
     checkpoint.load_into(engine.bare, chosen)
-    engine.optimizer.load_state_dict(chosen.optimizer())
+    engine.load_optimizers(chosen.optimizers())
     engine.broadcast()
     return chosen.step, passed_over
 
@@ -111,6 +111,8 @@ def train(
         tracker: on rank 0; None elsewhere.
     """
     engine, validation = task.engine, {}
+    if start >= training.steps:  # everything but the stage's marker was written
+        return _validate(task, start, None)
     window = _Window(time.perf_counter(), loader.wait_s)
     engine.model.train()
     for step, batch in zip(range(start, training.steps), loader, strict=False):
@@ -135,6 +137,8 @@ def train(
         if tracker and (done % training.picture_every == 0 or last or done == 1):
             task.pictures(done, tracker)
         if done % training.checkpoint_every == 0 or last:
+            # Whatever was not logged: a checkpoint of weights that are not numbers would push out the good ones.
+            require_finite(float(losses["total"].detach()), float(norm), done)
             _save(engine, folder, done, training.keep)
     return validation
 
@@ -184,5 +188,5 @@ def _validate(task: Task, done: int, tracker: Tracker | None) -> dict[str, float
 
 def _save(engine: Engine, folder: Path, step: int, keep: int) -> None:
     if engine.ranks.first:
-        checkpoint.save(folder, step, engine.bare.state_dict(), engine.optimizer.state_dict(), keep)
+        checkpoint.save(folder, step, engine.bare.state_dict(), engine.optimizer_states(), keep)
     engine.ranks.barrier()

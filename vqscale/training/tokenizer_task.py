@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqscale.config.recipe import Tokenizer
 from vqscale.data.loader import Batch
+from vqscale.data.sheet import colour_codes, tile
 from vqscale.models.pixels import from_uint8, to_uint8
 from vqscale.models.quantizer import Donors, LevelFigures, Statistics, update_codebooks
 from vqscale.models.vqvae import VQVAE, Output
@@ -18,7 +19,7 @@ from vqscale.seeds import mix
 from vqscale.training.engine import Engine
 from vqscale.training.guards import compare_codebooks
 from vqscale.training.loop import Task
-from vqscale.training.tracking import Tracker, colour_codes, tile
+from vqscale.training.tracking import Tracker
 
 
 class TokenizerTask(Task):
@@ -92,7 +93,8 @@ class TokenizerTask(Task):
             with self.engine.autocast():
                 rebuilt = self._model(pixels).images
             mse = ((rebuilt.float().clamp(-1, 1) - pixels) / 2).square().flatten(1).mean(dim=1).double().cpu()
-            sums += torch.stack([mse.sum(), (-10 * mse.log10()).sum(), torch.tensor(len(mse)).double()])
+            psnr = -10 * mse.clamp(min=1e-10).log10()
+            sums += torch.stack([mse.sum(), psnr.sum(), torch.tensor(len(mse)).double()])
         mse_sum, psnr_sum, count = self.engine.ranks.sum(sums.to(self.engine.ranks.device)).tolist()
         return {"mse": mse_sum / count, "psnr": psnr_sum / count}
 

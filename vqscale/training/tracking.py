@@ -16,7 +16,7 @@ class Tracker:
     """Figures and pictures of one stage on rank 0.
 
     One directory a stage, continued over attempts: what an earlier attempt wrote behind the step that this one
-    starts from is purged.
+    starts from is purged; that step itself was logged before its checkpoint was committed.
 
     Args:
         folder: TensorBoard's directory of the stage.
@@ -27,7 +27,7 @@ class Tracker:
     def __init__(self, folder: Path, events: EventLog, start: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start)
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         self._events = events
 
     def figures(self, step: int, figures: Mapping[str, float], *, rate: float | None = None) -> None:
@@ -64,21 +64,3 @@ class Tracker:
 
 _IN_EVENTS = {"loss/total": "loss", "speed/data_wait": "data_wait", "data/bad_samples": "bad_samples"}
 """What `status` and the progress display show, by its name in TensorBoard."""
-
-
-def tile(images: NDArray[np.uint8], columns: int, pad: int = 1) -> NDArray[np.uint8]:
-    """Images uint8 [n, H, W, 3] side by side, row by row, on white: uint8 [H', W', 3]."""
-    count, height, width, _ = images.shape
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + pad) - pad, columns * (width + pad) - pad, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + pad), i % columns * (width + pad)
-        sheet[top : top + height, left : left + width] = image
-    return sheet
-
-
-def colour_codes(codes: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
-    """Code grids [n, side, side] as pictures uint8 [n, size, size, 3]; a fixed colour for each code."""
-    palette = np.random.default_rng(0).integers(0, 256, (int(codes.max()) + 1, 3), dtype=np.uint8)
-    scale = max(1, size // codes.shape[1])
-    return palette[codes].repeat(scale, axis=1).repeat(scale, axis=2)

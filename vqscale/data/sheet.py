@@ -1,4 +1,4 @@
-"""Contact sheets with captions."""
+"""Many small pictures on one: tiles, code grids in colour, contact sheets with captions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,24 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 _PAD = 4
+
+
+def tile(images: NDArray[np.uint8], columns: int, pad: int = 1) -> NDArray[np.uint8]:
+    """Images uint8 [n, H, W, 3] side by side, row by row, on white: uint8 [H', W', 3]."""
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + pad) - pad, columns * (width + pad) - pad, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + pad), i % columns * (width + pad)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def colour_codes(codes: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
+    """Code grids [n, side, side] as pictures uint8 [n, size, size, 3]; a fixed colour for each code."""
+    palette = np.random.default_rng(0).integers(0, 256, (int(codes.max()) + 1, 3), dtype=np.uint8)
+    scale = max(1, size // codes.shape[1])
+    return palette[codes].repeat(scale, axis=1).repeat(scale, axis=2)
 
 
 def labelled_sheet(rows: Mapping[str, NDArray[np.uint8]], side: int = 64) -> NDArray[np.uint8]:

@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from vqscale.config.recipe import Sample
+from vqscale.data.sheet import tile
 from vqscale.export import TrainedTokenizer
 from vqscale.models.generate import Sampling, generate
 from vqscale.models.transformer import Transformer
 from vqscale.seeds import mix
-from vqscale.training.tracking import tile
 
 PREVIEW_CLASSES, PREVIEW_PER_CLASS = 12, 4
 

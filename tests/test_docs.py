@@ -1,0 +1,284 @@
+"""The documents are true: their commands and code run, their links lead somewhere, what they name is there.
+
+Every block ```console is executed line by line, with `$ ` before each command, and every block ```python as a whole,
+in the order of the document, in a folder of its own that holds the inputs a reader would have. Commands that train
+are given a tiny model, by settings put behind them. Excerpts that cannot run alone stand in blocks ```py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqscale.data.codes import CodeBlock, read_code_shard, write_code_shard
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+
+TINY = (
+    "data.streams=2 data.packet=2 data.shuffle=16 tokenizer.hidden=16 tokenizer.residual_blocks=1 "
+    "tokenizer.levels.0.codes=16 tokenizer.levels.1.codes=16 tokenizer.training.steps=4 "
+    "tokenizer.training.global_batch=8 prior.layers=1 prior.width=16 prior.heads=2 prior.training.steps=4 "
+    "prior.training.global_batch=8 sample.per_class=2 "
+    "resources.processes=1 resources.threads=1 resources.device=cpu"
+)
+TINY_CLOCKS = "data.clocks.train=96 data.clocks.validation=24 data.clocks.shards=4"
+
+BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ANY_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+STARTS = re.compile(r"^(make quickstart|vqscale (quickstart|submit|requeue)|torchrun)\b", re.MULTILINE)
+
+
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def blocks(document: str) -> list[tuple[str, list[str]]]:
+    """Language and lines of each block that is executed; of console blocks the commands."""
+    found = []
+    for language, content in BLOCK.findall(text_of(document)):
+        lines = content.splitlines()
+        if language == "console":
+            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+            assert lines, f"{document}: a console block without a command"
+        found.append((language, lines))
+    return found
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The shell's, with the tests' Python first, an index of runs in the folder, and no rank variables."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("VQSCALE_", "TORCHELASTIC_", "PET_")) and name not in ("RANK", "WORLD_SIZE")
+    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"
+    return kept | {"PATH": path, "VQSCALE_HOME": str(folder / ".home")}
+
+
+@dataclass
+class Desk:
+    """A folder with what a reader has, and a shell in it."""
+
+    folder: Path
+    started: list[str] = field(default_factory=list)
+    """Runs that would not end by themselves."""
+
+    def shell(self, command: str, seconds: int = 120) -> str:
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=self.folder,
+            env=environment(self.folder),
+            timeout=seconds,
+        )
+        assert done.returncode == 0, f"$ {command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        return done.stdout
+
+    def fill(self) -> None:
+        """Photographs, and an archive that looks like CIFAR-10."""
+        rng = np.random.default_rng(0)
+        for number in range(300):
+            path = self.folder / "photos" / ("cats", "dogs", "owls")[number % 3] / f"{number:03d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((96, 72)).save(path)
+        (self.folder / "photos" / "notes.txt").write_text("not an image\n")
+        content = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(content, "jpeg")
+        with tarfile.open(self.folder / "cifar-10.tar.gz", "w:gz", compresslevel=1) as archive:
+            for number in range(2_200):
+                member = tarfile.TarInfo(f"cifar-10/class{number % 10}/{number:05d}.jpg")
+                member.size = len(content.getvalue())
+                archive.addfile(member, io.BytesIO(content.getvalue()))
+
+    def close(self) -> None:
+        for run in self.started:
+            subprocess.run(["vqscale", "cancel", run], capture_output=True, check=False, env=environment(self.folder))
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make quickstart` starts, small: its run directory."""
+    desk = Desk(tmp_path_factory.mktemp("quickstart"))
+    printed = desk.shell(f"vqscale quickstart {TINY} {TINY_CLOCKS}", seconds=240)
+    assert "hour_accuracy" in printed
+    assert "sheet.png" in printed
+    return (desk.folder / "runs" / "latest").resolve()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(tmp_path)
+    made.fill()
+    yield made
+    made.close()
+
+
+def adopt(desk: Desk, run: Path) -> None:
+    """Make a run known here as if it had been started here."""
+    (desk.folder / "runs").mkdir(exist_ok=True)
+    (desk.folder / "runs" / "latest").symlink_to(run)
+    (desk.folder / "runs" / run.name).symlink_to(run)
+    shutil.copytree(run.parent.parent / ".home", desk.folder / ".home", dirs_exist_ok=True)
+
+
+def make(desk: Desk, target: str, request: pytest.FixtureRequest) -> None:
+    """A target is looked up, not made; what the quickstart would start has run small."""
+    planned = subprocess.run(["make", "-n", target], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert planned.returncode == 0, planned.stderr
+    if target == "quickstart":
+        assert planned.stdout.splitlines()[-1] == ".venv/bin/vqscale quickstart"
+        adopt(desk, request.getfixturevalue("quickstart"))
+
+
+def execute(desk: Desk, command: str, endless: bool, request: pytest.FixtureRequest) -> None:
+    program, *words = command.split()
+    if program == "make":
+        make(desk, words[0], request)
+    elif command == ". .venv/bin/activate":
+        assert re.search(r"^VENV +:= \.venv$", text_of("Makefile"), re.MULTILINE)
+    elif command == "pre-commit install":
+        assert "pre-commit" in text_of("pyproject.toml")
+        assert (ROOT / ".pre-commit-config.yaml").exists()
+    elif program == "tensorboard":
+        assert "images" in desk.shell(f"{command} --inspect")
+    elif command.startswith(("vqscale quickstart", "vqscale submit")):
+        submit(desk, command, endless)
+    elif command.startswith("vqscale plan"):
+        desk.shell(f"{command} {TINY}")
+    else:
+        desk.shell(command)
+        if command.startswith("vqscale requeue") and not endless:
+            desk.shell("vqscale status latest --watch")
+
+
+def submit(desk: Desk, command: str, endless: bool) -> None:
+    """Start a tiny run and wait for its end; or, where the document cancels it, one that does not end."""
+    clocks = f" {TINY_CLOCKS}" if "quickstart" in command else ""
+    whole = "--prepare-only" in command
+    stages = "" if whole or clocks else " --stages tokenizer"  # the quickstart has been through all of them
+    steps = " tokenizer.training.steps=1000000" if endless else ""
+    desk.shell(f"{command}{stages} {TINY}{clocks}{steps}")
+    if endless:
+        desk.started.append(json.loads(desk.shell("vqscale status latest --json"))["id"])
+    elif not whole:
+        state = desk.shell("vqscale status latest --watch").strip().splitlines()[-1]
+        assert state.endswith(": done"), state
+
+
+def runs() -> list[object]:
+    """The documents that hold something to execute."""
+    found: list[object] = []
+    for document in DOCUMENTS:
+        commands = "\n".join(line for _, lines in blocks(document) for line in lines)
+        if commands:
+            marks = [pytest.mark.dist] if STARTS.search(commands) else []
+            found.append(pytest.param(document, marks=marks, id=document))
+    return found
+
+
+@pytest.mark.parametrize("document", runs())
+def test_commands_run(document: str, desk: Desk, request: pytest.FixtureRequest) -> None:
+    for language, lines in blocks(document):
+        if language == "python":
+            script = desk.folder / "block.py"
+            script.write_text("\n".join(lines), encoding="utf-8")
+            desk.shell(f"{sys.executable} {script}")
+            continue
+        endless = any(line.startswith("vqscale cancel") for line in lines)
+        for command in lines:
+            execute(desk, command, endless, request)
+
+
+def test_ten_lines_read_a_code_shard(tmp_path: Path) -> None:
+    """The reader in docs/code-shards.md gives what ours gives, on several blocks."""
+    lines = next(lines for language, lines in blocks("docs/code-shards.md") if language == "python")
+    assert len([line for line in lines if line.strip()]) <= 10
+    place = tmp_path / "runs/latest/codes/train/shard-00000.tar"
+    rng = np.random.default_rng(0)
+    sizes = (5, 5, 2)
+    written = [
+        CodeBlock(
+            {"bottom": rng.integers(0, 65_536, (n, 8, 8)), "top": rng.integers(0, 512, (n, 4, 4))},
+            rng.integers(0, 10, n),
+            [f"{i:08d}" for i in range(n)],
+        )
+        for n in sizes
+    ]
+    write_code_shard(place, written)
+    names: dict[str, object] = {}
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        exec(compile("\n".join(lines), "docs/code-shards.md", "exec"), names)
+    finally:
+        os.chdir(before)
+    read, ours = names["codes"], read_code_shard(place)
+    assert isinstance(read, dict)
+    assert set(read) == set(ours) == {"bottom", "top", "label"}
+    for name, array in ours.items():
+        assert (read[name] == array).all()
+    assert names["keys"] == [key for block in written for key in block.keys]
+
+
+def test_settings_are_those_of_the_types() -> None:
+    spec = importlib.util.spec_from_file_location("make_recipes", ROOT / "docs" / "make_recipes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert text_of("docs/recipes.md") == module.page(), "run `make docs`"
+
+
+def anchors(document: str) -> set[str]:
+    """Where headings can be linked to, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", ANY_BLOCK.sub("", text_of(document)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def links(document: str) -> list[str]:
+    text = re.sub(r"`[^`\n]*`", "", ANY_BLOCK.sub("", text_of(document)))
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    for link in links(document):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / document).parent / path).resolve() if path else ROOT / document
+        assert target.exists(), f"{document} links to {link}"
+        if anchor:
+            assert anchor in anchors(str(target.relative_to(ROOT))), f"{document} links to {link}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_and_tests_that_are_named_exist(document: str) -> None:
+    text = text_of(document)
+    for path in re.findall(r"`((?:launcher|vqscale|pipelines|cluster|tests|docs)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"{document} names {path}"
+    for file, name in re.findall(r"`(test_\w+\.py)::(test_\w+)`", text):
+        assert f"def {name}(" in text_of(f"tests/{file}"), f"{document} names {file}::{name}"
+
+
+def test_readme_is_short_and_links_every_page() -> None:
+    assert len(text_of("README.md").splitlines()) <= 200
+    linked = {link.partition("#")[0] for link in links("README.md")}
+    assert {document for document in DOCUMENTS if document != "README.md"} <= linked

@@ -1,0 +1,264 @@
+"""Extraction: every sample once, with the tokenizer's codes, however often it is stopped."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import extract_codes, train_prior
+from tests.ranks import RanksFailedError, run_ranks
+from tests.recipes import write_recipe
+from tests.training_helpers import clock_run, stage_of
+from vqscale.config.layout import RunLayout
+from vqscale.data import clocks
+from vqscale.data.codes import CodeSource, read_code_shard, read_record
+from vqscale.data.images import ImageSource
+from vqscale.data.manifest import read_manifest, verify
+from vqscale.errors import UserError
+from vqscale.export import load_tokenizer
+from vqscale.files import read_json
+from vqscale.models.pixels import from_uint8
+from vqscale.models.quantizer import Donors
+from vqscale.training import checkpoint
+from vqscale.training.build import build_tokenizer
+from vqscale.training.distributed import process_group
+
+SPLITS = ("train", "validation")
+SHARDS = {"data__clocks": {"train": 90, "validation": 20, "shards": 5}, "extract": {"batch": 7, "block": 8}}
+
+
+def save_tokenizer(run: Path, seed: int, step: int = 8) -> None:
+    """A tokenizer with random weights, whose codes lie among the latents."""
+    torch.manual_seed(seed)
+    recipe = RunLayout(run).read_recipe()
+    network = build_tokenizer(recipe.tokenizer)
+    images, _ = clocks.draw(0, 64, recipe.data.image_size, seed)
+    pixels, donors = from_uint8(images, torch.device("cpu")), Donors(torch.arange(64), 64, seed)
+    network.initialise_codebooks(pixels, donors, lambda tensor: tensor)
+    folder = RunLayout(run).checkpoints("tokenizer")
+    checkpoint.save(folder, step, network.state_dict(), {"adamw": {"state": {}, "param_groups": []}}, keep=1)
+
+
+def extract(run: Path) -> dict[str, Any]:
+    """One rank of the stage."""
+    with process_group("cpu", 60) as ranks:
+        return extract_codes.main(stage_of("extract", run, ranks))
+
+
+def extract_and_die(run: Path, shards: int) -> None:
+    """As a kill: after so many shards of each rank, the next one is written but not yet recorded."""
+    written = 0
+    write_record = extract_codes.write_record
+
+    def write(folder: str, record: Any) -> None:
+        nonlocal written
+        written += 1
+        if written > shards:
+            raise KeyboardInterrupt
+        write_record(folder, record)
+
+    extract_codes.write_record = write  # type: ignore[assignment]
+    extract(run)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A run extracted over two ranks, and what each rank's stage returned."""
+    run = clock_run(tmp_path_factory.mktemp("extraction") / "run", **SHARDS)
+    save_tokenizer(run, 0)
+    return run, run_ranks(2, extract, run)
+
+
+def images_of(run: Path, split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """All images of a split in order, with labels and keys, shard by shard."""
+    url = str(run / "shards" / split)
+    manifest = read_manifest(url)
+    parts = [part for n in range(len(manifest.shards)) for part in ImageSource(url, manifest, 16).read_shard(n, 100)]
+    fields = [part[0] for part in parts]
+    keys = [key for part in parts for key in part[1]]
+    return np.concatenate([f["image"] for f in fields]), np.concatenate([f["label"] for f in fields]), keys
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted((run / "codes").rglob("*.tar*"))}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("split", SPLITS)
+def test_shards_hold_the_tokenizers_codes(finished: tuple[Path, Any], split: str) -> None:
+    run, _ = finished
+    images, labels, keys = images_of(run, split)
+    url = str(run / "codes" / split)
+    manifest = read_manifest(url)
+    assert verify(url, manifest) == []
+    assert [shard.name for shard in manifest.shards] == [s.name for s in read_manifest(run / "shards" / split).shards]
+    parts = [part for n in range(len(manifest.shards)) for part in CodeSource(url, manifest).read_shard(n, 100)]
+    assert [key for part in parts for key in part[1]] == keys
+    assert max(Counter(keys).values()) == 1
+    assert (np.concatenate([part[0]["label"] for part in parts]) == labels).all()
+    expected = load_tokenizer(run).encode(images)
+    for name, grid in expected.items():
+        got = np.concatenate([part[0][name] for part in parts])
+        assert got.dtype == np.uint16
+        assert np.array_equal(got, grid), name
+        assert len(np.unique(grid)) > 4
+
+
+@pytest.mark.dist
+def test_usage_is_that_of_the_shards(finished: tuple[Path, Any]) -> None:
+    run, (first, second) = finished
+    assert first == second
+    assert (first["train_samples"], first["validation_samples"]) == (90, 20)
+    paths = sorted((run / "codes" / "train").glob("*.tar"))
+    for name in ("bottom", "top"):
+        codes = np.concatenate([read_code_shard(path)[name].ravel() for path in paths])
+        counts = np.bincount(codes, minlength=16)
+        share = counts[counts > 0] / counts.sum()
+        assert first[f"usage_{name}"] == (counts > 0).mean()
+        assert first[f"perplexity_{name}"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+
+
+@pytest.mark.dist
+def test_the_number_of_ranks_changes_nothing(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    run, (figures, _) = finished
+    alone = clock_run(tmp_path / "alone", **SHARDS)
+    save_tokenizer(alone, 0)
+    assert extract_codes.main(stage_of("extract", alone)) == figures
+    assert contents(alone) == contents(run)
+
+
+@pytest.mark.dist
+@pytest.mark.fault
+def test_killed_and_started_again(finished: tuple[Path, Any], tmp_path: Path) -> None:
+    undisturbed, (figures, _) = finished
+    run = clock_run(tmp_path / "killed", **SHARDS)
+    save_tokenizer(run, 0)
+    with pytest.raises(RanksFailedError, match="KeyboardInterrupt"):
+        run_ranks(2, extract_and_die, run, 1)
+    folder = run / "codes" / "train"
+    assert not (folder / "manifest.json").exists()
+    fingerprint = load_tokenizer(run).fingerprint
+    recorded = [path for path in sorted(folder.glob("*.tar")) if read_record(str(folder), path.name, fingerprint)]
+    assert 1 <= len(recorded) < len(list(folder.glob("*.tar"))), (
+        "some are recorded, and one is written but not recorded"
+    )
+    before = {path: path.stat().st_mtime_ns for path in recorded}
+    recorded[0].with_name("half.tmp").write_bytes(b"left by somebody")
+    assert extract_codes.main(stage_of("extract", run)) == figures
+    assert {path: path.stat().st_mtime_ns for path in recorded} == before
+    assert contents(run) == contents(undisturbed)
+    again = {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+    extract_codes.main(stage_of("extract", run))
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")} == again
+
+
+@pytest.fixture
+def extracted(tmp_path: Path) -> Path:
+    run = clock_run(tmp_path / "run", **SHARDS)
+    save_tokenizer(run, 0)
+    extract_codes.main(stage_of("extract", run))
+    return run
+
+
+def test_a_lost_or_cut_shard_is_written_again(extracted: Path) -> None:
+    whole = contents(extracted)
+    first, second, *_ = sorted((extracted / "codes" / "train").glob("*.tar"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-512])
+    extract_codes.main(stage_of("extract", extracted))
+    assert contents(extracted) == whole
+
+
+def test_another_tokenizer_makes_all_of_it_stale(extracted: Path) -> None:
+    before, old = contents(extracted), load_tokenizer(extracted)
+    save_tokenizer(extracted, 1, step=16)
+    new = load_tokenizer(extracted)
+    assert new.fingerprint != old.fingerprint
+    with pytest.raises(UserError, match="made by another tokenizer; run the stage 'extract' again") as caught:
+        train_prior.main(stage_of("prior", extracted))
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(extracted / "codes" / "train") in str(caught.value)
+    extract_codes.main(stage_of("extract", extracted))
+    after = contents(extracted)
+    assert after.keys() == before.keys()
+    assert not any(after[name] == before[name] for name in after)
+    for split in SPLITS:
+        assert read_manifest(extracted / "codes" / split).fingerprint == new.fingerprint
+    images, _, _ = images_of(extracted, "validation")
+    path = extracted / "codes" / "validation" / read_manifest(extracted / "codes" / "validation").shards[0].name
+    assert np.array_equal(
+        read_code_shard(path)["bottom"], new.encode(images)["bottom"][: len(read_code_shard(path)["label"])]
+    )
+
+
+def test_stopped_between_two_tokenizers(extracted: Path) -> None:
+    """Shards of both lie in the folder: the old manifest must not make a prior believe them."""
+    save_tokenizer(extracted, 1, step=16)
+    stage = stage_of("extract", extracted)
+    tokenizer = load_tokenizer(extracted)
+    url = str(extracted / "shards" / "train")
+    source = ImageSource(url, read_manifest(url), 16)
+    folder = str(extracted / "codes" / "train")
+    extract_codes.write_record(folder, extract_codes.extract_shard(stage, tokenizer, source, 0, folder))
+    with pytest.raises(UserError, match="made by another tokenizer"):
+        train_prior.main(stage_of("prior", extracted))
+
+
+def test_unreadable_images_have_no_codes_and_are_counted(tmp_path: Path) -> None:
+    from tests.data_helpers import image_shards
+
+    for split, broken in (("train", {3: b"no image", 12: b""}), ("validation", {})):
+        image_shards(tmp_path / split, [10, 10], broken=broken)
+    run = tmp_path / "run"
+    run.mkdir()
+    shards = {"train": str(tmp_path / "train"), "validation": str(tmp_path / "validation")}
+    write_recipe(run / "recipe.yaml", data={"image_size": 16, "streams": 2, "packet": 2, **shards})
+    save_tokenizer(run, 0)
+    figures = extract_codes.main(stage_of("extract", run))
+    manifest = read_manifest(run / "codes" / "train")
+    assert (manifest.samples, manifest.skipped, manifest.counts) == (18, 2, [9, 9])
+    assert (figures["train_samples"], figures["train_skipped"]) == (18, 2)
+    keys = [
+        key
+        for n in range(2)
+        for _, part in CodeSource(str(run / "codes" / "train"), manifest).read_shard(n, 50)
+        for key in part
+    ]
+    assert not {"000003", "000012"} & set(keys)
+
+
+def test_encoding_does_not_depend_on_the_batch(extracted: Path) -> None:
+    tokenizer = load_tokenizer(extracted)
+    images, _, _ = images_of(extracted, "validation")
+    whole = tokenizer.encode(images)
+    single = [tokenizer.encode(image[None]) for image in images]
+    for name, grid in whole.items():
+        assert np.array_equal(np.concatenate([one[name] for one in single]), grid)
+    assert tokenizer.decode(whole).shape == images.shape
+
+
+def test_images_of_another_size_are_refused(extracted: Path) -> None:
+    with pytest.raises(UserError, match="the tokenizer takes"):
+        load_tokenizer(extracted).encode(np.zeros((1, 8, 8, 3), np.uint8))
+
+
+def test_no_tokenizer_is_one_line(tmp_path: Path) -> None:
+    run = clock_run(tmp_path / "run", **SHARDS)
+    with pytest.raises(UserError, match="no checkpoint; run the stage 'tokenizer' first"):
+        extract_codes.main(stage_of("extract", run))
+
+
+def test_records_are_json_and_arrays_are_no_pickles(extracted: Path) -> None:
+    folder = extracted / "codes" / "train"
+    record = read_json(next(folder.glob("*.tar.json")))
+    assert record["shard"]["samples"] == 18
+    for path in folder.glob("*.tar"):
+        content = path.read_bytes()
+        start = content.index(b"\x93NUMPY")
+        np.load(io.BytesIO(content[start:]), allow_pickle=False)

@@ -1,0 +1,290 @@
+"""Every setting of a training acts, evaluation changes nothing, and what goes wrong stops the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.recipes import tiny_recipe
+from tests.training_helpers import (
+    Experiment,
+    Recorder,
+    State,
+    clock_run,
+    code_shards,
+    one_process,
+    prior_experiment,
+    tokenizer_experiment,
+)
+from vqscale.config.recipe import Training
+from vqscale.models.quantizer import Codebook
+from vqscale.training import checkpoint
+from vqscale.training.distributed import Ranks
+from vqscale.training.engine import learning_rate, make_optimizers
+from vqscale.training.loop import train
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return clock_run(tmp_path_factory.mktemp("settings") / "run")
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("settings") / "codes"
+    code_shards(folder, shards=4)
+    return folder
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    with one_process(monkeypatch) as ranks:
+        yield ranks
+
+
+def tokenizer(ranks: Ranks, run: Path, **overrides: Any) -> Experiment:
+    """Settings under which all of them have something to do within a few steps."""
+    training = {"steps": STEPS, "warmup": 1, "clip": 0.05, "learning_rate": 1e-2}
+    quantizer = {"decay": 0.5, "restart_below": 0.5, "max_restarts": 3}
+    settings = {f"tokenizer__training__{key}": value for key, value in training.items()}
+    base = {**settings, "tokenizer__quantizer": quantizer}
+    for key, value in overrides.items():
+        if key.startswith("tokenizer__quantizer__"):
+            quantizer[key.removeprefix("tokenizer__quantizer__")] = value
+        else:
+            base[key] = value
+    return tokenizer_experiment(ranks, run, tiny_recipe(**base))
+
+
+def differs(one: State, other: State) -> bool:
+    return any(not np.array_equal(one[name], other[name]) for name in one)
+
+
+_plain: dict[str, tuple[State, Recorder]] = {}
+
+
+def plain(ranks: Ranks, run: Path, folder: Path) -> tuple[State, Recorder]:
+    """The unchanged settings, trained once."""
+    if not _plain:
+        made = tokenizer(ranks, run)
+        made.run(folder / "plain")
+        _plain["it"] = made.state(), made.recorder
+    return _plain["it"]
+
+
+def test_the_same_again_is_the_same(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    state, recorder = plain(alone, run, tmp_path)
+    assert sum(recorder.curve("bottom/restarted")) > 0
+    again = tokenizer(alone, run)
+    again.run(tmp_path / "again")
+    assert not differs(again.state(), state)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 1),
+        ("tokenizer__quantizer__commitment", 0.5),
+        ("tokenizer__quantizer__decay", 0.9),
+        ("tokenizer__quantizer__init", "random"),
+        ("tokenizer__quantizer__restarts", False),
+        ("tokenizer__quantizer__restart_below", 0.01),
+        ("tokenizer__quantizer__max_restarts", 1),
+        ("tokenizer__training__learning_rate", 2e-2),
+        ("tokenizer__training__warmup", 3),
+        ("tokenizer__training__schedule", "cosine"),
+        ("tokenizer__training__schedule", "linear"),
+        ("tokenizer__training__betas", [0.5, 0.95]),
+        ("tokenizer__training__betas", [0.9, 0.5]),
+        ("tokenizer__training__weight_decay", 0.1),
+        ("tokenizer__training__clip", 0.0),
+        ("tokenizer__training__precision", "bf16"),
+        ("tokenizer__training__global_batch", 16),
+        ("data__shuffle", 64),
+    ],
+)
+def test_every_setting_acts(key: str, value: Any, alone: Ranks, run: Path, tmp_path: Path) -> None:
+    state, _ = plain(alone, run, tmp_path)
+    changed = tokenizer(alone, run, **{key: value})
+    changed.run(tmp_path / "changed")
+    assert differs(changed.state(), state)
+
+
+def test_final_learning_rate_acts() -> None:
+    half = Training(steps=10, global_batch=2, learning_rate=1.0, schedule="linear", final_learning_rate=0.5)
+    assert learning_rate(half, 10) == 0.5
+    assert learning_rate(half, 5) == 0.75
+
+
+def test_restarts_off_restarts_nothing(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    off = tokenizer(alone, run, tokenizer__quantizer__restarts=False)
+    off.run(tmp_path)
+    assert sum(off.recorder.curve("bottom/restarted") + off.recorder.curve("top/restarted")) == 0
+
+
+def test_max_restarts_is_the_most_of_a_step(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    made = tokenizer(alone, run)
+    made.run(tmp_path)
+    assert max(made.recorder.curve("bottom/restarted")) == 3
+
+
+def test_bf16_keeps_weights_and_codebooks_in_fp32(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    made = tokenizer(alone, run, tokenizer__training__precision="bf16")
+    made.run(tmp_path)
+    assert {value.dtype for value in made.state().values()} == {np.dtype(np.float32)}
+
+
+def test_clip_limits_the_step_and_the_norm_is_logged_unclipped(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    _, recorder = plain(alone, run, tmp_path)
+    assert max(recorder.curve("optim/gradient_norm")) > 0.05
+    made = tokenizer(alone, run)
+    seen: list[float] = []
+    adamw = made.engine._optimizers["adamw"]
+    step = adamw.step
+
+    def look() -> None:
+        seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in made.engine.bare.parameters()])))
+        step()
+
+    adamw.step = look
+    made.run(tmp_path / "again")
+    assert seen[0] == pytest.approx(0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", [0.5, 1.0, 1.0, 0.8828427, 0.6, 0.3171573, 0.2]),
+    ],
+)
+def test_learning_rate_by_hand(schedule: str, expected: list[float]) -> None:
+    settings = {"steps": 6, "global_batch": 2, "learning_rate": 1.0, "warmup": 2, "final_learning_rate": 0.2}
+    training = Training(**settings, schedule=schedule)  # type: ignore[arg-type]
+    got = [learning_rate(training, step) for step in range(7)]
+    assert got == pytest.approx(expected)
+
+
+def test_the_learning_rate_that_acts_is_the_one_logged(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    made = tokenizer(alone, run, tokenizer__training__warmup=2)
+    adamw, used = made.engine._optimizers["adamw"], []
+    step = adamw.step
+
+    def look() -> None:
+        used.append(adamw.param_groups[0]["lr"])
+        step()
+
+    adamw.step = look
+    made.run(tmp_path)
+    assert used == made.recorder.curve("optim/learning_rate") == [0.005, 0.01, 0.01, 0.01]
+
+
+def test_only_matrices_and_kernels_decay(alone: Ranks, run: Path, codes: Path) -> None:
+    decay = {"tokenizer__training__weight_decay": 0.1, "prior__training__weight_decay": 0.1}
+    for made in (tokenizer(alone, run, **decay), prior_experiment(alone, codes, tiny_recipe(**decay))):
+        model = made.engine.bare
+        by_id = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = [g for o in make_optimizers(model, made.engine.training).values() for g in o.param_groups]
+        decays = {by_id[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+        assert decays.keys() == set(by_id.values())
+        for name, parameter in model.named_parameters():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            kernel = isinstance(owner, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and parameter.dim() > 1
+            assert decays[name] == (0.1 if kernel else 0.0), name
+
+
+def test_codebooks_are_no_parameters(alone: Ranks, run: Path) -> None:
+    model = tokenizer(alone, run).engine.bare
+    books = {id(value) for module in model.modules() if isinstance(module, Codebook) for value in module.buffers()}
+    assert len(books) == 6
+    assert not books & {id(parameter) for parameter in model.parameters()}
+
+
+def test_evaluation_and_pictures_change_nothing(alone: Ranks, run: Path, codes: Path, tmp_path: Path) -> None:
+    made, prior = tokenizer(alone, run), prior_experiment(alone, codes, tiny_recipe(prior__dropout=0.1))
+    pictures = ["images/input_and_reconstruction", "codes/bottom", "codes/top"]
+    for experiment, shown in ((made, [*pictures, "bottom/assignments", "top/assignments"]), (prior, [])):
+        experiment.run(tmp_path / str(len(shown)))
+        before, recorder = experiment.state(), Recorder()
+        modes = [module.training for module in experiment.engine.bare.modules()]
+        experiment.task.validate()
+        experiment.task.pictures(9, recorder)  # type: ignore[arg-type]
+        assert not differs(experiment.state(), before)
+        assert [module.training for module in experiment.engine.bare.modules()] == modes
+        assert recorder.shown == shown
+
+
+def test_validation_is_that_of_the_held_out_images(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    from vqscale.evaluation.metrics import mse, psnr
+    from vqscale.models.pixels import from_uint8, to_uint8
+
+    made = tokenizer(alone, run)
+    figures = made.run(tmp_path)
+    made.engine.bare.eval()
+    images = np.concatenate(list(made.task._held_out()))  # type: ignore[attr-defined]
+    with torch.no_grad():
+        rebuilt = to_uint8(made.engine.bare(from_uint8(images, torch.device("cpu"))).images)
+    assert len(images) == 16
+    assert figures["mse"] == pytest.approx(mse(images, rebuilt).mean(), rel=1e-2)  # that one is rounded to uint8
+    assert figures["psnr"] == pytest.approx(psnr(mse(images, rebuilt)).mean(), rel=1e-2)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    made = tokenizer(alone, run, tokenizer__training__learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"step \d: loss .*, gradient norm .*; lower the learning rate"):
+        made.run(tmp_path)
+
+
+def test_a_checkpoint_of_no_numbers_is_never_committed(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    """The loss is looked at when it is logged; a checkpoint between two log lines must not slip through."""
+    settings = {"steps": 40, "log_every": 40, "checkpoint_every": 3, "learning_rate": 1e30, "warmup": 0}
+    made = tokenizer(alone, run, **{f"tokenizer__training__{key}": value for key, value in settings.items()})
+    with pytest.raises(FloatingPointError):
+        made.run(tmp_path)
+    assert checkpoint.newest(tmp_path) == (None, [])
+
+
+def test_class_dropout(alone: Ranks, codes: Path) -> None:
+    """A share of the samples forgets its class, chosen by the place in the global batch alone."""
+    made = prior_experiment(alone, codes, tiny_recipe(prior__class_dropout=0.25))
+    task: Any = made.task
+    with made.loader() as loader:
+        dropped = []
+        for _, batch in zip(range(60), loader, strict=False):
+            classes = task._drop(task._classes(batch.fields), batch)
+            kept = classes != 12
+            assert (classes[kept].numpy() == batch.fields["label"][kept.numpy()]).all()
+            dropped.append((~kept).float().mean())
+    assert 0.18 < float(torch.stack(dropped).mean()) < 0.32
+    none = prior_experiment(alone, codes, tiny_recipe(prior__class_dropout=0.0))
+    assert (none.task._drop(torch.arange(8), batch) == torch.arange(8)).all()  # type: ignore[attr-defined]
+
+
+def test_a_skipped_update_is_skipped_everywhere(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    """The codebooks move in `after_step` alone: a step that fails before it leaves them."""
+    made = tokenizer(alone, run)
+    made.run(tmp_path / "first")
+    before = made.state()
+    made.task.after_step = lambda: None  # type: ignore[method-assign]
+    with made.loader(STEPS) as loader:
+        made.task.losses(next(loader))
+    assert not differs(made.state(), before)
+
+
+def test_loop_needs_no_tracker(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    made = tokenizer(alone, run)
+    with made.loader() as loader:
+        figures = train(
+            made.task, made.engine.training, loader, start=0, seed=0, folder=tmp_path / "silent", tracker=None
+        )
+    assert set(figures) == {"mse", "psnr"}
+    assert not differs(made.state(), plain(alone, run, tmp_path)[0])

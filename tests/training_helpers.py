@@ -1,0 +1,237 @@
+"""Small trainings with the real engine, loop, loader and tasks, for tests in one process or in several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from pipelines import generate, pack
+from pipelines.stage import Stage
+from tests.recipes import tiny_recipe, write_recipe
+from vqscale.config.layout import RunLayout
+from vqscale.config.recipe import Recipe
+from vqscale.data.codes import CodeBlock, CodeRecord, CodeSource, manifest_from_records, write_code_shard, write_record
+from vqscale.data.images import ImageSource
+from vqscale.data.loader import EvaluationReader, Loader
+from vqscale.data.manifest import CodeLevel, Manifest, read_manifest, write_manifest
+from vqscale.data.order import StreamOrder
+from vqscale.data.source import Source
+from vqscale.training.build import build_prior, build_tokenizer, grid_shapes
+from vqscale.training.distributed import Ranks, process_group
+from vqscale.training.engine import Engine
+from vqscale.training.loop import Task, resume, train
+from vqscale.training.prior_task import PriorTask
+from vqscale.training.tokenizer_task import TokenizerTask
+
+State = dict[str, np.ndarray]
+
+torch.set_num_threads(1)  # what tests compute is small: more threads would wait for each other
+
+
+class OneRank:
+    """A world of one, without a process group."""
+
+    rank, world, first = 0, 1, True
+    device = torch.device("cpu")
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def barrier(self) -> None:
+        pass
+
+
+def stage_of(name: str, run: Path, ranks: Any = None) -> Stage:
+    layout = RunLayout(run)
+    return Stage(name, layout, layout.read_recipe(), ranks or OneRank(), 1)
+
+
+def clock_run(run: Path, **overrides: Any) -> Path:
+    """A run directory whose clocks are drawn and packed, as its first two stages leave it."""
+    run.mkdir(parents=True)
+    write_recipe(run / "recipe.yaml", **overrides)
+    generate.main(stage_of("generate", run))
+    pack.main(stage_of("pack", run))
+    return run
+
+
+def many_streams(**overrides: Any) -> dict[str, Any]:
+    """Overrides of the tiny recipe: twelve streams, which 1, 2, 3 and 4 ranks can share."""
+    common = {
+        "data__clocks": {"train": 240, "validation": 30, "shards": 12},
+        "data__streams": 12,
+        "tokenizer__training__global_batch": 24,
+        "prior__training__global_batch": 24,
+    }
+    return common | overrides
+
+
+@contextmanager
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    """A process group of this process alone."""
+    world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in {**world, "LOCAL_WORLD_SIZE": 1, "OMP_NUM_THREADS": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        with process_group("cpu", 60) as ranks:
+            yield ranks
+    finally:
+        forget_accelerate()
+
+
+def forget_accelerate() -> None:
+    """Accelerate keeps its state for the life of a process."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+class Recorder:
+    """A tracker that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.lines: dict[int, dict[str, float]] = {}
+        self.shown: list[str] = []
+
+    def figures(self, step: int, figures: Mapping[str, float], *, rate: float | None = None) -> None:
+        self.lines[step] = dict(figures)
+
+    def scalars(self, step: int, figures: Mapping[str, float]) -> None:
+        self.lines.setdefault(step, {}).update(figures)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        assert image.dtype == np.uint8
+        assert image.ndim == 3
+        self.shown.append(name)
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        self.shown.append(name)
+
+    def curve(self, name: str) -> list[float]:
+        return [figures[name] for _, figures in sorted(self.lines.items())]
+
+
+class Experiment:
+    """A task of a recipe with its loader, on this rank.
+
+    Args:
+        ranks: this rank.
+        recipe: the settings.
+        task: over an engine with fresh weights.
+        source: the training shards.
+        counts: samples of each shard.
+    """
+
+    def __init__(self, ranks: Ranks, recipe: Recipe, task: Task, source: Source, counts: list[int]) -> None:
+        self.ranks, self.recipe, self.task, self.source, self.counts = ranks, recipe, task, source, counts
+        self.engine: Engine = task.engine
+        self.recorder = Recorder()
+
+    def loader(self, start: int = 0) -> Loader:
+        data = self.recipe.data
+        order = StreamOrder(
+            self.counts, seed=self.recipe.seed, streams=data.streams, packet=data.packet, shuffle=data.shuffle
+        )
+        return Loader(
+            self.source,
+            order,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            global_batch=self.engine.training.global_batch,
+            start_step=start,
+        )
+
+    def run(self, folder: Path) -> dict[str, float]:
+        """Resume from `folder` and train to the end."""
+        start, _ = resume(self.task, folder)
+        with self.loader(start) as loader:
+            return train(
+                self.task,
+                self.engine.training,
+                loader,
+                start=start,
+                seed=self.recipe.seed,
+                folder=folder,
+                tracker=self.recorder if self.ranks.first else None,  # type: ignore[arg-type]
+            )
+
+    def state(self) -> State:
+        """Weights, codebooks and the optimizer's tensors, in the order of their elements."""
+        model = {name: value.numpy().copy() for name, value in self.engine.bare.state_dict().items()}
+        moments = {
+            f"{optimizer}.{i}.{key}": value.numpy().copy()
+            for optimizer, state in self.engine.optimizer_states().items()
+            for i, entry in state["state"].items()
+            for key, value in entry.items()
+        }
+        return model | moments
+
+
+def tokenizer_experiment(ranks: Ranks, run: Path, recipe: Recipe, weights: int = 0) -> Experiment:
+    """The recipe's tokenizer over the shards of `run`; `weights` seeds the fresh network."""
+    forget_accelerate()
+    layout, size = RunLayout(run), recipe.data.image_size
+    train_url, held_out_url = (layout.shards(recipe, split) for split in ("train", "validation"))
+    manifest, held_out = read_manifest(train_url), read_manifest(held_out_url)
+    held_out_source = ImageSource(held_out_url, held_out, size)
+
+    def read_held_out(rank: int = ranks.rank, world: int = ranks.world) -> Iterator[np.ndarray]:
+        for batch in EvaluationReader(held_out_source, held_out.counts, rank, world, recipe.evaluate.batch):
+            yield batch.fields["image"]
+
+    torch.manual_seed(weights)
+    engine = Engine(build_tokenizer(recipe.tokenizer), recipe.tokenizer.training, ranks)
+    task = TokenizerTask(engine, recipe.tokenizer, recipe.seed, read_held_out, next(read_held_out(0, 1))[:4])
+    return Experiment(ranks, recipe, task, ImageSource(train_url, manifest, size), manifest.counts)
+
+
+def prior_experiment(ranks: Ranks, codes: Path, recipe: Recipe, weights: int = 0) -> Experiment:
+    """The recipe's prior over code shards."""
+    forget_accelerate()
+    manifest = read_manifest(codes)
+    source = CodeSource(str(codes), manifest)
+
+    def read_held_out() -> Iterator[dict[str, np.ndarray]]:
+        for batch in EvaluationReader(source, manifest.counts, ranks.rank, ranks.world, recipe.evaluate.batch):
+            yield batch.fields
+
+    torch.manual_seed(weights)
+    network = build_prior(recipe.prior, grid_shapes(recipe), len(manifest.classes))
+    engine = Engine(network, recipe.prior.training, ranks)
+    task = PriorTask(engine, recipe.prior, ["top", "bottom"], recipe.seed, read_held_out)
+    return Experiment(ranks, recipe, task, source, manifest.counts)
+
+
+def code_shards(folder: Path, shards: int = 12, samples: int = 20, seed: int = 0) -> Manifest:
+    """Code shards of the tiny recipe's shapes; a sample's codes follow from its class, with some noise."""
+    recipe, rng = tiny_recipe(), np.random.default_rng(seed)
+    names = []
+    for number in range(shards):
+        labels = rng.integers(0, 12, samples)
+        codes = {
+            level.name: (labels[:, None, None] + rng.integers(0, 3, (samples, side, side))) % level.codes
+            for side, level in zip(recipe.grids, recipe.tokenizer.levels, strict=True)
+        }
+        keys = [f"{number}-{i}" for i in range(samples)]
+        shard = write_code_shard(f"{folder}/s{number:02d}.tar", [CodeBlock(codes, labels, keys)])
+        write_record(str(folder), CodeRecord(shard=shard))
+        names.append(shard.name)
+    levels = [
+        CodeLevel(name=level.name, grid=side, codes=level.codes)
+        for side, level in zip(recipe.grids, recipe.tokenizer.levels, strict=True)
+    ]
+    classes = [f"{hour:02d}" for hour in range(12)]
+    manifest = manifest_from_records(
+        str(folder), names, levels=levels, classes=classes, image_size=16, fingerprint="", source={}
+    )
+    write_manifest(folder, manifest)
+    return manifest

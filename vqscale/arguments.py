@@ -1,0 +1,72 @@
+"""Command lines whose faults are one line: what is wrong, and the nearest that would be right.
+
+Used by `launcher` and `pipelines`, which may not import each other. Imports nothing heavy: `vqscale --help` waits
+for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from vqscale.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that raises `UserError` instead of printing its usage, and that takes no shortened options."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage."""
+        raise UserError(message, where=self.prog, mend=f"see {self.prog} --help")
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse a command line; options may stand anywhere.
+
+        Raises:
+            UserError: a wrong value, or an option that there is not; names the nearest.
+        """
+        # Asked first: a misspelt option would else be reported as the lack of the right one.
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
+                raise self._unknown(word)
+        # Intermixed, since `submit RECIPE seed=1 --follow prior.width=64` is what people type.
+        arguments, unknown = self.parse_known_intermixed_args(words)
+        if unknown:
+            raise self._unknown(unknown[0])
+        return arguments
+
+    def _unknown(self, word: str) -> UserError:
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        kind = "unknown option" if word.startswith("-") else "unexpected argument"
+        hint = did_you_mean(word.partition("=")[0], options)
+        return UserError(f"{kind} '{word}'", where=self.prog, mend=f"{hint}see {self.prog} --help")
+
+
+def require_command(name: str, commands: Iterable[str], where: str) -> None:
+    """Check the name of a command.
+
+    Args:
+        name: what was typed.
+        commands: those there are.
+        where: program that they belong to, for the error.
+
+    Raises:
+        UserError: there is no such command; names the nearest, and all.
+    """
+    names = list(commands)
+    if name not in names:
+        hint = did_you_mean(name, names)
+        raise UserError(f"unknown command '{name}'", where=where, mend=f"{hint}commands: {', '.join(names)}")
+
+
+def did_you_mean(word: str, valid: Sequence[str]) -> str:
+    """`did you mean 'NEAREST'? `, with a blank behind it; empty when nothing is near."""
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'? " if near else ""
