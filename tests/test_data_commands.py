@@ -29,7 +29,7 @@ def test_show_counts_and_draws(packed: Path, tmp_path: Path):
     shown = run("show", packed / "train", "--sheet", tmp_path / "sheet.png", "--samples", 9)
     assert shown.returncode == 0, shown.stderr
     assert "24 images of 8×8 in 3 classes" in shown.stdout
-    assert Image.open(tmp_path / "sheet.png").size == (24, 24)
+    assert Image.open(tmp_path / "sheet.png").size == (26, 26)  # three by three, a pixel apart
     counts = json.loads(run("show", packed / "train", "--json").stdout)["class_counts"]
     assert sum(counts.values()) == 24
     assert set(counts) == {"class0", "class1", "class2"}

@@ -243,6 +243,25 @@ def test_encoding_does_not_depend_on_the_batch(extracted: Path) -> None:
     assert tokenizer.decode(whole).shape == images.shape
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_codes_are_those_that_training_picks(precision: str, tmp_path: Path) -> None:
+    """Under the precision that the recipe trains with, whatever surrounds the call, at the extraction's batch."""
+    run = clock_run(tmp_path / "run", **SHARDS, tokenizer__training__precision=precision)
+    save_tokenizer(run, 0)
+    extract_codes.main(stage_of("extract", run))
+    tokenizer = load_tokenizer(run)
+    url = run / "codes" / "validation"
+    stored = read_code_shard(url / read_manifest(url).shards[0].name)
+    images = images_of(run, "validation")[0][:7]  # one batch
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        trained = tokenizer.network(from_uint8(images, torch.device("cpu"))).levels
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "fp32"):
+        encoded = tokenizer.encode(images)
+    for name, level in zip(tokenizer.levels, trained, strict=True):
+        assert np.array_equal(encoded[name], level.codes.numpy())
+        assert np.array_equal(stored[name][:7], level.codes.numpy())
+
+
 def test_images_of_another_size_are_refused(extracted: Path) -> None:
     with pytest.raises(UserError, match="the tokenizer takes"):
         load_tokenizer(extracted).encode(np.zeros((1, 8, 8, 3), np.uint8))

@@ -22,6 +22,7 @@ class EventLog:
     def __init__(self, path: Path, stage: str, attempt: int, unit: str, total: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
+        self.unit = unit
         self._head = {"stage": stage, "attempt": attempt, "unit": unit, "total": total}
         self._total = total
         self._first: tuple[float, int] | None = None

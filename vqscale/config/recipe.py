@@ -7,12 +7,13 @@ field is its description there.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 STAGES = ("generate", "pack", "tokenizer", "extract", "prior", "sample", "evaluate")
 """All stages, in the order in which data flows through them."""
@@ -21,7 +22,16 @@ STAGES = ("generate", "pack", "tokenizer", "extract", "prior", "sample", "evalua
 class Section(BaseModel):
     """Base of every part of a recipe: frozen, strict about keys, documented by attribute docstrings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_no_flags(cls, value: Any, info: ValidationInfo) -> Any:
+        """`steps: true` is a slip of the pen, not one step."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation in (int, float):
+            raise ValueError(f"is {str(value).lower()}; write a number")
+        return value
 
 
 class Clocks(Section):
@@ -83,9 +93,9 @@ class Training(Section):
     """Steps of linear warm-up from zero."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Course of the learning rate after the warm-up, down to `final_learning_rate`."""
-    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    final_learning_rate: Fraction = 0.0
     """Learning rate at the last step, as a fraction of the peak (unused by `constant`)."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay on matrices and kernels; vectors, norms and embeddings are not decayed."""
@@ -105,6 +115,12 @@ class Training(Section):
     """Checkpoints that are kept; older ones are removed after a newer one is committed."""
     hash_every: Positive = 50
     """Steps between two comparisons of the codebooks' hash across ranks (tokenizer only)."""
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Self:
+        if self.warmup > self.steps:
+            raise ValueError(f"warmup {self.warmup} is longer than steps {self.steps}; shorten it")
+        return self
 
 
 class Level(Section):
@@ -142,7 +158,7 @@ class Tokenizer(Section):
 
     levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=4)]
     """From the image upwards: the first is the finest (bottom), the last the coarsest (top)."""
-    hidden: Positive = 128
+    hidden: Annotated[int, Field(ge=2)] = 128
     """Channels of the convolutions."""
     residual_blocks: Positive = 2
     """Residual blocks of each encoder and decoder."""

@@ -105,7 +105,7 @@ def learning_rate(training: Training, step: int) -> float:
         return peak * (step + 1) / warmup
     if training.schedule == "constant":
         return peak
-    progress = min(1.0, (step - warmup) / max(1, training.steps - warmup))
+    progress = min(1.0, (step - warmup) / max(1, training.steps - 1 - warmup))
     fall = progress if training.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
     return peak * (1 - fall * (1 - final))
 

@@ -35,7 +35,7 @@ class Tracker:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
         if rate is not None:
-            self._writer.add_scalar("speed/rate", rate, step)
+            self._writer.add_scalar(f"speed/{self._events.unit.replace('/s', '')}_per_second", rate, step)
         self._events.log(step, rate=rate, **{_IN_EVENTS[k]: v for k, v in figures.items() if k in _IN_EVENTS})
         self._writer.flush()
 
