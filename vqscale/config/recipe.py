@@ -140,11 +140,13 @@ class Quantizer(Section):
     """The EMA codebooks (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019, section 2.1)."""
 
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
-    """EMA decay of counts and sums, a step."""
+    """EMA decay of counts and sums, a step; less in the first hundred or so: min(decay, (1 + n) / (10 + n))."""
     commitment: Annotated[float, Field(ge=0)] = 0.25
     """Weight beta of the commitment loss."""
     init: Literal["data", "random"] = "data"
-    """First codes: latents of the first batch, agreed across ranks, or a normal distribution."""
+    """First codes: latents of the first quantized batch, agreed across ranks, or a normal distribution."""
+    continuous_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps at the beginning in which the latents pass unquantized, so that the networks learn what to encode."""
     restarts: bool = True
     """Move dead codes onto latents of the current batch."""
     restart_below: Fraction = 0.05
@@ -168,6 +170,13 @@ class Tokenizer(Section):
     """The codebooks of all levels."""
     training: Training
     """Optimisation."""
+
+    @model_validator(mode="after")
+    def _quantizes_at_last(self) -> Self:
+        early, steps = self.quantizer.continuous_steps, self.training.steps
+        if early >= steps:
+            raise ValueError(f"quantizer.continuous_steps {early} leave none of training.steps {steps}; use fewer")
+        return self
 
     @model_validator(mode="after")
     def _kernels_take_adamw(self) -> Self:

@@ -142,15 +142,15 @@ class Codebook(nn.Module):
         self.sums.copy_(self.codes * expected)
 
     @torch.no_grad()
-    def update(self, counts: Tensor, sums: Tensor, donors: Tensor) -> Tensor:
+    def update(self, counts: Tensor, sums: Tensor, donors: Tensor, decay: float) -> Tensor:
         """Move the codes by the EMA of global statistics, then restart dead ones.
 
         Returns:
             int64 scalar: restarted codes.
         """
         expected = counts.sum() / len(counts)
-        self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
+        self.counts.lerp_(counts, 1 - decay)
+        self.sums.lerp_(sums, 1 - decay)
         # A code out of use keeps its place: counts and sums fade together, and their ratio is left alone
         # before both vanish in rounding.
         moving = self.counts > 1e-6 * expected
@@ -195,9 +195,20 @@ class LevelFigures:
 
 
 def update_codebooks(
-    codebooks: Sequence[Codebook], statistics: Sequence[Statistics], sum_over_ranks: SumOverRanks
+    codebooks: Sequence[Codebook],
+    statistics: Sequence[Statistics],
+    sum_over_ranks: SumOverRanks,
+    updates: int | None = None,
 ) -> list[LevelFigures]:
-    """Update all levels from one fused all-reduce; call it once, after the optimizer's step."""
+    """Update all levels from one fused all-reduce; call it once, after the optimizer's step.
+
+    Args:
+        codebooks: one a level.
+        statistics: what this rank's batch said about each.
+        sum_over_ranks: the all-reduce.
+        updates: how many came before. The first ones use a smaller decay, min(decay, (1 + n) / (10 + n)): latents
+            move fast at the beginning, and codes that lag behind are lost. None: the full decay.
+    """
     parts = [part for s in statistics for part in (s.counts, s.sums, s.donors, s.error)]
     fused = sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
     pieces = [
@@ -206,7 +217,8 @@ def update_codebooks(
     figures = []
     for level, codebook in enumerate(codebooks):
         counts, sums, donors, error = pieces[4 * level : 4 * level + 4]
-        restarted = codebook.update(counts, sums, donors)
+        decay = codebook.decay if updates is None else min(codebook.decay, (1 + updates) / (10 + updates))
+        restarted = codebook.update(counts, sums, donors, decay)
         figures.append(_figures(counts, error, restarted))
     return figures
 

@@ -119,14 +119,29 @@ class VQVAE(nn.Module):
         )
         self.decoder = decoder(dims[0] + (hidden if top else 0), channels, factors[0], widths)
 
-    def forward(self, images: Tensor, donors: Donors | None = None) -> Output:
-        """Reconstruct images [B, 3, S, S] (values about -1 to 1); pass donors in training to get statistics."""
+    def forward(self, images: Tensor, donors: Donors | None = None, *, quantized: bool = True) -> Output:
+        """Reconstruct images.
+
+        Args:
+            images: [B, 3, S, S], values about -1 to 1.
+            donors: in training, to get statistics.
+            quantized: False lets the latents pass as they are (the first steps of training); no levels then.
+        """
+        if not quantized:
+            return Output(self._decode_latents(self._come_down(images, lambda level, latents: latents)), [])
         levels = self.quantize(images, donors)
         return Output(self._decode_latents([level.latents for level in levels]), levels)
 
     def quantize(self, images: Tensor, donors: Donors | None = None) -> list[Quantized]:
         """Encode and quantize, level 0 first."""
-        return self._quantize(images, lambda level, latents: self._book(level)(latents, donors, level))
+        levels: list[Quantized] = []
+
+        def quantize(level: int, latents: Tensor) -> Tensor:
+            levels.insert(0, self._book(level)(latents, donors, level))
+            return levels[0].latents
+
+        self._come_down(images, quantize)
+        return levels
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -146,7 +161,7 @@ class VQVAE(nn.Module):
         One all-reduce a level; every rank ends with the same codes.
         """
 
-        def initialise(level: int, latents: Tensor) -> Quantized:
+        def initialise(level: int, latents: Tensor) -> Tensor:
             book = self._book(level)
             rows = latents.flatten(2).transpose(1, 2)
             drawn = sum_over_ranks(donors.draw(rows, level, len(book.codes)))
@@ -156,27 +171,28 @@ class VQVAE(nn.Module):
             book.initialise(
                 drawn + 1e-3 * spread * noise.to(drawn), donors.global_batch * rows.shape[1] / len(book.codes)
             )
-            return book(latents)
+            return book(latents).latents
 
-        self._quantize(images, initialise)
+        self._come_down(images, initialise)
 
     def _book(self, level: int) -> Codebook:
         book = self.codebooks[level]
         assert isinstance(book, Codebook)
         return book
 
-    def _quantize(self, images: Tensor, quantize: Callable[[int, Tensor], Quantized]) -> list[Quantized]:
+    def _come_down(self, images: Tensor, treat: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+        """Encode, then treat each level's latents from the top down; what comes of them is context of the next."""
         hidden = []
         for encoder in self.encoders:
             images = encoder(images)
             hidden.append(images)
-        levels: list[Quantized] = []
+        levels: list[Tensor] = []
         context: Tensor | None = None
         for level in reversed(range(len(hidden))):
             below = hidden[level] if context is None else torch.cat([hidden[level], context], dim=1)
-            levels.insert(0, quantize(level, self.before_quantizing[level](below)))
+            levels.insert(0, treat(level, self.before_quantizing[level](below)))
             if level:
-                context = self._context(level, levels[0].latents, context)
+                context = self._context(level, levels[0], context)
         return levels
 
     def _context(self, level: int, latents: Tensor, context: Tensor | None) -> Tensor:

@@ -27,8 +27,8 @@ class Task(ABC):
 
     engine: Engine
 
-    def begin(self, batch: Batch) -> None:
-        """Prepare from the first batch of a run that starts at step 0."""
+    def before_step(self, batch: Batch) -> None:
+        """Called before each step's forward."""
 
     @abstractmethod
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -118,8 +118,7 @@ def train(
     for step, batch in zip(range(start, training.steps), loader, strict=False):
         # All of torch's randomness (dropout) is a function of seed, step and rank: resuming needs no generator state.
         torch.manual_seed(mix(seed, step, engine.ranks.rank))
-        if step == 0:
-            task.begin(batch)
+        task.before_step(batch)
         losses = task.losses(batch)
         norm = engine.optimise(losses["total"], step)
         task.after_step()

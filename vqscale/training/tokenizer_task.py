@@ -13,7 +13,7 @@ from vqscale.config.recipe import Tokenizer
 from vqscale.data.loader import Batch
 from vqscale.data.sheet import colour_codes, tile
 from vqscale.models.pixels import from_uint8, to_uint8
-from vqscale.models.quantizer import Donors, LevelFigures, Statistics, update_codebooks
+from vqscale.models.quantizer import Codebook, Donors, LevelFigures, Statistics, update_codebooks
 from vqscale.models.vqvae import VQVAE, Output
 from vqscale.seeds import mix
 from vqscale.training.engine import Engine
@@ -47,10 +47,12 @@ class TokenizerTask(Task):
         self._statistics: list[Statistics] = []
         self._levels: list[LevelFigures] = []
         self._names = [level.name for level in settings.levels]
+        self._updates = 0
 
-    def begin(self, batch: Batch) -> None:
-        """Data-dependent first codes, agreed across ranks."""
-        if self._settings.quantizer.init == "data":
+    def before_step(self, batch: Batch) -> None:
+        """At the first quantized step: data-dependent first codes, agreed across ranks."""
+        self._updates = batch.step - self._settings.quantizer.continuous_steps
+        if self._updates == 0 and self._settings.quantizer.init == "data":
             images = from_uint8(batch.fields["image"], self.engine.ranks.device)
             with torch.no_grad(), self.engine.autocast():
                 self._model.initialise_codebooks(images, self._donors(batch), self.engine.ranks.sum)
@@ -59,21 +61,25 @@ class TokenizerTask(Task):
         """Reconstruction (mean squared error in [-1, 1]) and commitment a level."""
         images = from_uint8(batch.fields["image"], self.engine.ranks.device)
         with self.engine.autocast():
-            output: Output = self.engine.model(images, self._donors(batch))
+            output: Output = self.engine.model(images, self._donors(batch), quantized=self._quantized)
         self._statistics = [level.statistics for level in output.levels if level.statistics is not None]
         reconstruction = F.mse_loss(output.images.float(), images)
         commitments = [level.commitment for level in output.levels]
-        total = reconstruction + self._settings.quantizer.commitment * torch.stack(commitments).sum()
-        parts = {f"commitment_{name}": value for name, value in zip(self._names, commitments, strict=True)}
+        total = reconstruction + self._settings.quantizer.commitment * sum(
+            commitments, torch.zeros_like(reconstruction)
+        )
+        parts = {f"commitment_{name}": value for name, value in zip(self._names, commitments, strict=False)}
         return {"total": total, "reconstruction": reconstruction, **parts}
 
     def after_step(self) -> None:
         """The one codebook update of the step."""
-        self._levels = update_codebooks(list(self._model.codebooks), self._statistics, self.engine.ranks.sum)  # type: ignore[arg-type]
+        if self._quantized:
+            books: list[Codebook] = list(self._model.codebooks)  # type: ignore[arg-type]
+            self._levels = update_codebooks(books, self._statistics, self.engine.ranks.sum, self._updates)
 
     def figures(self) -> dict[str, float]:
         """Usage, perplexity, restarts and distance a level, over the last global batch."""
-        named = zip(self._names, self._levels, strict=True)
+        named = zip(self._names, self._levels, strict=False)  # none before the first quantized step
         return {
             f"{name}/{key}": float(getattr(level, key))
             for name, level in named
@@ -91,7 +97,7 @@ class TokenizerTask(Task):
         for images in self._held_out():
             pixels = from_uint8(images, self.engine.ranks.device)
             with self.engine.autocast():
-                rebuilt = self._model(pixels).images
+                rebuilt = self._model(pixels, quantized=self._quantized).images
             mse = ((rebuilt.float().clamp(-1, 1) - pixels) / 2).square().flatten(1).mean(dim=1).double().cpu()
             psnr = -10 * mse.clamp(min=1e-10).log10()
             sums += torch.stack([mse.sum(), psnr.sum(), torch.tensor(len(mse)).double()])
@@ -104,15 +110,20 @@ class TokenizerTask(Task):
         pixels = from_uint8(self._fixed, self.engine.ranks.device)
         self._model.eval()
         with self.engine.autocast():
-            output = self._model(pixels)
+            output = self._model(pixels, quantized=self._quantized)
         self._model.train()
         pairs = np.stack([self._fixed, to_uint8(output.images)], axis=1)
         tracker.picture(step, "images/input_and_reconstruction", tile(pairs.reshape(-1, *pairs.shape[2:]), columns=8))
-        for name, level in zip(self._names, output.levels, strict=True):
+        for name, level in zip(self._names, output.levels, strict=False):
             grids = colour_codes(level.codes.cpu().numpy(), self._fixed.shape[1])
             tracker.picture(step, f"codes/{name}", tile(grids, columns=8))
-        for name, figures in zip(self._names, self._levels, strict=True):
+        for name, figures in zip(self._names, self._levels, strict=False):
             tracker.histogram(step, f"{name}/assignments", figures.counts.cpu().numpy())
+
+    @property
+    def _quantized(self) -> bool:
+        """Whether the current step quantizes; the first ones may let the latents pass."""
+        return self._updates >= 0
 
     def _donors(self, batch: Batch) -> Donors:
         index = torch.from_numpy(batch.index).to(self.engine.ranks.device)
