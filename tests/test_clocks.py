@@ -49,4 +49,4 @@ def test_clocks_vary() -> None:
     assert np.ptp(many.radius) > 0.08
     assert np.ptp(many.centre[:, 0]) > 0.1
     for colour in (many.background, many.face, many.rim, many.hour_hand, many.minute_hand):
-        assert (colour.std(axis=0) > 0.02).all()
+        assert colour.std(axis=0).max() > 0.04

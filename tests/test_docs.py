@@ -32,6 +32,7 @@ DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for pat
 TINY = (
     "data.streams=2 data.packet=2 data.shuffle=16 tokenizer.hidden=16 tokenizer.residual_blocks=1 "
     "tokenizer.levels.0.codes=16 tokenizer.levels.1.codes=16 tokenizer.training.steps=4 "
+    "tokenizer.quantizer.continuous_steps=0 "
     "tokenizer.training.global_batch=8 prior.layers=1 prior.width=16 prior.heads=2 prior.training.steps=4 "
     "prior.training.global_batch=8 sample.per_class=2 "
     "resources.processes=1 resources.threads=1 resources.device=cpu"

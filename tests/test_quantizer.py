@@ -61,6 +61,15 @@ def test_update_is_the_ema_of_counts_and_sums() -> None:
     torch.testing.assert_close(book.codes, sums / counts[:, None])
 
 
+def test_the_first_updates_follow_faster() -> None:
+    """min(decay, (1 + n) / (10 + n)): a tenth at the first update, the full decay later."""
+    for updates, decay in ((0, 0.1), (8, 0.5), (10_000, 0.9)):
+        book = make(decay=0.9)
+        before, seen = book.counts.clone(), book(latents(), everyone()).statistics
+        update_codebooks([book], [seen], alone, updates)
+        torch.testing.assert_close(book.counts, decay * before + (1 - decay) * seen.counts)
+
+
 def test_gradient_passes_straight_through() -> None:
     z = latents().requires_grad_()
     weights = torch.randn(z.shape)

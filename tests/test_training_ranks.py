@@ -79,12 +79,13 @@ def train_tokenizer(run: Path, recipe: Recipe, folder: Path, weights: int = 0) -
     """Train over this process's ranks; goes on from what `folder` holds."""
     with process_group("cpu", 60) as ranks:
         made, found = tokenizer_experiment(ranks, run, recipe, weights), Training()
-        begin, adamw = made.task.begin, made.engine._optimizers["adamw"]
+        before_step, adamw = made.task.before_step, made.engine._optimizers["adamw"]
         step = adamw.step
 
-        def begin_and_look(batch: Any) -> None:
-            begin(batch)
-            found.first_codes = [book.codes.numpy().copy() for book in made.engine.bare.codebooks]
+        def prepare_and_look(batch: Any) -> None:
+            before_step(batch)
+            if batch.step == 0:
+                found.first_codes = [book.codes.numpy().copy() for book in made.engine.bare.codebooks]
 
         def step_and_look() -> None:
             if not found.gradients:
@@ -92,7 +93,7 @@ def train_tokenizer(run: Path, recipe: Recipe, folder: Path, weights: int = 0) -
                 found.gradients = {name: value.grad.numpy().copy() for name, value in named}
             step()
 
-        made.task.begin = begin_and_look  # type: ignore[method-assign]
+        made.task.before_step = prepare_and_look  # type: ignore[method-assign]
         adamw.step = step_and_look
         found.validation = made.run(folder)
         found.state = made.state()
@@ -231,7 +232,7 @@ def plain_loop(run: Path, recipe: Recipe, steps: int) -> tuple[State, State]:
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 4)
             optimizer.step()
             statistics = [level.statistics for level in output.levels]
-            update_codebooks(list(model.codebooks), statistics, lambda tensor: tensor)  # type: ignore[arg-type]
+            update_codebooks(list(model.codebooks), statistics, lambda tensor: tensor, step)  # type: ignore[arg-type]
     return first, {name: value.numpy() for name, value in model.state_dict().items()}
 
 

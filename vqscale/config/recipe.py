@@ -116,12 +116,6 @@ class Training(Section):
     hash_every: Positive = 50
     """Steps between two comparisons of the codebooks' hash across ranks (tokenizer only)."""
 
-    @model_validator(mode="after")
-    def _warmup_ends(self) -> Self:
-        if self.warmup > self.steps:
-            raise ValueError(f"warmup {self.warmup} is longer than steps {self.steps}; shorten it")
-        return self
-
 
 class Level(Section):
     """One level of the hierarchy."""
