@@ -14,7 +14,7 @@ import torch
 
 from pipelines.stage import Stage, run_stage
 from vqscale.data import storage
-from vqscale.data.bad import BadPick
+from vqscale.data.bad import BadCount, BadPick
 from vqscale.data.codes import (
     CodeBlock,
     CodeRecord,
@@ -60,11 +60,11 @@ def extract_split(
 ) -> dict[str, torch.Tensor]:
     """Write this rank's code shards, then (rank 0) the manifest; returns the use of the codes over the whole split."""
     folder = str(stage.layout.codes(split))
-    manifest = source.manifest
+    manifest, count = source.manifest, BadCount(stage.recipe.data.error_budget)
     for number, shard in enumerate(evaluation_shards_of(manifest, stage)):
         record = read_record(folder, source.name(shard), tokenizer.fingerprint)
         if record is None:
-            write_record(folder, extract_shard(stage, tokenizer, source, shard, folder))
+            write_record(folder, extract_shard(stage, tokenizer, source, shard, folder, count))
         if events:
             events.log(number + 1)
     stage.ranks.barrier()
@@ -87,9 +87,9 @@ def extract_split(
 
 
 def extract_shard(
-    stage: Stage, tokenizer: TrainedTokenizer, source: ImageSource, shard: int, folder: str
+    stage: Stage, tokenizer: TrainedTokenizer, source: ImageSource, shard: int, folder: str, count: BadCount
 ) -> CodeRecord:
-    """Write one code shard and return its record."""
+    """Write one code shard and return its record; bad images are left out, counted and judged by `count`."""
     bad: list[BadPick] = []
     usage = {level.name: np.zeros(level.codes, np.int64) for level in stage.recipe.tokenizer.levels}
 
@@ -101,7 +101,9 @@ def extract_shard(
                     usage[name] += np.bincount(grid.ravel(), minlength=len(usage[name]))
                 yield CodeBlock(codes, fields["label"], keys)
 
-    written = write_code_shard(storage.join(folder, source.name(shard)), blocks())
+    where = storage.join(folder, source.name(shard))
+    written = write_code_shard(where, blocks())
+    count.add(source.manifest.counts[shard], bad)
     use = {name: counts.tolist() for name, counts in usage.items()}
     return CodeRecord(shard=written, fingerprint=tokenizer.fingerprint, skipped=len(bad), usage=use)
 

@@ -17,6 +17,7 @@ from tests.recipes import write_recipe
 from tests.training_helpers import clock_run, stage_of
 from vqscale.config.layout import RunLayout
 from vqscale.data import clocks
+from vqscale.data.bad import BadCount
 from vqscale.data.codes import CodeSource, read_code_shard, read_record
 from vqscale.data.images import ImageSource
 from vqscale.data.manifest import read_manifest, verify
@@ -205,7 +206,7 @@ def test_stopped_between_two_tokenizers(extracted: Path) -> None:
     url = str(extracted / "shards" / "train")
     source = ImageSource(url, read_manifest(url), 16)
     folder = str(extracted / "codes" / "train")
-    extract_codes.write_record(folder, extract_codes.extract_shard(stage, tokenizer, source, 0, folder))
+    extract_codes.write_record(folder, extract_codes.extract_shard(stage, tokenizer, source, 0, folder, BadCount(0.0)))
     with pytest.raises(UserError, match="made by another tokenizer"):
         train_prior.main(stage_of("prior", extracted))
 
@@ -218,8 +219,12 @@ def test_unreadable_images_have_no_codes_and_are_counted(tmp_path: Path) -> None
     run = tmp_path / "run"
     run.mkdir()
     shards = {"train": str(tmp_path / "train"), "validation": str(tmp_path / "validation")}
-    write_recipe(run / "recipe.yaml", data={"image_size": 16, "streams": 2, "packet": 2, **shards})
+    data = {"image_size": 16, "streams": 2, "packet": 2, **shards}
+    write_recipe(run / "recipe.yaml", data=data)
     save_tokenizer(run, 0)
+    with pytest.raises(UserError, match="2 of 20 samples are bad"):
+        extract_codes.main(stage_of("extract", run))
+    write_recipe(run / "recipe.yaml", data=data | {"error_budget": 0.01})
     figures = extract_codes.main(stage_of("extract", run))
     manifest = read_manifest(run / "codes" / "train")
     assert (manifest.samples, manifest.skipped, manifest.counts) == (18, 2, [9, 9])
