@@ -141,7 +141,9 @@ def adopt(desk: Desk, run: Path) -> None:
 
 def make(desk: Desk, target: str, request: pytest.FixtureRequest) -> None:
     """A target is looked up, not made; what the quickstart would start has run small."""
-    planned = subprocess.run(["make", "-n", target], capture_output=True, text=True, check=False, cwd=ROOT)
+    planned = subprocess.run(
+        ["make", "--no-print-directory", "-n", target], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert planned.returncode == 0, planned.stderr
     if target == "quickstart":
         assert planned.stdout.splitlines()[-1] == ".venv/bin/vqscale quickstart"
