@@ -59,5 +59,5 @@ def train_stage(
         ) as loader,
     ):
         figures = train(task, training, loader, start=start, seed=recipe.seed, folder=folder, tracker=tracker)
-        bad = sum(loader.bad.values())
+        bad = sum(ranks.gather(sum(loader.bad.values())))
     return {"steps": training.steps, "parameters": size, "bad_samples": bad, **figures}

@@ -154,8 +154,9 @@ def _log(
 ) -> None:
     """Mean losses over the ranks and what the window measured; collective."""
     ranks = task.engine.ranks
-    values = torch.stack([value.detach().float() for value in losses.values()])
-    means = dict(zip(losses, (ranks.sum(values) / ranks.world).tolist(), strict=True))
+    bad = losses["total"].new_tensor(float(sum(loader.bad.values())), dtype=torch.float32)
+    *sums, bad_samples = ranks.sum(torch.stack([*(v.detach().float() for v in losses.values()), bad])).tolist()
+    means = {name: value / ranks.world for name, value in zip(losses, sums, strict=True)}
     require_finite(means["total"], float(norm), done)
     figures = task.figures()
     if tracker is None:
@@ -169,7 +170,7 @@ def _log(
             "optim/learning_rate": learning_rate(training, done - 1),
             "optim/gradient_norm": float(norm),
             "speed/data_wait": (loader.wait_s - window.waited) / seconds,
-            "data/bad_samples": sum(loader.bad.values()),
+            "data/bad_samples": bad_samples,
         },
         rate=window.steps * training.global_batch / seconds,
     )
