@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from vqscale.arguments import OneLineParser, require_command
+from vqscale.arguments import OneLineParser, choose_command
 from vqscale.errors import EXIT_USER_ERROR, UserError
 
 _HEAD = "Train discrete image models at scale: VQ-VAE-2 tokenizers and priors over their codes."
@@ -166,10 +166,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: unknown command or option; names the nearest.
     """
     parser, commands = build_parser()
-    name = argv[0] if argv else "--help"
-    if name in ("-h", "--help"):
-        parser.parse_args(["--help"])
-    require_command(name, commands, "vqscale")
+    name = choose_command(parser, commands, argv)
     if name == "data":  # its options, --help included, belong to the pipeline behind it
         return argparse.Namespace(handler="other:data", arguments=list(argv[1:]))
     return commands[name].parse(argv[1:])

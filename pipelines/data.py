@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vqscale.arguments import OneLineParser, require_command
+from vqscale.arguments import OneLineParser, choose_command
 from vqscale.data import storage
 from vqscale.data.manifest import IMAGES, Manifest, Shard, read_manifest, verify
 from vqscale.errors import EXIT_USER_ERROR, UserError
@@ -34,11 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser, commands = _parsers()
-    name = arguments[0] if arguments else "--help"
-    if name in ("-h", "--help"):
-        parser.parse_args(["--help"])
-    require_command(name, commands, "vqscale data")
-    return commands[name].parse(arguments[1:])
+    return commands[choose_command(parser, commands, arguments)].parse(arguments[1:])
 
 
 def _parsers() -> tuple[OneLineParser, dict[str, OneLineParser]]:

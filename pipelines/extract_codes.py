@@ -20,6 +20,7 @@ from vqscale.data.codes import (
     CodeRecord,
     manifest_from_records,
     read_record,
+    read_records,
     write_code_shard,
     write_record,
 )
@@ -68,12 +69,11 @@ def extract_split(
         if events:
             events.log(number + 1)
     stage.ranks.barrier()
-    names = [shard.name for shard in manifest.shards]
+    records = read_records(folder, [shard.name for shard in manifest.shards], tokenizer.fingerprint)
     if stage.ranks.first:
         levels = zip(stage.recipe.grids, stage.recipe.tokenizer.levels, strict=True)
         finished = manifest_from_records(
-            folder,
-            names,
+            records,
             levels=[CodeLevel(name=level.name, grid=side, codes=level.codes) for side, level in levels],
             classes=manifest.classes,
             image_size=stage.recipe.data.image_size,
@@ -82,8 +82,7 @@ def extract_split(
         )
         write_manifest(folder, finished)
     stage.ranks.barrier()
-    records = [read_record(folder, name, tokenizer.fingerprint) for name in names]
-    return {name: torch.tensor([r.usage[name] for r in records if r]).sum(dim=0) for name in tokenizer.levels}
+    return {name: torch.tensor([record.usage[name] for record in records]).sum(dim=0) for name in tokenizer.levels}
 
 
 def extract_shard(

@@ -63,8 +63,8 @@ def run_stage(name: str, main: Callable[[Stage], dict[str, Any]]) -> None:
         name: stage name as in the recipe's order.
         main: the stage; returns its figures.
     """
-    layout = _run_directory(main.__doc__)
     try:
+        layout = _run_directory(main.__doc__)
         with _recorded(layout, name):
             record(_run)(name, main, layout)
     except UserError as error:
@@ -79,11 +79,7 @@ def _run_directory(text: str | None) -> RunLayout:
     # unless `--` stands before the module.
     where = "run directory (`vqscale submit --prepare-only` makes one)"
     parser.add_argument("--run-dir", "--run", dest="run", type=Path, required=True, metavar="DIR", help=where)
-    try:
-        return RunLayout(parser.parse(sys.argv[1:]).run.resolve())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+    return RunLayout(parser.parse(sys.argv[1:]).run.resolve())
 
 
 def _run(name: str, main: Callable[[Stage], dict[str, Any]], layout: RunLayout) -> None:

@@ -11,11 +11,13 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 _GRACE_S = 10.0
@@ -122,3 +124,11 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def torchrun(processes: int, *words: str) -> None:
+    """Run a stage under torch's elastic agent, as a user would; `words` stand behind the agent's own options."""
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    house = Path(__file__).parents[1]
+    done = subprocess.run([*agent, *words], cwd=house, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from vqscale.data.codes import (
     manifest_from_records,
     read_code_shard,
     read_record,
+    read_records,
     write_code_shard,
     write_record,
 )
@@ -40,7 +41,7 @@ def extracted(root: Path, counts: list[int]) -> Manifest:
         names.append(shard.name)
         first += count
     return manifest_from_records(
-        str(root), names, levels=LEVELS, classes=(), image_size=8, fingerprint="abc", source={}
+        read_records(str(root), names, "abc"), levels=LEVELS, classes=(), image_size=8, fingerprint="abc", source={}
     )
 
 
@@ -86,15 +87,7 @@ def test_records_say_what_is_finished(tmp_path: Path):
     (tmp_path / "c1.tar").write_bytes(b"cut")
     assert read_record(folder, "c1.tar", "abc") is None
     with pytest.raises(UserError, match=r"c1\.tar: code shard is not finished"):
-        manifest_from_records(
-            folder,
-            ["c0.tar", "c1.tar"],
-            levels=LEVELS,
-            classes=(),
-            image_size=8,
-            fingerprint="abc",
-            source={},
-        )
+        read_records(folder, ["c0.tar", "c1.tar"], "abc")
 
 
 def test_loads_like_images(tmp_path: Path):

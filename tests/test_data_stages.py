@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +5,7 @@ import pytest
 
 from pipelines import generate, pack
 from pipelines.stage import Stage
+from tests.ranks import torchrun
 from tests.recipes import write_recipe
 from vqscale.config.layout import RunLayout
 from vqscale.data.clock_reader import read_clocks
@@ -14,21 +13,6 @@ from vqscale.data.images import ImageSource
 from vqscale.data.manifest import read_manifest, verify
 from vqscale.events import last_event
 from vqscale.files import read_json
-
-HOUSE = Path(__file__).parents[1]
-
-
-def torchrun(stage: str, run: Path, processes: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, "-m", "--", f"pipelines.{stage}", "--run", str(run)],
-        cwd=HOUSE,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 class OneRank:
@@ -93,7 +77,7 @@ def test_stages_go_on_where_they_were(tmp_path: Path):
 def test_two_ranks_write_the_same_shards(tmp_path: Path):
     both, alone = run_directory(tmp_path / "both", 2), run_directory(tmp_path / "alone", 1)
     for name, module in (("generate", generate), ("pack", pack)):
-        torchrun(name, both, 2)
+        torchrun(2, "-m", "--", f"pipelines.{name}", "--run", str(both))
         module.main(stage(name, alone))
     assert hashes(both) == hashes(alone)
     layout = RunLayout(both)

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from tests.data_helpers import image_folder
+from tests.ranks import torchrun
 from tests.recipes import tiny_tree, write_recipe
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import STAGES
@@ -251,16 +252,7 @@ def test_a_stage_under_plain_torchrun(finished: Finished) -> None:
     layout = finished.layout
     before = read_json(layout.report)
     layout.report.unlink()
-    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*agent, "-m", "pipelines.evaluate", "--run-dir", str(layout.root)],
-        cwd=HOUSE,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun(2, "-m", "pipelines.evaluate", "--run-dir", str(layout.root))
     after = read_json(layout.report)
     for report in (before, after):
         del report["seconds"]

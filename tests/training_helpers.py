@@ -17,7 +17,15 @@ from pipelines.stage import Stage
 from tests.recipes import tiny_recipe, write_recipe
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
-from vqscale.data.codes import CodeBlock, CodeRecord, CodeSource, manifest_from_records, write_code_shard, write_record
+from vqscale.data.codes import (
+    CodeBlock,
+    CodeRecord,
+    CodeSource,
+    manifest_from_records,
+    read_records,
+    write_code_shard,
+    write_record,
+)
 from vqscale.data.images import ImageSource
 from vqscale.data.loader import EvaluationReader, Loader
 from vqscale.data.manifest import CodeLevel, Manifest, read_manifest, write_manifest
@@ -231,7 +239,7 @@ def code_shards(folder: Path, shards: int = 12, samples: int = 20, seed: int = 0
     ]
     classes = [f"{hour:02d}" for hour in range(12)]
     manifest = manifest_from_records(
-        str(folder), names, levels=levels, classes=classes, image_size=16, fingerprint="", source={}
+        read_records(str(folder), names, ""), levels=levels, classes=classes, image_size=16, fingerprint="", source={}
     )
     write_manifest(folder, manifest)
     return manifest

@@ -49,6 +49,19 @@ class OneLineParser(argparse.ArgumentParser):
         return UserError(f"{kind} '{word}'", where=self.prog, mend=f"{hint}see {self.prog} --help")
 
 
+def choose_command(parser: OneLineParser, commands: Iterable[str], words: Sequence[str]) -> str:
+    """The command that a line begins with; `--help`, or nothing, prints the parser's help and exits.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help"):
+        parser.parse_args(["--help"])
+    require_command(name, commands, parser.prog)
+    return name
+
+
 def require_command(name: str, commands: Iterable[str], where: str) -> None:
     """Check the name of a command.
 
@@ -66,7 +79,7 @@ def require_command(name: str, commands: Iterable[str], where: str) -> None:
         raise UserError(f"unknown command '{name}'", where=where, mend=f"{hint}commands: {', '.join(names)}")
 
 
-def did_you_mean(word: str, valid: Sequence[str]) -> str:
-    """`did you mean 'NEAREST'? `, with a blank behind it; empty when nothing is near."""
+def did_you_mean(word: str, valid: Sequence[str], prefix: str = "") -> str:
+    """`did you mean 'PREFIXNEAREST'? `, with a blank behind it; empty when nothing is near."""
     near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'? " if near else ""
+    return f"did you mean '{prefix}{near[0]}'? " if near else ""

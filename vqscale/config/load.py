@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import UnionType
@@ -11,6 +10,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from vqscale.arguments import did_you_mean
 from vqscale.config.recipe import Recipe
 from vqscale.errors import UserError
 
@@ -113,12 +113,11 @@ def _explain(model: type[BaseModel], error: ValidationError, source: str) -> Use
     more = f" ({len(faults) - 1} more below it)" if len(faults) > 1 else ""
     if fault["type"] == "extra_forbidden":
         valid = _keys_at(model, location[:-1])
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
-        mend = f"did you mean '{'.'.join([*location[:-1], near[0]])}'? " if near else ""
+        hint = did_you_mean(location[-1], valid, prefix="".join(f"{part}." for part in location[:-1]))
         return UserError(
             f"unknown key '{'.'.join(location)}'{more}",
             where=source,
-            mend=f"{mend}valid keys: {', '.join(valid)}",
+            mend=f"{hint}valid keys: {', '.join(valid)}",
         )
     key = ".".join(location)
     if fault["type"] == "missing":

@@ -112,9 +112,24 @@ def read_record(folder: str, name: str, fingerprint: str = "") -> CodeRecord | N
     return record if whole and record.fingerprint == fingerprint else None
 
 
+def read_records(folder: str, names: Sequence[str], fingerprint: str) -> list[CodeRecord]:
+    """The records of all shards, in the order of `names`.
+
+    Raises:
+        UserError: a shard is not recorded.
+    """
+    records = []
+    for name in names:
+        record = read_record(folder, name, fingerprint)
+        if record is None:
+            where = storage.join(folder, name)
+            raise UserError("code shard is not finished", where=where, mend="run the extraction again")
+        records.append(record)
+    return records
+
+
 def manifest_from_records(
-    folder: str,
-    names: Sequence[str],
+    records: Sequence[CodeRecord],
     *,
     levels: Sequence[CodeLevel],
     classes: Sequence[str],
@@ -125,27 +140,13 @@ def manifest_from_records(
     """The manifest of a finished extraction; the caller writes it.
 
     Args:
-        folder: the code shards' folder.
-        names: shards, in the order of the image shards.
+        records: of all shards, in the order of the image shards.
         levels: from the finest to the coarsest.
         classes: names of the labels.
         image_size: side of the encoded images.
         fingerprint: the tokenizer's.
         source: where the images came from.
-
-    Raises:
-        UserError: a shard is not recorded.
     """
-    records = []
-    for name in names:
-        record = read_record(folder, name, fingerprint)
-        if record is None:
-            raise UserError(
-                "code shard is not finished",
-                where=storage.join(folder, name),
-                mend="run the extraction again",
-            )
-        records.append(record)
     return Manifest(
         format=CODES,
         shards=tuple(record.shard for record in records),
