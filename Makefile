@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help setup quickstart test test-slow check format docs clean
+.PHONY: help setup quickstart test test-slow bench check format docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -16,14 +16,22 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# An S3 server for the tests, which nothing else needs.
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
 quickstart: setup  ## clock faces to sampled clocks on this machine, in about five minutes
 	$(BIN)/vqscale quickstart
 
-test: setup  ## everything that takes less than a minute a test
+test: $(VENV)/.ready-test  ## everything that takes less than a minute a test
 	$(BIN)/pytest -m 'not slow'
 
-test-slow: setup  ## the long tests: the whole quickstart with its promised figures
+test-slow: $(VENV)/.ready-test  ## the long tests: the whole quickstart with its promised figures
 	$(BIN)/pytest -m slow --timeout 1800
+
+bench: setup  ## throughput against peers and floors, written to out/bench; about ten minutes
+	$(BIN)/vqscale bench
 
 check: setup  ## linters and types
 	$(BIN)/ruff check .

@@ -44,6 +44,7 @@ SECTIONS = {
     "": "Recipe",
     "data": "Data",
     "data.clocks": "Clocks",
+    "data.remote": "Remote",
     "tokenizer": "Tokenizer",
     "tokenizer.levels.N": "Level",
     "tokenizer.quantizer": "Quantizer",
@@ -105,6 +106,8 @@ def _array(field: dict[str, Any], name: str) -> str:
     if "prefixItems" in field:
         return f"list of {len(field['prefixItems'])}: {_type(field['prefixItems'][0], name)}"
     item = _type(field["items"], f"{name}.N")
+    if "minItems" not in field:
+        return f"list: {item}"
     return f"list of {field['minItems']} to {field['maxItems']}: {item}"
 
 

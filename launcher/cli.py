@@ -123,10 +123,17 @@ def _add_other(add: Add) -> None:
     data = add(
         "data",
         "other:data",
-        "pack, verify and show image shards (vqscale data --help)",
+        "pack, index, verify and show image shards (vqscale data --help)",
         "vqscale data pack photos/ shards/ --size 64",
     )
     data.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    bench = add(
+        "bench",
+        "other:bench",
+        "measure throughput against peers and against what is possible (vqscale bench --help)",
+        "vqscale bench loader --data photos.tar",
+    )
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     add("schema", "other:schema", "print the JSON Schema of recipes", "vqscale schema > recipe.schema.json")
 
 
@@ -167,8 +174,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser, commands = build_parser()
     name = choose_command(parser, commands, argv)
-    if name == "data":  # its options, --help included, belong to the pipeline behind it
-        return argparse.Namespace(handler="other:data", arguments=list(argv[1:]))
+    if name in ("data", "bench"):  # their options, --help included, belong to the programs behind them
+        return argparse.Namespace(handler=f"other:{name}", arguments=list(argv[1:]))
     return commands[name].parse(argv[1:])
 
 

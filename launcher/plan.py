@@ -18,7 +18,7 @@ from launcher.registry import choose_directory
 from vqscale.config.inputs import check_inputs
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml, load_model, load_recipe
-from vqscale.config.recipe import Recipe
+from vqscale.config.recipe import Recipe, Shards
 from vqscale.errors import UserError
 from vqscale.files import read_json
 
@@ -141,8 +141,10 @@ def load_profile(on: str) -> Profile:
 
 def absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with its data folders made absolute, as seen from the current directory; URLs stay."""
-    folders = {name: _absolute(getattr(recipe.data, name)) for name in ("train", "validation")}
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=folders)})
+    data = recipe.data
+    places: dict[str, Any] = {name: _absolute(getattr(data, name)) for name in ("train", "validation")}
+    places["remote"] = data.remote.model_copy(update={"cache": _absolute(data.remote.cache)})
+    return recipe.model_copy(update={"data": data.model_copy(update=places)})
 
 
 def select_stages(recipe: Recipe, text: str | None, layout: RunLayout | None = None) -> tuple[str, ...]:
@@ -176,7 +178,9 @@ def _need(recipe: Recipe, stage: str) -> str | None:
     return "tokenizer" if stage == "evaluate" and not recipe.data.clocks else NEEDS.get(stage)
 
 
-def _absolute(text: str) -> str:
+def _absolute(text: Shards) -> Shards:
+    if not isinstance(text, str):
+        return tuple(str(_absolute(one)) for one in text)
     return text if not text or "://" in text else str(Path(text).expanduser().absolute())
 
 

@@ -6,7 +6,7 @@ Nothing is guessed: where the sources disagree, the status says so.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from launcher.state import RunState, StageState
 from vqscale.config.layout import RunLayout
 from vqscale.events import last_event
 from vqscale.files import read_json
+from vqscale.quarantine import count_by_kind
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class StageStatus:
     rate: float | None = None
     unit: str = ""
     eta_s: float | None = None
+    bad: dict[str, int] = field(default_factory=dict)
+    """Kind → bad samples on the stage's quarantine list."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ def _stage(layout: RunLayout, name: str, stage: StageState) -> StageStatus:
     state, message = stage.state, stage.message
     if state == "waiting" and layout.done(name).exists():
         state, message = "done", "started by hand"
-    base = StageStatus(name, state, stage.attempt, seconds, message)
+    bad = count_by_kind(layout.quarantine(name))
+    base = StageStatus(name, state, stage.attempt, seconds, message, bad=bad)
     event = last_event(layout.events(name))
     # An older attempt's line says nothing about this one.
     if event is None or (stage.attempt and event.get("attempt") != stage.attempt):

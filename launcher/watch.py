@@ -11,6 +11,7 @@ from launcher.status import RunStatus, StageStatus, read_status
 from vqscale.config.layout import RunLayout
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 _REFRESH_S = 0.5
@@ -34,11 +35,11 @@ def _follow_live(layout: RunLayout) -> RunStatus:
     from rich.live import Live
 
     status = read_status(layout)
-    with Live(table(status), console=Console(), refresh_per_second=4) as live:
+    with Live(view(status), console=Console(), refresh_per_second=4) as live:
         while not status.over:
             time.sleep(_REFRESH_S)
             status = read_status(layout)
-            live.update(table(status))
+            live.update(view(status))
     return status
 
 
@@ -87,7 +88,7 @@ def stage_line(stage: StageStatus) -> str:
         parts.append(f"attempt {stage.attempt}")
     if stage.state != "running" and stage.seconds is not None:
         parts.append(f"after {duration(stage.seconds)}")
-    parts += [text for text in (progress(stage), loss(stage), rate(stage)) if text]
+    parts += [text for text in (progress(stage), loss(stage), rate(stage), bad_samples(stage)) if text]
     if stage.eta_s is not None:
         parts.append(f"ETA {duration(stage.eta_s)}")
     if stage.message:
@@ -95,15 +96,21 @@ def stage_line(stage: StageStatus) -> str:
     return "  ".join(parts)
 
 
-def table(status: RunStatus) -> Table:
-    """A run as a table for rich."""
+def view(status: RunStatus) -> Group:
+    """A run for rich: the table of its stages, and below it what no column has room for."""
+    from rich.console import Group
+    from rich.text import Text
+
+    # Plain text, broken by the terminal alone: a caption of the table would be broken where the table ends.
+    return Group(_table(status), *(Text(line, overflow="fold") for line in below(status)))
+
+
+def _table(status: RunStatus) -> Table:
     from rich.markup import escape
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
     result = Table(title=escape(f"{status.id}: {status.words}"), title_justify="left", box=None, pad_edge=False)
-    # Below the table and not in a column, where a narrow terminal would cut it.
-    result.caption, result.caption_justify = escape(status.message), "left"
     for name in ("stage", "state", "step", "", "loss", "rate", "time", "ETA"):
         result.add_column(name, no_wrap=True, justify="right" if name in ("step", "loss", "rate", "time") else "left")
     for stage in status.stages:
@@ -122,6 +129,20 @@ def table(status: RunStatus) -> Table:
             duration(stage.eta_s) if stage.eta_s is not None else "",
         )
     return result
+
+
+def below(status: RunStatus) -> list[str]:
+    """What is said below the table: why the run failed, and the stages' bad samples."""
+    counted = [f"{stage.stage}: {bad_samples(stage)}" for stage in status.stages if stage.bad]
+    return [line for line in (status.message, *counted) if line]
+
+
+def bad_samples(stage: StageStatus) -> str:
+    """`3 bad samples (2 corrupt, 1 label)`, or nothing when there are none."""
+    if not stage.bad:
+        return ""
+    total, kinds = sum(stage.bad.values()), ", ".join(f"{count} {kind}" for kind, count in stage.bad.items())
+    return f"{total} bad sample{'s' if total > 1 else ''} ({kinds}), listed in stages/{stage.stage}/quarantine.jsonl"
 
 
 def progress(stage: StageStatus, word: str = "step ") -> str:

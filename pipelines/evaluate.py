@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.sources import image_source
 from pipelines.stage import Stage, run_stage
-from vqscale.data.images import ImageSource, encode_png
-from vqscale.data.manifest import read_manifest
+from vqscale.data.images import encode_png
 from vqscale.data.sheet import labelled_sheet
 from vqscale.errors import UserError
 from vqscale.evaluation.hours import HourCounts
@@ -43,14 +43,12 @@ def main(stage: Stage) -> dict[str, Any]:
 
 def measure_reconstructions(stage: Stage, tokenizer: TrainedTokenizer) -> dict[str, Any]:
     """PSNR and MSE (a mean over images) on the held-out shards, and a sheet of inputs above their reconstructions."""
-    url = stage.layout.shards(stage.recipe, "validation")
-    manifest = read_manifest(url)
-    source = ImageSource(url, manifest, stage.recipe.data.image_size)
+    source = image_source(stage, "validation")
     errors: list[NDArray[np.float64]] = []
     squares = sums = pixels = 0.0
     hours = HourCounts()
     ranks = stage.ranks
-    for batch in stage.read_once(source, manifest.counts):
+    for batch in stage.read_once(source, source.shards.counts):
         images = batch.fields["image"]
         rebuilt = tokenizer.decode(tokenizer.encode(images))
         if not errors and ranks.first:

@@ -6,12 +6,14 @@ again at any time, the stage finishes with every sample exactly once.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from pipelines.sources import image_source
 from pipelines.stage import Stage, run_stage
 from vqscale.data import storage
 from vqscale.data.bad import BadCount, BadPick
@@ -24,7 +26,7 @@ from vqscale.data.codes import (
     write_code_shard,
     write_record,
 )
-from vqscale.data.images import ImageSource
+from vqscale.data.image_source import ImageSource
 from vqscale.data.manifest import CodeLevel, Manifest, read_manifest, write_manifest
 from vqscale.data.order import evaluation_shards
 from vqscale.events import EventLog
@@ -35,12 +37,10 @@ from vqscale.models.quantizer import usage_figures
 def main(stage: Stage) -> dict[str, Any]:
     """Encode the training and the held-out images with the run's tokenizer."""
     tokenizer = load_tokenizer(stage.layout.root, stage.ranks.device)
-    splits = {split: stage.layout.shards(stage.recipe, split) for split in ("train", "validation")}
-    manifests = {split: read_manifest(url) for split, url in splits.items()}
-    events = stage.events("images/s", len(evaluation_shards_of(manifests["train"], stage)))
+    sources = {split: image_source(stage, split) for split in ("train", "validation")}
+    events = stage.events("images/s", len(evaluation_shards_of(sources["train"].manifest, stage)))
     figures: dict[str, Any] = {}
-    for split, url in splits.items():
-        source = ImageSource(url, manifests[split], stage.recipe.data.image_size)
+    for split, source in sources.items():
         counted = extract_split(stage, tokenizer, source, split, events if split == "train" else None)
         finished = read_manifest(stage.layout.codes(split))
         figures |= {f"{split}_samples": finished.samples, f"{split}_skipped": finished.skipped}
@@ -61,15 +61,23 @@ def extract_split(
 ) -> dict[str, torch.Tensor]:
     """Write this rank's code shards, then (rank 0) the manifest; returns the use of the codes over the whole split."""
     folder = str(stage.layout.codes(split))
-    manifest, count = source.manifest, BadCount(stage.recipe.data.error_budget)
+    manifest, count = source.manifest, BadCount(stage.recipe.data.error_budget, stage.ranks.world)
     for number, shard in enumerate(evaluation_shards_of(manifest, stage)):
-        record = read_record(folder, source.name(shard), tokenizer.fingerprint)
+        record = read_record(folder, source.shards.flat_names[shard], tokenizer.fingerprint)
         if record is None:
             write_record(folder, extract_shard(stage, tokenizer, source, shard, folder, count))
         if events:
             events.log(number + 1)
     stage.ranks.barrier()
-    records = read_records(folder, [shard.name for shard in manifest.shards], tokenizer.fingerprint)
+    records = read_records(folder, source.shards.flat_names, tokenizer.fingerprint)
+    # From the records: those of an earlier attempt are counted too.
+    bad = [
+        (source.name(shard), key, kind)
+        for shard in evaluation_shards_of(manifest, stage)
+        for key, kind in records[shard].bad
+    ]
+    read = sum(manifest.counts[shard] for shard in evaluation_shards_of(manifest, stage))
+    stage.judge(Counter(kind for _, _, kind in bad), read, bad)
     if stage.ranks.first:
         levels = zip(stage.recipe.grids, stage.recipe.tokenizer.levels, strict=True)
         finished = manifest_from_records(
@@ -78,7 +86,7 @@ def extract_split(
             classes=manifest.classes,
             image_size=stage.recipe.data.image_size,
             fingerprint=tokenizer.fingerprint,
-            source={"images": source.url},
+            source={"images": source.shards.spec},
         )
         write_manifest(folder, finished)
     stage.ranks.barrier()
@@ -100,11 +108,12 @@ def extract_shard(
                     usage[name] += np.bincount(grid.ravel(), minlength=len(usage[name]))
                 yield CodeBlock(codes, fields["label"], keys)
 
-    where = storage.join(folder, source.name(shard))
+    where = storage.join(folder, source.shards.flat_names[shard])
     written = write_code_shard(where, blocks())
     count.add(source.manifest.counts[shard], bad)
     use = {name: counts.tolist() for name, counts in usage.items()}
-    return CodeRecord(shard=written, fingerprint=tokenizer.fingerprint, skipped=len(bad), usage=use)
+    named = tuple((pick.key, pick.kind) for pick in bad)
+    return CodeRecord(shard=written, fingerprint=tokenizer.fingerprint, skipped=len(bad), bad=named, usage=use)
 
 
 def _encode(tokenizer: TrainedTokenizer, images: np.ndarray, batch: int) -> dict[str, np.ndarray]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from pipelines.stage import Stage, run_stage
 from vqscale.data import clocks, storage
-from vqscale.data.manifest import MANIFEST, check_shards, read_manifest
+from vqscale.data.manifest import MANIFEST, read_manifest
 from vqscale.data.pack import PackPlan, finish, plan_pack, write_shard
 from vqscale.data.scan import scan
+from vqscale.data.shards import check_shards, open_shards
 from vqscale.errors import UserError
 from vqscale.events import EventLog
 
@@ -43,7 +44,7 @@ def plan_split(stage: Stage, split: str) -> PackPlan:
     assert recipe.data.clocks is not None
     return plan_pack(
         scan(stage.layout.images(split), clocks.CLASSES),
-        stage.layout.shards(recipe, split),
+        str(stage.layout.shards(recipe, split)),
         size=recipe.data.image_size,
         format="png",
         shards=recipe.data.clocks.shards if split == "train" else None,
@@ -57,7 +58,7 @@ def is_packed(plan: PackPlan) -> bool:
     if storage.size(storage.join(plan.dest, MANIFEST)) is None:
         return False
     try:
-        check_shards(plan.dest, read_manifest(plan.dest))
+        check_shards(open_shards(plan.dest))
     except UserError as error:
         print(f"packing again: {error}", flush=True)
         return False

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from vqscale.arguments import OneLineParser
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
-from vqscale.data.loader import EvaluationReader
+from vqscale.data.bad import check_budget
+from vqscale.data.loader import Batch
+from vqscale.data.reader import EvaluationReader
 from vqscale.data.source import Source
 from vqscale.errors import EXIT_USER_ERROR, UserError
 from vqscale.events import EventLog
 from vqscale.files import write_json
+from vqscale.quarantine import Quarantine
 from vqscale.training.distributed import Ranks, process_group
 
 
@@ -41,11 +45,41 @@ class Stage:
             return None
         return EventLog(self.layout.events(self.name), self.name, self.attempt, unit, total)
 
-    def read_once(self, source: Source, counts: Sequence[int]) -> EvaluationReader:
-        """This rank's share of a data set: over all ranks every sample once, within the recipe's error budget."""
-        ranks, recipe = self.ranks, self.recipe
-        budget = recipe.data.error_budget
-        return EvaluationReader(source, counts, ranks.rank, ranks.world, recipe.evaluate.batch, error_budget=budget)
+    def read_once(self, source: Source, counts: Sequence[int]) -> Iterator[Batch]:
+        """This rank's share of a data set, to be read to its end by every rank: over all ranks every sample once.
+
+        Raises:
+            UserError: more bad samples, over all ranks, than the recipe's error budget.
+        """
+        ranks, data = self.ranks, self.recipe.data
+        reader = EvaluationReader(
+            source,
+            counts,
+            ranks.rank,
+            ranks.world,
+            self.recipe.evaluate.batch,
+            threads=data.threads,
+            error_budget=data.error_budget,
+        )
+        yield from reader
+        self.judge(reader.bad, reader.read, reader.bad_samples)
+
+    def judge(self, kinds: Mapping[str, int], read: int, bad: Sequence[tuple[str, str, str]]) -> None:
+        """Put all ranks' bad samples on the stage's quarantine list and compare them with the error budget; collective.
+
+        Args:
+            kinds: kind → bad samples of this rank.
+            read: samples that this rank read.
+            bad: (shard, key, kind) of the bad ones.
+
+        Raises:
+            UserError: they are too many; on every rank.
+        """
+        gathered = self.ranks.gather((Counter(kinds), read, list(bad)))
+        if self.ranks.first:
+            Quarantine(self.layout.quarantine(self.name)).add([row for part in gathered for row in part[2]])
+        total: Counter[str] = sum((part[0] for part in gathered), Counter())
+        check_budget(total, sum(part[1] for part in gathered), self.recipe.data.error_budget)
 
     def say(self, *lines: str) -> None:
         """Print lines on rank 0, into the stage's log."""

@@ -7,37 +7,37 @@ from typing import Any
 
 import torch
 
+from pipelines.sources import code_source
 from pipelines.stage import Stage, run_stage
 from pipelines.training import train_stage
-from vqscale.data.codes import CodeSource
-from vqscale.data.manifest import read_manifest
 from vqscale.errors import UserError
 from vqscale.export import load_tokenizer
 from vqscale.sampling import preview
 from vqscale.training.build import build_prior, grid_shapes
 from vqscale.training.engine import Engine
 from vqscale.training.prior_task import CodeFields, PriorTask
+from vqscale.training.transfer import tensors
 
 
 def main(stage: Stage) -> dict[str, Any]:
     """Train the prior; goes on from the newest checkpoint of the run."""
     recipe, ranks, layout = stage.recipe, stage.ranks, stage.layout
-    train_url, held_out_url = str(layout.codes("train")), str(layout.codes("validation"))
-    manifest, held_out = read_manifest(train_url), read_manifest(held_out_url)
+    source, held_out = code_source(stage, "train"), code_source(stage, "validation")
     tokenizer = load_tokenizer(layout.root, ranks.device)
-    for url, codes in ((train_url, manifest), (held_out_url, held_out)):
-        if codes.fingerprint != tokenizer.fingerprint:
+    for codes in (source, held_out):
+        if codes.manifest.fingerprint != tokenizer.fingerprint:
             raise UserError(
-                "these codes were made by another tokenizer", where=url, mend="run the stage 'extract' again"
+                "these codes were made by another tokenizer",
+                where=codes.shards.spec,
+                mend="run the stage 'extract' again",
             )
-    held_out_source = CodeSource(held_out_url, held_out)
 
     def read_held_out() -> Iterator[CodeFields]:
-        for batch in stage.read_once(held_out_source, held_out.counts):
-            yield batch.fields
+        for batch in stage.read_once(held_out, held_out.shards.counts):
+            yield tensors(batch.fields, ranks.device)
 
     torch.manual_seed(recipe.seed)
-    network = build_prior(recipe.prior, grid_shapes(recipe), len(manifest.classes))
+    network = build_prior(recipe.prior, grid_shapes(recipe), len(source.manifest.classes))
     engine = Engine(network, recipe.prior.training, ranks, recipe.resources.strategy)
     levels = [level.name for level in recipe.tokenizer.levels][::-1]
     task = PriorTask(
@@ -48,9 +48,7 @@ def main(stage: Stage) -> dict[str, Any]:
         read_held_out,
         lambda prior: preview(prior, tokenizer, recipe.sample),
     )
-    return train_stage(
-        stage, task, CodeSource(train_url, manifest), manifest.counts, recipe.prior.training, "samples/s"
-    )
+    return train_stage(stage, task, source, source.shards.counts, recipe.prior.training, "samples/s")
 
 
 if __name__ == "__main__":

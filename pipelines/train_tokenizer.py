@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipelines.sources import image_source
 from pipelines.stage import Stage, run_stage
 from pipelines.training import train_stage
-from vqscale.data.images import ImageSource
-from vqscale.data.manifest import read_manifest
 from vqscale.training.build import build_tokenizer
 from vqscale.training.engine import Engine
 from vqscale.training.tokenizer_task import TokenizerTask
@@ -22,22 +21,18 @@ FIXED_IMAGES = 16
 def main(stage: Stage) -> dict[str, Any]:
     """Train the tokenizer; goes on from the newest checkpoint of the run."""
     recipe, ranks = stage.recipe, stage.ranks
-    train_url = stage.layout.shards(recipe, "train")
-    held_out_url = stage.layout.shards(recipe, "validation")
-    manifest, held_out = read_manifest(train_url), read_manifest(held_out_url)
-    held_out_source = ImageSource(held_out_url, held_out, recipe.data.image_size)
+    source, held_out = image_source(stage, "train"), image_source(stage, "validation")
 
     def read_held_out() -> Iterator[np.ndarray]:
-        for batch in stage.read_once(held_out_source, held_out.counts):
+        for batch in stage.read_once(held_out, held_out.shards.counts):
             yield batch.fields["image"]
 
     torch.manual_seed(recipe.seed)
     network = build_tokenizer(recipe.tokenizer)
     engine = Engine(network, recipe.tokenizer.training, ranks, recipe.resources.strategy)
-    fixed = next(held_out_source.read_shard(0, FIXED_IMAGES, []))[0]["image"]
+    fixed = next(held_out.read_shard(0, FIXED_IMAGES, []))[0]["image"]
     task = TokenizerTask(engine, recipe.tokenizer, recipe.seed, read_held_out, fixed)
-    source = ImageSource(train_url, manifest, recipe.data.image_size)
-    return train_stage(stage, task, source, manifest.counts, recipe.tokenizer.training, "images/s")
+    return train_stage(stage, task, source, source.shards.counts, recipe.tokenizer.training, "images/s")
 
 
 if __name__ == "__main__":

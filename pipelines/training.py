@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from typing import Any
 
+import numpy as np
+
 from pipelines.stage import Stage
 from vqscale.config.load import dump_yaml
 from vqscale.config.recipe import Training
 from vqscale.data.loader import Loader
 from vqscale.data.order import StreamOrder
 from vqscale.data.source import Source
+from vqscale.quarantine import Quarantine
+from vqscale.training.data_watch import DataWatch
 from vqscale.training.loop import Task, resume, train
 from vqscale.training.tracking import Tracker
+from vqscale.training.transfer import DeviceBatches, pinned
 
 
 def train_stage(
@@ -53,11 +58,17 @@ def train_stage(
             global_batch=training.global_batch,
             threads=data.threads,
             start_step=start,
-            error_budget=data.error_budget,
+            error_budget=1.0,  # judged below, over all ranks at once
             flip=data.flip and "image" in source.spec,
             seed=recipe.seed,
+            openers=data.openers,
+            ahead=int(data.ahead_mb * 2**20),
+            allocate=pinned if ranks.device.type == "cuda" else np.empty,
         ) as loader,
     ):
-        figures = train(task, training, loader, start=start, seed=recipe.seed, folder=folder, tracker=tracker)
-        bad = sum(ranks.gather(sum(loader.bad.values())))
-    return {"steps": training.steps, "parameters": size, "bad_samples": bad, **figures}
+        watch = DataWatch(ranks, data.error_budget, Quarantine(stage.layout.quarantine(stage.name)), source.store)
+        batches = DeviceBatches(loader, ranks.device)
+        figures = train(
+            task, training, batches, start=start, seed=recipe.seed, folder=folder, watch=watch, tracker=tracker
+        )
+    return {"steps": training.steps, "parameters": size, "bad_samples": watch.total, **figures}

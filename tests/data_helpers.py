@@ -28,13 +28,13 @@ def image_folder(root: Path, classes: int = 3, each: int = 10, size: int = 8) ->
     return root
 
 
-def image_shards(root: Path, counts: list[int], *, broken: dict[int, bytes] | None = None) -> Manifest:
+def image_shards(root: Path, counts: list[int], *, size: int = 8, broken: dict[int, bytes] | None = None) -> Manifest:
     """Shards of numbered pictures; sample i of all has label i % 1000 and, in `broken`, other bytes."""
     shards, number = [], 0
     for place, count in enumerate(counts):
         samples = []
         for _ in range(count):
-            content = (broken or {}).get(number, images.encode_png(picture(number)))
+            content = (broken or {}).get(number, images.encode_png(picture(number, size)))
             samples.append((f"{number:06d}", {"png": content, "cls": str(number).encode()}))
             number += 1
         path = root / f"s{place}.tar"
@@ -43,6 +43,6 @@ def image_shards(root: Path, counts: list[int], *, broken: dict[int, bytes] | No
             tar.write(file, samples)
         buffer = storage.open_shard(path)
         shards.append(Shard(name=path.name, samples=count, bytes=len(buffer), sha256=hash_bytes(buffer)))
-    manifest = Manifest(format=IMAGES, shards=tuple(shards), image_size=8)
+    manifest = Manifest(format=IMAGES, shards=tuple(shards), image_size=size)
     write_manifest(root, manifest)
     return manifest

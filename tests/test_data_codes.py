@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from vqscale.data.codes import (
     write_code_shard,
     write_record,
 )
-from vqscale.data.loader import EvaluationReader, Loader
-from vqscale.data.manifest import CodeLevel, Manifest, verify
+from vqscale.data.loader import Loader
+from vqscale.data.manifest import CodeLevel, Manifest, write_manifest
 from vqscale.data.order import StreamOrder
+from vqscale.data.reader import EvaluationReader
+from vqscale.data.shards import open_shards
+from vqscale.data.verify import verify
 from vqscale.errors import UserError
 
 LEVELS = (CodeLevel(name="bottom", grid=4, codes=65_536), CodeLevel(name="top", grid=2, codes=64))
@@ -40,9 +44,10 @@ def extracted(root: Path, counts: list[int]) -> Manifest:
         write_record(str(root), CodeRecord(shard=shard, fingerprint="abc", usage={"top": [1] * 64}))
         names.append(shard.name)
         first += count
-    return manifest_from_records(
-        read_records(str(root), names, "abc"), levels=LEVELS, classes=(), image_size=8, fingerprint="abc", source={}
-    )
+    records = read_records(str(root), names, "abc")
+    manifest = manifest_from_records(records, levels=LEVELS, classes=(), image_size=8, fingerprint="abc", source={})
+    write_manifest(root, manifest)
+    return manifest
 
 
 def test_round_trip_and_same_bytes(tmp_path: Path):
@@ -77,7 +82,7 @@ def test_codes_must_fit(tmp_path: Path):
 def test_records_say_what_is_finished(tmp_path: Path):
     manifest = extracted(tmp_path, [12, 30])
     assert manifest.samples == 42
-    assert verify(str(tmp_path), manifest) == []
+    assert verify(open_shards(str(tmp_path))) == []
     folder = str(tmp_path)
     record = read_record(folder, "c1.tar", "abc")
     assert record is not None
@@ -92,7 +97,7 @@ def test_records_say_what_is_finished(tmp_path: Path):
 
 def test_loads_like_images(tmp_path: Path):
     manifest = extracted(tmp_path, [12, 30, 21, 17])
-    source = CodeSource(str(tmp_path), manifest)
+    source = CodeSource(open_shards(str(tmp_path)))
     order = StreamOrder(manifest.counts, seed=0, streams=2, packet=4, shuffle=20)
     with Loader(source, order, rank=0, world=1, global_batch=16, threads=2) as loader:
         for batch in islice(loader, 12):
@@ -111,6 +116,6 @@ def test_wrong_shards_are_refused(tmp_path: Path):
     manifest = extracted(tmp_path, [12])
     wide = manifest.model_copy(update={"levels": (LEVELS[0].model_copy(update={"grid": 8}), LEVELS[1])})
     with pytest.raises(UserError, match=r"c0\.tar: its arrays differ"):
-        CodeSource(str(tmp_path), wide).open_group([0])
+        CodeSource(replace(open_shards(str(tmp_path)), manifest=wide)).open_group([0])
     with pytest.raises(UserError, match="no such file"):
         read_code_shard(f"{tmp_path}/none.tar")

@@ -1,14 +1,20 @@
 import threading
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.data_helpers import image_shards, picture
-from vqscale.data.images import ImageSource, encode_png
-from vqscale.data.loader import EvaluationReader, Loader
+from vqscale.data import tar
+from vqscale.data.image_source import ImageSource
+from vqscale.data.images import encode_png
+from vqscale.data.loader import Loader
+from vqscale.data.manifest import write_manifest
 from vqscale.data.order import StreamOrder
+from vqscale.data.reader import EvaluationReader
+from vqscale.data.shards import open_shards
 from vqscale.errors import UserError
 
 COUNTS = [31, 40, 25, 38, 29, 40, 33, 21, 40, 37, 36, 22]
@@ -21,9 +27,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, object]:
 
 
 def loader(shards, *, rank: int = 0, world: int = 1, **how) -> Loader:
-    url, manifest = shards
-    order = StreamOrder(manifest.counts, seed=1, streams=12, packet=4, shuffle=30)
-    return Loader(ImageSource(url, manifest, 8), order, rank=rank, world=world, **{"global_batch": 48, **how})
+    found = open_shards(shards[0])
+    order = StreamOrder(found.counts, seed=1, streams=12, packet=4, shuffle=30)
+    return Loader(ImageSource(found, 8), order, rank=rank, world=world, **{"global_batch": 48, **how})
 
 
 def steps(shards, world: int, count: int, **how) -> list[np.ndarray]:
@@ -47,15 +53,68 @@ def steps(shards, world: int, count: int, **how) -> list[np.ndarray]:
     ]
 
 
-@pytest.mark.parametrize(("world", "threads"), [(1, 3), (2, 1), (3, 2), (4, 1), (6, 2), (12, 1)])
-def test_global_batches_depend_on_neither_ranks_nor_threads(shards, world: int, threads: int):
-    assert np.array_equal(steps(shards, world, 25, threads=threads), steps(shards, 1, 25))  # three epochs
+COMBINATIONS = [
+    (1, 2),
+    (1, 3),
+    (1, 8),
+    (2, 1),
+    (2, 3),
+    (3, 1),
+    (3, 2),
+    (4, 1),
+    (4, 5),
+    (6, 1),
+    (6, 2),
+    (12, 1),
+    (12, 2),
+]
 
 
-def test_resumes_anywhere(shards):
-    whole = steps(shards, 1, 30)
-    for start, world in ((1, 1), (7, 2), (17, 3), (28, 4)):
-        assert np.array_equal(steps(shards, world, 2, start_step=start), whole[start : start + 2])
+@pytest.fixture(scope="module")
+def undisturbed(shards) -> list[np.ndarray]:
+    """Global batches of one rank with one thread, over more than three epochs."""
+    return steps(shards, 1, 3 * sum(COUNTS) // 48 + 2)
+
+
+@pytest.mark.parametrize(("world", "threads"), COMBINATIONS)
+def test_global_batches_depend_on_neither_ranks_nor_threads(shards, undisturbed, world: int, threads: int):
+    assert np.array_equal(steps(shards, world, len(undisturbed), threads=threads), undisturbed)
+
+
+def test_resumes_at_any_step_on_any_number_of_ranks(shards, undisturbed):
+    rng = np.random.default_rng(0)
+    for start in rng.choice(len(undisturbed) - 3, 20, replace=False).tolist():
+        for world in (1, int(rng.choice([2, 3, 4, 6, 12]))):
+            assert np.array_equal(steps(shards, world, 3, start_step=start), undisturbed[start : start + 3])
+
+
+def test_what_was_consumed_is_never_opened_again(shards):
+    found, opened = open_shards(shards[0]), []
+    order = StreamOrder(found.counts, seed=1, streams=4, packet=4, shuffle=1)
+    source: Any = Opened(ImageSource(found, 8), opened)
+    with Loader(source, order, rank=0, world=1, global_batch=16, start_step=20, ahead=0) as batches:
+        next(batches)
+    packets = list(islice(order.packets(0, 1), 200))
+    before, after = (
+        {shard for packet in part for shard, _ in packet.samples()} for part in (packets[:80], packets[80:])
+    )
+    assert set(opened) <= after
+    assert len(opened) < len(found.urls)
+    assert before - set(opened)
+
+
+class Opened:
+    """A source that writes down which shards are opened."""
+
+    def __init__(self, source: ImageSource, opened: list[int]) -> None:
+        self._source, self._opened = source, opened
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._source, name)
+
+    def open_group(self, numbers: list[int]) -> object:
+        self._opened.extend(numbers)
+        return self._source.open_group(numbers)
 
 
 def test_flips_are_mirrors_that_the_position_decides(shards):
@@ -107,18 +166,55 @@ def test_faults_of_the_threads_reach_the_consumer(tmp_path: Path):
     assert not threads_left()
 
 
-def test_a_group_without_a_good_sample_is_an_error(tmp_path: Path):
+def test_a_group_without_a_good_sample_borrows_from_the_next_shards(tmp_path: Path):
+    first = dict.fromkeys(range(COUNTS[0]), b"")  # the whole of s0, which is a group of its own
+    image_shards(tmp_path, COUNTS, broken=first)
+    one, two = (labels_of(tmp_path, world, 25) for world in (1, 2))
+    assert np.array_equal(one, two)
+    assert not set(one.ravel()) & set(first)
+
+
+def labels_of(folder: Path, world: int, count: int) -> np.ndarray:
+    """Labels of global batches [count, 48], from all ranks."""
+    whole = np.full((count, 48), -1)
+    for rank in range(world):
+        with loader((str(folder), None), rank=rank, world=world, error_budget=1.0) as batches:
+            for place, batch in enumerate(islice(batches, count)):
+                whole[place][batch.index] = batch.fields["label"]
+    return whole
+
+
+def test_data_without_a_good_sample_are_an_error(tmp_path: Path):
     damaged = str(tmp_path), image_shards(tmp_path, COUNTS, broken=dict.fromkeys(range(500), b""))
-    with loader(damaged, error_budget=1.0) as batches, pytest.raises(UserError, match="can be read"):
+    with loader(damaged, error_budget=1.0) as batches, pytest.raises(UserError, match="cannot be read"):
         next(batches)
 
 
-def test_manifest_that_lies_is_an_error(shards):
-    url, manifest = shards
+def test_a_shard_that_was_cut_off_loses_only_what_lies_behind(tmp_path: Path):
+    image_shards(tmp_path, COUNTS)
+    shard = tmp_path / "s2.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    start = sum(COUNTS[:2])
+    lost = set(range(start, start + COUNTS[2])) - {
+        int(sample.key) for sample in tar.whole_samples(shard.read_bytes())[0][:-1]
+    }
+    assert 5 < len(lost) < COUNTS[2] - 5
+    with loader((str(tmp_path), None), error_budget=1.0) as batches:
+        labels = {label for batch in islice(batches, 25) for label in batch.fields["label"].tolist()}
+        assert not labels & lost
+        assert labels > set(range(start, start + COUNTS[2])) - lost
+        assert set(batches.bad) == {"truncated"}
+        assert {name for name, _, _ in batches.bad_samples} == {"s2.tar"}
+        assert {start + int(key[1:]) for _, key, _ in batches.bad_samples} == lost
+
+
+def test_manifest_that_lies_is_an_error(tmp_path: Path):
+    manifest = image_shards(tmp_path, COUNTS)
     first = manifest.shards[0].model_copy(update={"samples": 30})
-    lying = manifest.model_copy(update={"shards": (first, *manifest.shards[1:])})
+    write_manifest(tmp_path, manifest.model_copy(update={"shards": (first, *manifest.shards[1:])}))
     with (
-        loader((url, lying)) as batches,
+        loader((str(tmp_path), None)) as batches,
         pytest.raises(UserError, match="holds 31 samples, its manifest says 30"),
     ):
         list(islice(batches, 20))
@@ -151,7 +247,7 @@ def test_evaluation_reads_each_sample_once(shards, world: int, batch: int):
     url, manifest = shards
     seen: list[int] = []
     for rank in range(world):
-        reader = EvaluationReader(ImageSource(url, manifest, 8), manifest.counts, rank, world, batch)
+        reader = EvaluationReader(ImageSource(open_shards(url), 8), manifest.counts, rank, world, batch)
         sizes = []
         for part in reader:
             assert np.array_equal(part.index, part.fields["label"])
@@ -165,7 +261,7 @@ def test_evaluation_reads_each_sample_once(shards, world: int, batch: int):
 
 def test_evaluation_counts_bad_samples(tmp_path: Path):
     manifest = image_shards(tmp_path, COUNTS, broken={40: b"no"})
-    source = ImageSource(str(tmp_path), manifest, 8)
+    source = ImageSource(open_shards(str(tmp_path)), 8)
     reader = EvaluationReader(source, manifest.counts, 0, 1, 32, error_budget=0.01)
     assert sum(len(part.index) for part in reader) == sum(COUNTS) - 1
     assert reader.bad == {"format": 1}

@@ -83,17 +83,29 @@ def test_seed_decides():
     assert merged(1, 20, seed=-4) == merged(1, 20, seed=-4)
 
 
-def test_many_ranks_cover_an_epoch():
-    counts = [40 + shard % 3 for shard in range(1200)]
-    big = StreamOrder(counts, seed=1, streams=240, packet=8, shuffle=100)
+def test_1024_ranks_cover_an_epoch_up_to_the_stated_remainder():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(20, 61, 4096).tolist()
+    big = StreamOrder(counts, seed=1, streams=1024, packet=8, shuffle=100)
     seen: Counter = Counter()
-    for rank in range(240):
-        for packet in big.packets(rank, 240):
+    for rank in range(1024):
+        for packet in big.packets(rank, 1024):
             if packet.epoch:
                 break
+            assert packet.stream == rank
             seen.update(packet.samples())
     assert max(seen.values()) == 1
-    assert sum(counts) - len(seen) <= 240 * 7
+    left_out = [sum(counts[shard] for shard in shards) % 8 for shards in big._deal(0)]
+    assert sum(counts) - len(seen) == sum(left_out)  # what fills no packet, at most 7 a stream
+
+
+def test_1024_ranks_have_about_the_same_to_read():
+    counts = np.random.default_rng(0).integers(20, 61, 16_384).tolist()
+    loads = [
+        sum(counts[shard] for shard in shards)
+        for shards in StreamOrder(counts, seed=1, streams=1024, packet=8, shuffle=100)._deal(0)
+    ]
+    assert (max(loads) - min(loads)) / np.mean(loads) < 0.05
 
 
 def test_far_positions_are_reached_without_reading():

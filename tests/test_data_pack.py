@@ -8,10 +8,12 @@ from PIL import Image
 
 from tests.data_helpers import SHARED, image_folder, picture
 from vqscale.data import images, storage, tar
-from vqscale.data.images import ImageSource
-from vqscale.data.manifest import read_manifest, verify
+from vqscale.data.image_source import ImageSource
+from vqscale.data.manifest import read_manifest
 from vqscale.data.pack import finish, pack_images, plan_pack, write_shard
 from vqscale.data.scan import scan, unpacked
+from vqscale.data.shards import open_shards
+from vqscale.data.verify import verify
 from vqscale.errors import UserError
 
 
@@ -23,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 def packed_pictures(url: str) -> dict[int, int]:
     """Number of each picture (its first pixel) → label."""
     manifest = read_manifest(url)
-    source = ImageSource(url, manifest, 8)
+    source = ImageSource(open_shards(url), 8)
     found = {}
     for shard in range(len(manifest.shards)):
         for fields, _ in source.read_shard(shard, 7):
@@ -39,7 +41,7 @@ def test_packs_a_folder_whole_and_mixed(folder: Path, tmp_path: Path):
     assert manifest.classes == ("class0", "class1", "class2")
     assert manifest.counts == [6, 6, 6, 6, 6]
     assert manifest == read_manifest(dest)
-    assert verify(dest, manifest) == []
+    assert verify(open_shards(dest)) == []
     assert packed_pictures(dest) == {number: number % 3 for number in range(30)}
     first = tar.samples(storage.open_shard(f"{dest}/shard-00000.tar"))
     assert [list(sample.fields) for sample in first] == [["cls", "png"]] * 6
@@ -113,7 +115,7 @@ def test_flat_folders_have_no_labels(tmp_path: Path):
         assert {entry.label for entry in scan(source).entries} == {-1}
     dest = str(tmp_path / "out")
     pack_images(folder, dest, size=8)
-    fields, _ = next(ImageSource(dest, read_manifest(dest), 8).read_shard(0, 50))
+    fields, _ = next(ImageSource(open_shards(dest), 8).read_shard(0, 50))
     assert (fields["label"] == -1).all()
 
 

@@ -9,8 +9,10 @@ from tests.ranks import torchrun
 from tests.recipes import write_recipe
 from vqscale.config.layout import RunLayout
 from vqscale.data.clock_reader import read_clocks
-from vqscale.data.images import ImageSource
-from vqscale.data.manifest import read_manifest, verify
+from vqscale.data.image_source import ImageSource
+from vqscale.data.manifest import read_manifest
+from vqscale.data.shards import open_shards
+from vqscale.data.verify import verify
 from vqscale.events import last_event
 from vqscale.files import read_json
 
@@ -50,8 +52,8 @@ def test_clocks_become_shards(tmp_path: Path):
     train = read_manifest(run / "shards" / "train")
     assert (train.samples, len(train.shards), len(train.classes)) == (64, 4, 12)
     assert train.source["kept_unchanged"] == 64
-    assert verify(str(run / "shards" / "train"), train) == []
-    fields, _ = next(ImageSource(str(run / "shards" / "train"), train, 32).read_shard(0, 16))
+    assert verify(open_shards(str(run / "shards" / "train"))) == []
+    fields, _ = next(ImageSource(open_shards(str(run / "shards" / "train")), 32).read_shard(0, 16))
     assert (read_clocks(fields["image"]).hour == fields["label"]).mean() > 0.9
 
 
@@ -68,7 +70,7 @@ def test_stages_go_on_where_they_were(tmp_path: Path):
     generate.main(stage("generate", run))
     pack.main(stage("pack", run))
     assert hashes(run) == expected
-    assert verify(str(run / "shards" / "train"), read_manifest(run / "shards" / "train")) == []
+    assert verify(open_shards(str(run / "shards" / "train"))) == []
     held = [path for path in files if path.parent.name == "validation"]
     assert all(path.stat().st_mtime_ns == before[path] for path in held)  # what was whole is not written again
 

@@ -19,8 +19,10 @@ from vqscale.config.layout import RunLayout
 from vqscale.data import clocks
 from vqscale.data.bad import BadCount
 from vqscale.data.codes import CodeSource, read_code_shard, read_record
-from vqscale.data.images import ImageSource
-from vqscale.data.manifest import read_manifest, verify
+from vqscale.data.image_source import ImageSource
+from vqscale.data.manifest import read_manifest
+from vqscale.data.shards import open_shards
+from vqscale.data.verify import verify
 from vqscale.errors import UserError
 from vqscale.export import load_tokenizer
 from vqscale.files import read_json
@@ -80,7 +82,7 @@ def images_of(run: Path, split: str) -> tuple[np.ndarray, np.ndarray, list[str]]
     """All images of a split in order, with labels and keys, shard by shard."""
     url = str(run / "shards" / split)
     manifest = read_manifest(url)
-    parts = [part for n in range(len(manifest.shards)) for part in ImageSource(url, manifest, 16).read_shard(n, 100)]
+    parts = [part for n in range(len(manifest.shards)) for part in ImageSource(open_shards(url), 16).read_shard(n, 100)]
     fields = [part[0] for part in parts]
     keys = [key for part in parts for key in part[1]]
     return np.concatenate([f["image"] for f in fields]), np.concatenate([f["label"] for f in fields]), keys
@@ -97,9 +99,9 @@ def test_shards_hold_the_tokenizers_codes(finished: tuple[Path, Any], split: str
     images, labels, keys = images_of(run, split)
     url = str(run / "codes" / split)
     manifest = read_manifest(url)
-    assert verify(url, manifest) == []
+    assert verify(open_shards(url)) == []
     assert [shard.name for shard in manifest.shards] == [s.name for s in read_manifest(run / "shards" / split).shards]
-    parts = [part for n in range(len(manifest.shards)) for part in CodeSource(url, manifest).read_shard(n, 100)]
+    parts = [part for n in range(len(manifest.shards)) for part in CodeSource(open_shards(url)).read_shard(n, 100)]
     assert [key for part in parts for key in part[1]] == keys
     assert max(Counter(keys).values()) == 1
     assert (np.concatenate([part[0]["label"] for part in parts]) == labels).all()
@@ -204,7 +206,7 @@ def test_stopped_between_two_tokenizers(extracted: Path) -> None:
     stage = stage_of("extract", extracted)
     tokenizer = load_tokenizer(extracted)
     url = str(extracted / "shards" / "train")
-    source = ImageSource(url, read_manifest(url), 16)
+    source = ImageSource(open_shards(url), 16)
     folder = str(extracted / "codes" / "train")
     extract_codes.write_record(folder, extract_codes.extract_shard(stage, tokenizer, source, 0, folder, BadCount(0.0)))
     with pytest.raises(UserError, match="made by another tokenizer"):
@@ -232,7 +234,7 @@ def test_unreadable_images_have_no_codes_and_are_counted(tmp_path: Path) -> None
     keys = [
         key
         for n in range(2)
-        for _, part in CodeSource(str(run / "codes" / "train"), manifest).read_shard(n, 50)
+        for _, part in CodeSource(open_shards(str(run / "codes" / "train"))).read_shard(n, 50)
         for key in part
     ]
     assert not {"000003", "000012"} & set(keys)

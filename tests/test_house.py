@@ -23,7 +23,7 @@ TOP_LEVEL = {
     *(".ci", ".gitignore", ".pre-commit-config.yaml"),
 }
 
-LIGHT = ("arguments", "errors", "files", "events", "seeds")
+LIGHT = ("arguments", "errors", "files", "events", "masking", "quarantine", "seeds")
 """Modules at the root of `vqscale` that every room may use; they import the standard library and each other."""
 
 MAY_IMPORT = {
@@ -53,6 +53,8 @@ MAY_IMPORT_FROM_OUTSIDE = {
 """Room → third-party packages; rooms that are not named may import any that the project depends on."""
 
 NEVER = {"vqscale.data": {"torch", "accelerate", "safetensors", "tensorboard"}}
+BUT = {("vqscale.data.resize", "torch")}
+"""Its kernel for resizing uint8 images; imported when an image of another size is met."""
 
 
 @cache
@@ -132,7 +134,8 @@ def test_third_party_packages_by_room() -> None:
         outside = {name.partition(".")[0] for name in imports(module) if not ours(name)} - sys.stdlib_module_names
         if room in MAY_IMPORT_FROM_OUTSIDE:
             assert outside <= MAY_IMPORT_FROM_OUTSIDE[room], module
-        assert not outside & NEVER.get(room, set()), module
+        excused = {package for name, package in BUT if name == module}
+        assert not outside & NEVER.get(room, set()) - excused, module
 
 
 def test_no_import_circles() -> None:

@@ -205,14 +205,15 @@ def test_weights_equal_a_plain_loop(tokenizers: Trained) -> None:
 def plain_loop(run: Path, recipe: Recipe, steps: int) -> tuple[State, State]:
     """Gradients of the first step and the last weights, written down without any of the training room."""
     from tests.training_helpers import Experiment, OneRank
-    from vqscale.data.images import ImageSource
+    from vqscale.data.image_source import ImageSource
     from vqscale.data.manifest import read_manifest
+    from vqscale.data.shards import open_shards
 
     training = recipe.tokenizer.training
     url = RunLayout(run).shards(recipe, "train")
     manifest = read_manifest(url)
     fake: Any = type("Task", (), {"engine": type("Engine", (), {"training": training})})()
-    made = Experiment(OneRank(), recipe, fake, ImageSource(url, manifest, 16), manifest.counts)  # type: ignore[arg-type]
+    made = Experiment(OneRank(), recipe, fake, ImageSource(open_shards(url), 16), manifest.counts)  # type: ignore[arg-type]
     torch.manual_seed(0)
     model: VQVAE = build_tokenizer(recipe.tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), betas=training.betas, weight_decay=0.0)

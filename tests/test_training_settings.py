@@ -29,6 +29,7 @@ from vqscale.training import checkpoint
 from vqscale.training.distributed import Ranks
 from vqscale.training.engine import learning_rate, make_optimizers
 from vqscale.training.loop import train
+from vqscale.training.transfer import DeviceBatches
 
 STEPS = 4
 
@@ -274,13 +275,12 @@ def test_class_dropout(alone: Ranks, codes: Path) -> None:
     """A share of the samples forgets its class, chosen by the place in the global batch alone."""
     made = prior_experiment(alone, codes, tiny_recipe(prior__class_dropout=0.25))
     task: Any = made.task
-    with made.loader() as loader:
-        dropped = []
-        for _, batch in zip(range(60), loader, strict=False):
-            classes = task._drop(task._classes(batch.fields), batch)
-            kept = classes != 12
-            assert (classes[kept].numpy() == batch.fields["label"][kept.numpy()]).all()
-            dropped.append((~kept).float().mean())
+    dropped = []
+    for batch in made.batches(60):
+        classes = task._drop(task._classes(batch.fields), batch)
+        kept = classes != 12
+        assert (classes[kept] == batch.fields["label"][kept]).all()
+        dropped.append((~kept).float().mean())
     assert 0.18 < float(torch.stack(dropped).mean()) < 0.32
     none = prior_experiment(alone, codes, tiny_recipe(prior__class_dropout=0.0))
     assert (none.task._drop(torch.arange(8), batch) == torch.arange(8)).all()  # type: ignore[attr-defined]
@@ -292,16 +292,23 @@ def test_a_skipped_update_is_skipped_everywhere(alone: Ranks, run: Path, tmp_pat
     made.run(tmp_path / "first")
     before = made.state()
     made.task.after_step = lambda: None  # type: ignore[method-assign]
-    with made.loader(STEPS) as loader:
-        made.task.losses(next(loader))
+    made.task.losses(made.batches(1, STEPS)[0])
     assert not differs(made.state(), before)
 
 
 def test_loop_needs_no_tracker(alone: Ranks, run: Path, tmp_path: Path) -> None:
     made = tokenizer(alone, run)
+    folder = tmp_path / "silent"
     with made.loader() as loader:
         figures = train(
-            made.task, made.engine.training, loader, start=0, seed=0, folder=tmp_path / "silent", tracker=None
+            made.task,
+            made.engine.training,
+            DeviceBatches(loader, alone.device),
+            start=0,
+            seed=0,
+            folder=folder,
+            watch=made.watch(folder),
+            tracker=None,
         )
     assert set(figures) == {"mse", "psnr"}
     assert not differs(made.state(), plain(alone, run, tmp_path)[0])

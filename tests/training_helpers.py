@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,22 @@ from vqscale.data.codes import (
     write_code_shard,
     write_record,
 )
-from vqscale.data.images import ImageSource
-from vqscale.data.loader import EvaluationReader, Loader
+from vqscale.data.image_source import ImageSource
+from vqscale.data.loader import Loader
 from vqscale.data.manifest import CodeLevel, Manifest, read_manifest, write_manifest
 from vqscale.data.order import StreamOrder
+from vqscale.data.reader import EvaluationReader
+from vqscale.data.shards import open_shards
 from vqscale.data.source import Source
+from vqscale.quarantine import Quarantine
 from vqscale.training.build import build_prior, build_tokenizer, grid_shapes
+from vqscale.training.data_watch import DataWatch
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.engine import Engine
 from vqscale.training.loop import Task, resume, train
 from vqscale.training.prior_task import PriorTask
 from vqscale.training.tokenizer_task import TokenizerTask
+from vqscale.training.transfer import DeviceBatch, DeviceBatches, tensors
 
 State = dict[str, np.ndarray]
 
@@ -156,6 +162,17 @@ class Experiment:
             world=self.ranks.world,
             global_batch=self.engine.training.global_batch,
             start_step=start,
+            error_budget=1.0,  # as in the stages: judged by `watch`
+        )
+
+    def batches(self, count: int, start: int = 0) -> list[DeviceBatch]:
+        """The batches of `count` steps."""
+        with self.loader(start) as loader:
+            return list(islice(DeviceBatches(loader, self.ranks.device), count))
+
+    def watch(self, folder: Path) -> DataWatch:
+        return DataWatch(
+            self.ranks, self.recipe.data.error_budget, Quarantine(folder / "quarantine.jsonl"), self.source.store
         )
 
     def run(self, folder: Path) -> dict[str, float]:
@@ -165,10 +182,11 @@ class Experiment:
             return train(
                 self.task,
                 self.engine.training,
-                loader,
+                DeviceBatches(loader, self.ranks.device),
                 start=start,
                 seed=self.recipe.seed,
                 folder=folder,
+                watch=self.watch(folder),
                 tracker=self.recorder if self.ranks.first else None,  # type: ignore[arg-type]
             )
 
@@ -190,7 +208,7 @@ def tokenizer_experiment(ranks: Ranks, run: Path, recipe: Recipe, weights: int =
     layout, size = RunLayout(run), recipe.data.image_size
     train_url, held_out_url = (layout.shards(recipe, split) for split in ("train", "validation"))
     manifest, held_out = read_manifest(train_url), read_manifest(held_out_url)
-    held_out_source = ImageSource(held_out_url, held_out, size)
+    held_out_source = ImageSource(open_shards(held_out_url), size)
 
     def read_held_out(rank: int = ranks.rank, world: int = ranks.world) -> Iterator[np.ndarray]:
         for batch in EvaluationReader(held_out_source, held_out.counts, rank, world, recipe.evaluate.batch):
@@ -199,18 +217,18 @@ def tokenizer_experiment(ranks: Ranks, run: Path, recipe: Recipe, weights: int =
     torch.manual_seed(weights)
     engine = Engine(build_tokenizer(recipe.tokenizer), recipe.tokenizer.training, ranks)
     task = TokenizerTask(engine, recipe.tokenizer, recipe.seed, read_held_out, next(read_held_out(0, 1))[:4])
-    return Experiment(ranks, recipe, task, ImageSource(train_url, manifest, size), manifest.counts)
+    return Experiment(ranks, recipe, task, ImageSource(open_shards(train_url), size), manifest.counts)
 
 
 def prior_experiment(ranks: Ranks, codes: Path, recipe: Recipe, weights: int = 0) -> Experiment:
     """The recipe's prior over code shards."""
     forget_accelerate()
     manifest = read_manifest(codes)
-    source = CodeSource(str(codes), manifest)
+    source = CodeSource(open_shards(str(codes)))
 
-    def read_held_out() -> Iterator[dict[str, np.ndarray]]:
+    def read_held_out() -> Iterator[dict[str, torch.Tensor]]:
         for batch in EvaluationReader(source, manifest.counts, ranks.rank, ranks.world, recipe.evaluate.batch):
-            yield batch.fields
+            yield tensors(batch.fields, ranks.device)
 
     torch.manual_seed(weights)
     network = build_prior(recipe.prior, grid_shapes(recipe), len(manifest.classes))

@@ -1,4 +1,4 @@
-"""Commands beside runs: data, schema."""
+"""Commands beside runs: data, bench, schema."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 from launcher.backends.local import SOURCE
 
 
 def data(arguments: argparse.Namespace) -> int:
-    """Hand over to `pipelines.data`, which may import what the launcher may not."""
+    """Hand over to `pipelines.data`."""
+    _hand_over("pipelines.data", arguments.arguments)
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Hand over to `benchmarks`."""
+    _hand_over("benchmarks", arguments.arguments)
+
+
+def _hand_over(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Become a program that may import what the launcher may not."""
     path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
-    # -P: a folder called `pipelines` in the user's directory is not taken for ours.
-    command = [sys.executable, "-P", "-m", "pipelines.data", *arguments.arguments]
+    # -P: a folder called `pipelines` or `benchmarks` in the user's directory is not taken for ours.
+    command = [sys.executable, "-P", "-m", module, *arguments]
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
 
 

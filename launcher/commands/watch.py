@@ -11,7 +11,7 @@ from launcher import registry
 from launcher.logs import LogChoice, print_logs
 from launcher.registry import resolve
 from launcher.status import RunStatus, read_status
-from launcher.watch import follow, table
+from launcher.watch import follow, view
 from vqscale.errors import UserError
 
 
@@ -79,7 +79,7 @@ def _print_status(now: RunStatus) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a pipe has no width: do not cut the lines that somebody greps
-    console.print(table(now))
+    console.print(view(now))
     print(f"directory {now.path}")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from vqscale.config.recipe import Clocks, Recipe
-from vqscale.data.manifest import IMAGES, Manifest, check_shards, check_streams, read_manifest
+from vqscale.config.recipe import Clocks, Recipe, Shards
+from vqscale.data.manifest import IMAGES, Manifest, check_streams
+from vqscale.data.shards import ShardSet, check_shards, open_shards
 from vqscale.errors import UserError
 
 
@@ -27,27 +28,29 @@ def check_inputs(recipe: Recipe) -> list[str]:
         check_streams(counts, streams=data.streams, packet=data.packet, where="data.clocks.shards")
         return []
     train, validation = _read(data.train), _read(data.validation)
-    if data.train.rstrip("/") == data.validation.rstrip("/"):
-        raise UserError("is the training data itself", where="data.validation", mend="name held-out shards")
-    if not validation.samples:
-        raise UserError("holds no samples", where=data.validation, mend="pack with --holdout")
-    if train.classes != validation.classes:
+    shared = sorted(set(train.urls) & set(validation.urls))
+    if shared:
+        raise UserError(f"{shared[0]} is training data", where="data.validation", mend="name held-out shards")
+    if not validation.manifest.samples:
+        raise UserError("holds no samples", where=validation.spec, mend="pack with --holdout")
+    if train.manifest.classes != validation.manifest.classes:
         raise UserError(
-            f"{_classes(validation)}, but {data.train} has {_classes(train)}",
-            where=data.validation,
-            mend="pack both with one `vqscale data pack SRC DEST --holdout N`",
+            f"{_classes(validation.manifest)}, but {train.spec} has {_classes(train.manifest)}",
+            where=validation.spec,
+            mend="pack both with one `vqscale data pack SRC DEST --holdout N`, or index both with the same classes",
         )
-    check_streams(train.counts, streams=data.streams, packet=data.packet, where=data.train)
-    pairs = ((data.train, train), (data.validation, validation))
-    return [line for url, manifest in pairs for line in _size_warnings(url, manifest, data.image_size)]
+    check_streams(train.counts, streams=data.streams, packet=data.packet, where=train.spec)
+    return [line for shards in (train, validation) for line in _size_warnings(shards, data.image_size)]
 
 
-def _read(url: str) -> Manifest:
-    manifest = read_manifest(url)
-    if manifest.format != IMAGES:
-        raise UserError(f"holds {manifest.format}, not images", where=url, mend="name a folder of image shards")
-    check_shards(url, manifest)
-    return manifest
+def _read(spec: Shards) -> ShardSet:
+    shards = open_shards(spec)
+    if shards.manifest.format != IMAGES:
+        raise UserError(
+            f"holds {shards.manifest.format}, not images", where=shards.spec, mend="name a folder of image shards"
+        )
+    check_shards(shards)
+    return shards
 
 
 def _clock_counts(clocks: Clocks) -> list[int]:
@@ -56,8 +59,8 @@ def _clock_counts(clocks: Clocks) -> list[int]:
     return [end - start for start, end in pairwise(ends)]
 
 
-def _size_warnings(url: str, manifest: Manifest, wanted: int) -> list[str]:
-    stored = manifest.image_size
+def _size_warnings(shards: ShardSet, wanted: int) -> list[str]:
+    stored, url = shards.manifest.image_size, shards.spec
     if stored is None or stored == wanted:
         return []
     if stored < wanted:

@@ -7,6 +7,7 @@ RUN/
   state.json                  how each stage stands; written by the supervisor on the host
   supervisor.json, .log       process that runs the stages
   stages/STAGE/events.jsonl   one line a log step, continued over attempts
+  stages/STAGE/quarantine.jsonl   bad samples, one line each
   stages/STAGE/done.json      the stage's own marker of success, with its figures
   stages/STAGE/failure.json   why the stage's processes gave up, in one line
   stages/STAGE/attempt-NNN/   agent.log, ranks/ (logs by rank)
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqscale.config.load import load_recipe
-from vqscale.config.recipe import Recipe
+from vqscale.config.recipe import Recipe, Shards
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,11 @@ class RunLayout:
         """Code shards of a split."""
         return self.root / "codes" / split
 
-    def shards(self, recipe: Recipe, split: str) -> str:
+    def quarantine(self, stage: str) -> Path:
+        """The bad samples that a stage met, one JSON object a line."""
+        return self.stage(stage) / "quarantine.jsonl"
+
+    def shards(self, recipe: Recipe, split: str) -> Shards:
         """Image shards of a split: the recipe's own, or those packed in this run."""
         if recipe.data.clocks:
             return str(self.root / "shards" / split)

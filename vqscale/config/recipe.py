@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Shards = str | tuple[str, ...]
+"""Where shards are: one place or several."""
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 STAGES = ("generate", "pack", "tokenizer", "extract", "prior", "sample", "evaluate")
@@ -45,15 +47,33 @@ class Clocks(Section):
     """Number of training shards."""
 
 
+class Remote(Section):
+    """How shards are read that are not on a local disk (s3://, gs://, hf://, https://, ...)."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds after which one request is given up and made again."""
+    retries: Annotated[int, Field(ge=0)] = 8
+    """Failures in a row, without a byte of progress, after which reading a shard fails."""
+    block_mb: Annotated[float, Field(gt=0)] = 8.0
+    """Largest range that one request asks for, in MiB."""
+    connections: Positive = 4
+    """Ranges of one shard that are read at the same time."""
+    cache: str = ""
+    """Folder on a local disk for remote shards, kept by content; empty keeps them in memory while they are read."""
+    cache_gb: Annotated[float, Field(gt=0)] = 100.0
+    """Size of the cache in GiB; the shards that were used least recently leave it."""
+
+
 class Data(Section):
     """What the models are trained on: WebDataset shards with a manifest, or generated clock faces."""
 
     image_size: Positive
     """Side of the square images in pixels. Stored images of another size are cropped and resized to it."""
-    train: str = ""
-    """Folder or URL of the training shards and their `manifest.json`; empty when `clocks` is set."""
-    validation: str = ""
-    """Folder or URL of the held-out shards; empty when `clocks` is set."""
+    train: Shards = ""
+    """Training shards: a folder with a `manifest.json`, a manifest, a pattern such as `s3://bucket/train-{000..099}.tar`,
+    or a list of these. Empty when `clocks` is set."""
+    validation: Shards = ""
+    """Held-out shards, named like `train`; empty when `clocks` is set."""
     clocks: Clocks | None = None
     """Generate the data set (stages `generate` and `pack`) in the run directory."""
     streams: Positive = 12
@@ -64,6 +84,14 @@ class Data(Section):
     """Shuffle radius in samples: whole shards are grouped until a group holds this many, then permuted."""
     threads: Positive = 1
     """Decoding threads of each rank."""
+    decoder: Literal["cpu", "cuda"] = "cpu"
+    """Where JPEGs are decoded. `cuda` needs a GPU and torchvision; it pays where images are large and cores are few."""
+    openers: Positive = 2
+    """Groups of shards that each rank opens at the same time, ahead of their use."""
+    ahead_mb: Annotated[float, Field(ge=0)] = 1024.0
+    """MiB of shards that each rank may hold open before they are needed; remote ones without a cache lie in memory."""
+    remote: Remote = Remote()
+    """How shards are read that are not on a local disk."""
     flip: bool = False
     """Mirror training images horizontally with probability one half (a function of seed and position)."""
     error_budget: Fraction = 0.001

@@ -20,8 +20,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from vqscale.data import storage, tar
+from vqscale.data.bad import BadPick
 from vqscale.data.manifest import CODES, CodeLevel, Manifest, Shard, hash_bytes
-from vqscale.data.source import BadPick, Fields, Spec, read_in_batches
+from vqscale.data.shards import ShardSet
+from vqscale.data.source import Fields, Spec, read_in_batches
+from vqscale.data.store import Store
 from vqscale.errors import UserError
 
 
@@ -48,6 +51,8 @@ class CodeRecord(BaseModel):
     """Identity of the tokenizer."""
     skipped: int = 0
     """Bad images that have no codes."""
+    bad: tuple[tuple[str, str], ...] = ()
+    """Key and kind of each of them."""
     usage: dict[str, list[int]] = {}
     """Level name → how often each code was used."""
 
@@ -85,7 +90,7 @@ def read_code_shard(url: str | Path) -> Fields:
     Raises:
         UserError: it is absent, damaged, or no code shard.
     """
-    return _read(str(url))[0]
+    return _read(storage.open_shard(url), str(url))[0]
 
 
 def write_record(folder: str, record: CodeRecord) -> None:
@@ -165,20 +170,27 @@ class CodeSource:
     Fields: for each level its name, uint16 [side, side], and `label` int64 (-1 for none).
 
     Args:
-        url: folder of the shards.
-        manifest: their manifest.
+        shards: the shards.
+        store: opens them.
     """
 
-    def __init__(self, url: str, manifest: Manifest) -> None:
+    def __init__(self, shards: ShardSet, store: Store | None = None) -> None:
+        manifest = shards.manifest
         if manifest.format != CODES:
-            raise UserError(f"holds {manifest.format}, not codes", where=url, mend="name a folder of code shards")
-        self.url, self.manifest = url, manifest
+            raise UserError(
+                f"holds {manifest.format}, not codes", where=shards.spec, mend="name a folder of code shards"
+            )
+        self.shards, self.manifest, self.store = shards, manifest, store or Store()
         self.spec = {level.name: Spec((level.grid, level.grid), np.dtype(np.uint16)) for level in manifest.levels}
         self.spec["label"] = Spec((), np.dtype(np.int64))
 
     def name(self, shard: int) -> str:
-        """File name of a shard."""
-        return self.manifest.shards[shard].name
+        """Name of a shard in messages."""
+        return self.shards.name(shard)
+
+    def bytes_of(self, shards: Sequence[int]) -> int:
+        """Size of some shards together."""
+        return sum(self.manifest.shards[shard].bytes for shard in shards)
 
     def open_group(self, shards: Sequence[int]) -> CodeGroup:
         """Read shards into memory."""
@@ -193,9 +205,9 @@ class CodeSource:
         return read_in_batches(self, shard, self.manifest.counts[shard], batch, bad)
 
     def _read(self, shard: int) -> tuple[Fields, list[str]]:
-        where = storage.join(self.url, self.name(shard))
-        fields, keys = _read(where)
-        expected = self.manifest.shards[shard].samples
+        where, stated = self.shards.urls[shard], self.manifest.shards[shard]
+        fields, keys = _read(self.store.open(where, sha256=stated.sha256, size=stated.bytes), where)
+        expected = stated.samples
         shapes = {name: (expected, *spec.shape) for name, spec in self.spec.items()}
         if {name: array.shape for name, array in fields.items()} != shapes:
             raise _wrong(where, "its arrays differ from what the manifest says")
@@ -245,8 +257,7 @@ def _npy(array: NDArray[Any]) -> bytes:
     return file.getvalue()
 
 
-def _read(where: str) -> tuple[Fields, list[str]]:
-    buffer = storage.open_shard(where)
+def _read(buffer: storage.Buffer, where: str) -> tuple[Fields, list[str]]:
     blocks: dict[str, list[NDArray[Any]]] = {}
     keys: list[str] = []
     try:

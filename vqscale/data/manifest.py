@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from vqscale.data import storage, tar
+from vqscale.data import storage
 from vqscale.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -36,18 +36,18 @@ class Shard(_Record):
     """One tar file."""
 
     name: str
-    """File name inside the manifest's folder."""
+    """Path below the manifest's folder (or `base`), with `/` between folders."""
     samples: Count
     """Images, or code grids, that it holds."""
     bytes: Count
     """Size of the file."""
     sha256: str
-    """Hash of the file's content, in hexadecimal digits."""
+    """Hash of the file's content, in hexadecimal digits; empty where it was not computed."""
 
     @field_validator("name")
     @classmethod
     def _stays_inside(cls, name: str) -> str:
-        if not name or "/" in name or "\\" in name or ".." in name:
+        if not name or "\\" in name or ":" in name or any(part in ("", ".", "..") for part in name.split("/")):
             raise ValueError(f"shard name {name!r} leaves the manifest's folder")
         return name
 
@@ -70,6 +70,12 @@ class Manifest(_Record):
     """What the shards hold."""
     shards: tuple[Shard, ...]
     """In the order in which samples are numbered."""
+    base: str = ""
+    """Folder or URL below which the shards lie; empty when it is the manifest's own folder."""
+    label: Annotated[str, Field(pattern=r"^(|none|cls|txt|folder(:[0-9])?|json:.+)$")] = ""
+    """Where a sample's label is: `cls` or `txt` (a member of the sample), `json:KEY` (a value in its `.json`), `folder`
+    (the first folder of its key; `folder:1` the one below it), or `none`. Numbers are labels, words are looked up in
+    `classes`, -1 is none. Empty: `.cls`, else `label` in `.json`, else none."""
     classes: tuple[str, ...] = ()
     """Names of the labels 0, 1, ...; empty when the samples have none."""
     image_size: int | None = None
@@ -107,7 +113,16 @@ def read_manifest(url: str | Path) -> Manifest:
     """
     where = storage.join(url, MANIFEST)
     if storage.size(where) is None:
-        raise _no_manifest(str(url))
+        raise no_manifest(str(url))
+    return parse_manifest(where)
+
+
+def parse_manifest(where: str) -> Manifest:
+    """Read a manifest by its own path or URL.
+
+    Raises:
+        UserError: it is absent or broken.
+    """
     try:
         return Manifest.model_validate(json.loads(storage.read_bytes(where)))
     except ValidationError as error:
@@ -118,7 +133,8 @@ def read_manifest(url: str | Path) -> Manifest:
         raise UserError(f"is not JSON ({error})", where=where, mend=_AGAIN) from None
 
 
-def _no_manifest(url: str) -> UserError:
+def no_manifest(url: str) -> UserError:
+    """What to say of a folder without a manifest."""
     names = storage.list_names(url)
     if names is None:
         return UserError("no such folder", where=url, mend=f"check the path, or {_PACK}")
@@ -127,32 +143,16 @@ def _no_manifest(url: str) -> UserError:
     splits = [storage.join(url, name) for name in ("train", "validation") if name in names]
     if splits:
         return UserError("holds no manifest.json itself", where=url, mend=f"name {' or '.join(splits)}")
-    return UserError("has no manifest.json, its writing was not finished", where=url, mend=_PACK)
+    if any(name.endswith(".tar") for name in names):
+        mend = f"where others wrote these shards: vqscale data index {url}; where `data pack` was stopped, pack again"
+        return UserError("holds shards, but no manifest.json", where=url, mend=mend)
+    return UserError("has neither manifest.json nor shards", where=url, mend=_PACK)
 
 
 def write_manifest(url: str | Path, manifest: Manifest) -> None:
     """Write the manifest, atomically; call it last, when every shard is in place."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False)
     storage.write_bytes(storage.join(url, MANIFEST), (text + "\n").encode())
-
-
-def check_shards(url: str | Path, manifest: Manifest) -> None:
-    """Compare names and sizes with the files; reads no shard.
-
-    Raises:
-        UserError: names the first shard that is missing or has another size.
-    """
-    for shard in manifest.shards:
-        where = storage.join(url, shard.name)
-        found = storage.size(where)
-        if found is None:
-            raise UserError("shard is missing", where=where, mend=_AGAIN)
-        if found != shard.bytes:
-            raise UserError(
-                f"shard has {found} bytes, its manifest says {shard.bytes}",
-                where=where,
-                mend=_AGAIN,
-            )
 
 
 def check_streams(counts: Sequence[int], *, streams: int, packet: int, where: str = "") -> None:
@@ -197,57 +197,9 @@ def deal(order: Sequence[int], counts: Sequence[int], streams: int) -> list[list
     return dealt
 
 
-def verify(url: str | Path, manifest: Manifest, progress: Callable[[Shard], None] | None = None) -> list[str]:
-    """Read every shard and compare it with the manifest: size, hash, and the number of samples in the tar.
-
-    Args:
-        url: the manifest's folder.
-        manifest: what it should hold.
-        progress: called after each shard.
-
-    Returns:
-        One line for each fault; empty when all is well.
-    """
-    faults = []
-    for shard in manifest.shards:
-        fault = _fault(storage.join(url, shard.name), shard, manifest.format)
-        if fault:
-            faults.append(f"{shard.name}: {fault}")
-        if progress:
-            progress(shard)
-    return faults
-
-
 def hash_bytes(buffer: storage.Buffer) -> str:
     """SHA-256 in hexadecimal digits."""
     digest = hashlib.sha256()
     for chunk in storage.chunks(buffer):
         digest.update(chunk)
     return digest.hexdigest()
-
-
-def _fault(where: str, shard: Shard, format_: str) -> str:
-    found = storage.size(where)
-    if found is None:
-        return "is missing"
-    if found != shard.bytes:
-        return f"has {found} bytes, the manifest says {shard.bytes}"
-    try:
-        buffer = storage.open_shard(where)
-        if hash_bytes(buffer) != shard.sha256:
-            return "its content has another sha256 than the manifest says"
-        samples = count_samples(buffer, format_)
-    except UserError as error:
-        return error.what
-    if samples != shard.samples:
-        return f"holds {samples} samples, the manifest says {shard.samples}"
-    return ""
-
-
-def count_samples(buffer: storage.Buffer, format_: str) -> int:
-    """Samples inside a shard: its WebDataset samples, or for codes the keys that its blocks list."""
-    samples = tar.samples(buffer)
-    if format_ == IMAGES:
-        return len(samples)
-    spans = [sample.fields["keys.json"] for sample in samples if "keys.json" in sample.fields]
-    return sum(len(json.loads(buffer[offset : offset + size])) for offset, size in spans)

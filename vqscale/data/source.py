@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqscale.data.bad import BadPick
+from vqscale.data.store import Store
 from vqscale.errors import UserError
 
 Fields = dict[str, NDArray[Any]]
@@ -27,7 +28,10 @@ class Spec(NamedTuple):
 
 
 class OpenGroup(Protocol):
-    """Open shards whose samples are numbered through, in the order in which the shards were named."""
+    """Open shards whose samples are numbered through, in the order in which the shards were named.
+
+    They are released with the last reference.
+    """
 
     def read(self, picks: NDArray[np.int64], out: Fields, row: int) -> list[BadPick]:
         """Read samples by number into the rows from `row` on; called from several threads."""
@@ -39,7 +43,12 @@ class OpenGroup(Protocol):
 
 
 class Source(Protocol):
-    """Shards of one kind, such as `images.ImageSource` and `codes.CodeSource`."""
+    """Shards of one kind, such as `image_source.ImageSource` and `codes.CodeSource`."""
+
+    @property
+    def store(self) -> Store:
+        """Opens the shards."""
+        ...
 
     @property
     def spec(self) -> dict[str, Spec]:
@@ -47,11 +56,15 @@ class Source(Protocol):
         ...
 
     def name(self, shard: int) -> str:
-        """File name of a shard."""
+        """Name of a shard in messages."""
+        ...
+
+    def bytes_of(self, shards: Sequence[int]) -> int:
+        """Size of some shards together."""
         ...
 
     def open_group(self, shards: Sequence[int]) -> OpenGroup:
-        """Open shards for random access; called from one thread at a time."""
+        """Open shards for random access; called from several threads."""
         ...
 
 

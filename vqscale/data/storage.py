@@ -1,4 +1,4 @@
-"""Files by URL: local paths directly, everything with a scheme through fsspec.
+"""Files by URL: local paths directly, everything with a scheme through fsspec (`vqscale.data.remote`).
 
 Light on purpose: the launcher checks manifests with it, so fsspec is imported only for URLs that need it.
 """
@@ -10,10 +10,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from vqscale import files
+from vqscale.data import remote
 from vqscale.errors import UserError
+from vqscale.masking import shown as shown
 
 Buffer = mmap.mmap | bytes
 """A whole shard for random access; slices of it are `bytes`."""
@@ -36,32 +37,30 @@ def size(url: str | Path) -> int | None:
     """Size of a file in bytes; None when there is no such file.
 
     Raises:
-        UserError: the storage cannot be reached.
+        UserError: the storage cannot be reached, or does not say.
     """
     path = local_path(url)
     if path is not None:
         return path.stat().st_size if path.is_file() else None
-    with _explained(url):
-        system, name = _filesystem(url)
-        try:
-            found = system.info(name)
-        except FileNotFoundError:
-            return None
-    return int(found["size"]) if found.get("type") == "file" else None
+    found = remote.find(url)
+    if found is None or found.folder:
+        return None
+    if found.size is None:
+        raise remote.no_size(url)
+    return found.size
 
 
 def list_names(url: str | Path) -> list[str] | None:
-    """Names in a folder, sorted; None when there is no such folder."""
+    """Names in a folder, sorted; None when there is no such folder.
+
+    Raises:
+        UserError: the storage cannot be reached.
+    """
     path = local_path(url)
     if path is not None:
         return sorted(os.listdir(path)) if path.is_dir() else None
-    with _explained(url):
-        system, name = _filesystem(url)
-        try:
-            entries = system.ls(name, detail=False)
-        except FileNotFoundError:
-            return None
-    return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in entries)
+    names = remote.entries(url)
+    return None if names is None else sorted(names)
 
 
 def read_bytes(url: str | Path) -> bytes:
@@ -71,35 +70,30 @@ def read_bytes(url: str | Path) -> bytes:
         UserError: it is absent or cannot be read.
     """
     path = local_path(url)
+    if path is None:
+        return remote.read_remote(url)[:]
     with _explained(url):
-        if path is not None:
-            return path.read_bytes()
-        system, name = _filesystem(url)
-        return bytes(system.cat_file(name))
+        return path.read_bytes()
 
 
 def write_bytes(url: str | Path, data: bytes) -> None:
     """Write a whole file so that no reader sees a part of it; object stores commit when the upload ends."""
     path = local_path(url)
+    if path is None:
+        remote.write_remote(url, data)
+        return
     with _explained(url):
-        if path is not None:
-            files.write_bytes(path, data)
-            return
-        system, name = _filesystem(url)
-        system.makedirs(name.rpartition("/")[0], exist_ok=True)
-        system.pipe_file(name, data)
+        files.write_bytes(path, data)
 
 
 def remove(url: str | Path) -> None:
     """Remove a file; nothing happens when there is none."""
     path = local_path(url)
+    if path is None:
+        remote.remove_remote(url)
+        return
     with _explained(url):
-        if path is not None:
-            path.unlink(missing_ok=True)
-            return
-        system, name = _filesystem(url)
-        if system.exists(name):
-            system.rm_file(name)
+        path.unlink(missing_ok=True)
 
 
 def open_shard(url: str | Path) -> Buffer:
@@ -112,7 +106,7 @@ def open_shard(url: str | Path) -> Buffer:
     """
     path = local_path(url)
     if path is None:
-        return read_bytes(url)
+        return remote.read_remote(url)
     with _explained(url), path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             return b""  # an empty file cannot be mapped
@@ -127,17 +121,10 @@ def chunks(buffer: Buffer, length: int = 1 << 24) -> Iterator[bytes]:
 
 @contextmanager
 def _explained(url: str | Path) -> Iterator[None]:
-    """Turns the faults of any storage into one line that names the URL."""
+    """Turns the faults of local storage into one line that names the path."""
     try:
         yield
     except FileNotFoundError:
         raise UserError("no such file", where=str(url), mend="check the path") from None
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot be reached ({error or type(error).__name__})", where=str(url)) from error
-
-
-def _filesystem(url: str | Path) -> tuple[Any, str]:
-    import fsspec
-
-    system, name = fsspec.core.url_to_fs(str(url))
-    return system, str(name)

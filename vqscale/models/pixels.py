@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def from_uint8(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+def from_uint8(images: NDArray[np.uint8] | Tensor, device: torch.device) -> Tensor:
     """uint8 [B, S, S, 3] to fp32 [B, 3, S, S] in [-1, 1], channels last in memory; scaled on the device."""
-    return torch.from_numpy(images).to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.as_tensor(images).to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:

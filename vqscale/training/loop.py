@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from vqscale.config.recipe import Training
-from vqscale.data.loader import Batch
 from vqscale.seeds import mix
 from vqscale.training import checkpoint
 from vqscale.training.checkpoint import Checkpoint
+from vqscale.training.data_watch import Counted, DataWatch
 from vqscale.training.engine import Engine, learning_rate
 from vqscale.training.guards import require_finite
 from vqscale.training.tracking import Tracker
+from vqscale.training.transfer import DeviceBatch
 
 
 class Task(ABC):
@@ -27,11 +28,11 @@ class Task(ABC):
 
     engine: Engine
 
-    def before_step(self, batch: Batch) -> None:
+    def before_step(self, batch: DeviceBatch) -> None:
         """Called before each step's forward."""
 
     @abstractmethod
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:
         """Forward of a batch: scalars by name, `total` is what is minimised."""
 
     def after_step(self) -> None:
@@ -52,16 +53,14 @@ class Task(ABC):
         """Draw into TensorBoard; called on rank 0 alone, so no collective may be used."""
 
 
-class Batches(Protocol):
-    """The loader as the loop sees it."""
-
-    wait_s: float
+class Batches(Counted, Protocol):
+    """The loader's batches on the device, as the loop sees them."""
 
     @property
-    def bad(self) -> Mapping[str, int]:
-        """Bad samples so far, by kind."""
+    def wait_s(self) -> float:
+        """Seconds that were spent waiting for batches."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[DeviceBatch]:
         """Endless batches from the loader's first step on."""
 
 
@@ -97,6 +96,7 @@ def train(
     start: int,
     seed: int,
     folder: Path,
+    watch: DataWatch,
     tracker: Tracker | None,
 ) -> dict[str, float]:
     """Train from step `start` to the end; returns the last validation's figures.
@@ -108,6 +108,7 @@ def train(
         start: finished steps.
         seed: the run's seed.
         folder: where checkpoints go.
+        watch: judges the data.
         tracker: on rank 0; None elsewhere.
     """
     engine, validation = task.engine, {}
@@ -127,7 +128,8 @@ def train(
         done = step + 1
         last = done == training.steps
         if done % training.log_every == 0 or last or done == 1:
-            _log(task, training, losses, norm, done, window, loader, tracker)
+            _log(task, training, losses, norm, done, window, loader, watch, tracker)
+            watch.check()
             window = _Window(time.perf_counter(), loader.wait_s)
         if done % training.hash_every == 0 or last:
             task.check(done)
@@ -150,13 +152,16 @@ def _log(
     done: int,
     window: _Window,
     loader: Batches,
+    watch: DataWatch,
     tracker: Tracker | None,
 ) -> None:
-    """Mean losses over the ranks and what the window measured; collective."""
+    """Mean losses and bad samples over the ranks, and what the window measured; collective."""
     ranks = task.engine.ranks
-    bad = losses["total"].new_tensor(float(sum(loader.bad.values())), dtype=torch.float32)
-    *sums, bad_samples = ranks.sum(torch.stack([*(v.detach().float() for v in losses.values()), bad])).tolist()
-    means = {name: value / ranks.world for name, value in zip(losses, sums, strict=True)}
+    local = [*(value.detach().double() for value in losses.values())]
+    counts = losses["total"].new_tensor(watch.counts(loader), dtype=torch.float64)
+    sums = ranks.sum(torch.cat([torch.stack(local), counts])).tolist()
+    watch.update(loader, sums[len(losses) :])
+    means = {name: value / ranks.world for name, value in zip(losses, sums, strict=False)}
     require_finite(means["total"], float(norm), done)
     figures = task.figures()
     if tracker is None:
@@ -166,11 +171,11 @@ def _log(
         done,
         {f"loss/{name}": value for name, value in means.items()}
         | figures
+        | watch.figures()
         | {
             "optim/learning_rate": learning_rate(training, done - 1),
             "optim/gradient_norm": float(norm),
             "speed/data_wait": (loader.wait_s - window.waited) / seconds,
-            "data/bad_samples": bad_samples,
         },
         rate=window.steps * training.global_batch / seconds,
     )

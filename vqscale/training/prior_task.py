@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqscale.config.recipe import Prior
-from vqscale.data.loader import Batch
 from vqscale.models.transformer import Transformer
 from vqscale.seeds import mix
 from vqscale.training.engine import Engine
 from vqscale.training.loop import Task
 from vqscale.training.tracking import Tracker
+from vqscale.training.transfer import DeviceBatch
 
-CodeFields = Mapping[str, np.ndarray]
-"""Code grids by level name, and `label`."""
+CodeFields = Mapping[str, Tensor]
+"""Code grids by level name, and `label`, on the device."""
 
 
 class PriorTask(Task):
@@ -47,7 +47,7 @@ class PriorTask(Task):
         self._held_out, self._draw = held_out, draw
         self._model: Transformer = engine.bare  # type: ignore[assignment]
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:
         """Cross-entropy in nats a code: over all codes (`total`) and by level."""
         classes = self._drop(self._classes(batch.fields), batch)
         return self._nats(self.engine.model, batch.fields, classes)
@@ -76,7 +76,7 @@ class PriorTask(Task):
             self._model.train()
 
     def _nats(self, network: torch.nn.Module, fields: CodeFields, classes: Tensor) -> dict[str, Tensor]:
-        codes = [torch.from_numpy(fields[name].astype(np.int64)).to(classes.device) for name in self._levels]
+        codes = [fields[name].long() for name in self._levels]
         with self.engine.autocast():
             logits = network(codes, classes)
         levels = [
@@ -88,15 +88,15 @@ class PriorTask(Task):
         return {"total": torch.as_tensor(total), **dict(zip(self._levels, levels, strict=True))}
 
     def _classes(self, fields: CodeFields) -> Tensor:
-        labels = torch.from_numpy(np.asarray(fields["label"], dtype=np.int64)).to(self.engine.ranks.device)
+        labels = fields["label"]
         return torch.where(labels < 0, self._model.no_class, labels).clamp(max=self._model.no_class)
 
-    def _drop(self, classes: Tensor, batch: Batch) -> Tensor:
+    def _drop(self, classes: Tensor, batch: DeviceBatch) -> Tensor:
         """Forget the class of a share of the samples, chosen by seed, step and global index alone."""
         share = self._settings.class_dropout
         if not share:
             return classes
         generator = torch.Generator().manual_seed(mix(self._seed, batch.step, "class"))
         chance = torch.rand(self._settings.training.global_batch, generator=generator)
-        dropped = chance[torch.from_numpy(batch.index)] < share
-        return torch.where(dropped.to(classes.device), self._model.no_class, classes)
+        dropped = chance.to(batch.index.device)[batch.index] < share
+        return torch.where(dropped, self._model.no_class, classes)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqscale.config.recipe import Tokenizer
-from vqscale.data.loader import Batch
 from vqscale.data.sheet import colour_codes, tile
 from vqscale.models.pixels import from_uint8, to_uint8
 from vqscale.models.quantizer import Codebook, Donors, LevelFigures, Statistics, update_codebooks
@@ -20,6 +19,7 @@ from vqscale.training.engine import Engine
 from vqscale.training.guards import compare_codebooks
 from vqscale.training.loop import Task
 from vqscale.training.tracking import Tracker
+from vqscale.training.transfer import DeviceBatch
 
 
 class TokenizerTask(Task):
@@ -49,7 +49,7 @@ class TokenizerTask(Task):
         self._names = [level.name for level in settings.levels]
         self._updates = 0
 
-    def before_step(self, batch: Batch) -> None:
+    def before_step(self, batch: DeviceBatch) -> None:
         """At the first quantized step: data-dependent first codes, agreed across ranks."""
         self._updates = batch.step - self._settings.quantizer.continuous_steps
         if self._updates == 0 and self._settings.quantizer.init == "data":
@@ -57,7 +57,7 @@ class TokenizerTask(Task):
             with torch.no_grad(), self.engine.autocast():
                 self._model.initialise_codebooks(images, self._donors(batch), self.engine.ranks.sum)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:
         """Reconstruction (mean squared error in [-1, 1]) and commitment a level."""
         images = from_uint8(batch.fields["image"], self.engine.ranks.device)
         with self.engine.autocast():
@@ -125,6 +125,5 @@ class TokenizerTask(Task):
         """Whether the current step quantizes; the first ones may let the latents pass."""
         return self._updates >= 0
 
-    def _donors(self, batch: Batch) -> Donors:
-        index = torch.from_numpy(batch.index).to(self.engine.ranks.device)
-        return Donors(index, self._settings.training.global_batch, mix(self._seed, batch.step))
+    def _donors(self, batch: DeviceBatch) -> Donors:
+        return Donors(batch.index, self._settings.training.global_batch, mix(self._seed, batch.step))
