@@ -12,7 +12,8 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from vqscale.data import storage, tar
+from vqscale import storage
+from vqscale.data import tar
 from vqscale.data.manifest import IMAGES, Manifest, Shard, hash_bytes, write_manifest
 from vqscale.data.pack import pack_images
 from vqscale.data.scan import scan

@@ -8,7 +8,8 @@ from benchmarks import loader_peers
 from benchmarks.harness import Bench
 from benchmarks.loader_data import Shards
 from benchmarks.timing import Contender
-from vqscale.data import storage, tar
+from vqscale import storage
+from vqscale.data import tar
 
 Content = bytes | memoryview
 _PASSES = {"ours": 8, "ours_copied": 4, "webdataset": 1}  # a lap of each, so that none is over in an instant

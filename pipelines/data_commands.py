@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.data_report import Report, line, megabytes, print_json, progress, some, summary
-from vqscale.data import storage
+from vqscale import storage
 from vqscale.data.manifest import Shard
 from vqscale.data.shards import ShardSet, open_shards
 from vqscale.errors import UserError
 
 if TYPE_CHECKING:
     from vqscale.data.bad import BadPick
-    from vqscale.data.index import Indexed
+    from vqscale.data.indexing.index import Indexed
 
 EXIT_FAULTS = 1
 """Exit code of `verify` and `index` when shards are damaged or hold bad images."""
@@ -70,7 +70,7 @@ def index(options: argparse.Namespace) -> int:
     Several folders get a manifest each, with the same classes; with --out all get one. Shards that are cut off or
     damaged are named, and nothing is written (exit code 1), unless --keep-damaged is given.
     """
-    from vqscale.data.index import classes_of, index_shards, read_classes, write_index
+    from vqscale.data.indexing.index import classes_of, index_shards, read_classes, write_index
 
     classes = read_classes(options.classes) if options.classes else ()
     with progress("indexing", "MB") as report:
@@ -111,7 +111,7 @@ def _index_lines(one: Indexed, written: bool) -> list[str]:
 
 def _findings(one: Indexed) -> list[str]:
     """What was found and decided, and what may be a fault."""
-    from vqscale.data.label_rules import described
+    from vqscale.data.indexing.label_rules import described
 
     manifest, source = one.manifest, one.manifest.source
     kinds = ", ".join(f"{count:,} .{extension}" for extension, count in source["images"].items())

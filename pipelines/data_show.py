@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipelines.data_report import line, megabytes, print_json, progress, some, summary
-from vqscale.data import storage
+from vqscale import storage
 from vqscale.data.manifest import IMAGES, Manifest
 from vqscale.data.shards import ShardSet, open_shards
 from vqscale.errors import UserError
@@ -51,7 +51,7 @@ def show(options: argparse.Namespace) -> int:
 
 
 def _facts(manifest: Manifest) -> list[str]:
-    from vqscale.data.label_rules import described
+    from vqscale.data.indexing.label_rules import described
 
     rule = [f"labels: {described(manifest.label)}"] if manifest.format == IMAGES else []
     source = [f"{name}: {_plain(value)}" for name, value in manifest.source.items()]
@@ -68,7 +68,7 @@ def _plain(value: Any) -> str:
 def _first_shard(shards: ShardSet) -> dict[str, Any]:
     """Keys, members and images of the first shard that holds any samples."""
     from vqscale.data import tar
-    from vqscale.data.survey import survey
+    from vqscale.data.indexing.survey import survey
 
     number = next((number for number, count in enumerate(shards.counts) if count), None)
     if number is None:

@@ -15,7 +15,7 @@ import torch
 
 from pipelines.sources import image_source
 from pipelines.stage import Stage, run_stage
-from vqscale.data import storage
+from vqscale import storage
 from vqscale.data.bad import BadCount, BadPick
 from vqscale.data.codes import (
     CodeBlock,

@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from pipelines.stage import Stage, run_stage
-from vqscale.data import clocks, storage
+from vqscale import storage
+from vqscale.data import clocks
 from vqscale.data.manifest import MANIFEST, read_manifest
 from vqscale.data.pack import PackPlan, finish, plan_pack, write_shard
 from vqscale.data.scan import scan

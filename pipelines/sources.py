@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pipelines.stage import Stage
 from vqscale.config.recipe import Data
-from vqscale.data.access import Access
-from vqscale.data.cache import ShardCache
 from vqscale.data.codes import CodeSource
 from vqscale.data.image_source import Decoder, ImageSource
 from vqscale.data.images import decode_each
 from vqscale.data.shards import open_shards
-from vqscale.data.store import Store
+from vqscale.storage.access import Access
+from vqscale.storage.cache import ShardCache
+from vqscale.storage.store import Store
 
 
 def image_source(stage: Stage, split: str) -> ImageSource:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vqscale.data import images, storage, tar
+from vqscale import storage
+from vqscale.data import images, tar
 from vqscale.data.manifest import IMAGES, Manifest, Shard, hash_bytes, write_manifest
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image
 
 from tests.data_helpers import picture
-from vqscale.data import storage, tar
+from vqscale import storage
+from vqscale.data import tar
 
 Samples = Iterable[tuple[str, dict[str, bytes]]]
 

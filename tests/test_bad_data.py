@@ -17,8 +17,9 @@ from tests.data_helpers import picture
 from tests.recipes import tiny_recipe
 from tests.test_data_images import _huge_png
 from tests.training_helpers import clock_run, tokenizer_experiment
+from vqscale import storage
 from vqscale.config.recipe import Recipe
-from vqscale.data import storage, tar
+from vqscale.data import tar
 from vqscale.data.bad import KINDS, BadCount, BadPick, check_budget
 from vqscale.data.image_source import ImageSource
 from vqscale.data.images import encode_jpeg, encode_png

@@ -20,11 +20,11 @@ import fsspec
 import pytest
 
 from tests.fault_proxy import FaultProxy, Faults
-from vqscale.data import storage
-from vqscale.data.access import Access
-from vqscale.data.cache import Draft, ShardCache, url_key
-from vqscale.data.store import Store
+from vqscale import storage
 from vqscale.errors import UserError
+from vqscale.storage.access import Access
+from vqscale.storage.cache import Draft, ShardCache, url_key
+from vqscale.storage.store import Store
 
 if TYPE_CHECKING:  # the plugin is imported by pytest
     from tests.object_store import ObjectStore

@@ -11,7 +11,7 @@ from PIL import Image
 from pipelines.data import main
 from tests.data_helpers import image_folder
 from tests.foreign_shards import image, img2dataset, numbered, shards, write_tar
-from vqscale.data import storage
+from vqscale import storage
 from vqscale.data.manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]

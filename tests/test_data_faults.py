@@ -15,11 +15,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from tests.fault_proxy import FaultProxy, Faults
-from vqscale.data import remote, storage
-from vqscale.data.access import Access, retried
-from vqscale.data.faults import kind, refuse_password, shown
-from vqscale.data.store import Store
+from vqscale import storage
 from vqscale.errors import UserError
+from vqscale.storage import remote
+from vqscale.storage.access import Access, retried
+from vqscale.storage.faults import kind, refuse_password, shown
+from vqscale.storage.store import Store
 
 DATA = bytes(range(256)) * 1200  # 300 KiB
 QUICK = Access(block=100_000, backoff_s=0.005, longest_backoff_s=0.02)

@@ -25,10 +25,11 @@ from tests.foreign_shards import (
     tar_bytes,
     write_tar,
 )
-from vqscale.data import storage, tar
+from vqscale import storage
+from vqscale.data import tar
 from vqscale.data.bad import BadPick
 from vqscale.data.image_source import ImageSource
-from vqscale.data.index import Indexed, classes_of, index_shards, read_classes, write_index
+from vqscale.data.indexing.index import Indexed, classes_of, index_shards, read_classes, write_index
 from vqscale.data.shards import ShardSet, check_shards, open_shards
 from vqscale.data.threads import in_threads
 from vqscale.data.verify import verify

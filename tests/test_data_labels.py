@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tests.foreign_shards import tar_bytes
-from vqscale.data import label_rules, tar
+from vqscale.data import tar
 from vqscale.data.bad import BadSample
-from vqscale.data.label_rules import Tally, check_rule, count, decide
+from vqscale.data.indexing import label_rules
+from vqscale.data.indexing.label_rules import Tally, check_rule, count, decide
 from vqscale.data.labels import NO_LABEL, label_number, stored_label
 from vqscale.errors import UserError
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.data_helpers import image_shards
-from vqscale.data import storage
+from vqscale import storage
 from vqscale.data.manifest import Shard, check_streams, deal, read_manifest, write_manifest
 from vqscale.data.shards import open_shards
 from vqscale.data.verify import verify

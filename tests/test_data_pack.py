@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from tests.data_helpers import SHARED, image_folder, picture
-from vqscale.data import images, storage, tar
+from vqscale import storage
+from vqscale.data import images, tar
 from vqscale.data.image_source import ImageSource
 from vqscale.data.manifest import read_manifest
 from vqscale.data.pack import finish, pack_images, plan_pack, write_shard

@@ -15,9 +15,10 @@ import fsspec
 import pytest
 
 from tests.fault_proxy import FaultProxy, Faults
-from vqscale.data import remote, storage
-from vqscale.data.access import Access, retried
+from vqscale import storage
 from vqscale.errors import UserError
+from vqscale.storage import remote
+from vqscale.storage.access import Access, retried
 
 if TYPE_CHECKING:  # the plugin is imported by pytest
     from tests.object_store import ObjectStore

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.foreign_shards import shards, write_tar
-from vqscale.data import storage
-from vqscale.data.index import index_shards, write_index
-from vqscale.data.listing import below_one_folder, list_shards
+from vqscale import storage
+from vqscale.data.indexing.index import index_shards, write_index
+from vqscale.data.indexing.listing import below_one_folder, list_shards
 from vqscale.data.manifest import Manifest, parse_manifest, read_manifest, write_manifest
 from vqscale.data.shards import check_shards, expand, fixed_folder, is_pattern, open_shards
 from vqscale.errors import UserError

@@ -12,10 +12,10 @@ import fsspec
 import pytest
 
 from tests.fault_proxy import FaultProxy, Faults
-from vqscale.data.access import Access
-from vqscale.data.cache import ShardCache
-from vqscale.data.store import Store
 from vqscale.errors import UserError
+from vqscale.storage.access import Access
+from vqscale.storage.cache import ShardCache
+from vqscale.storage.store import Store
 
 if TYPE_CHECKING:  # the plugin is imported by pytest
     from tests.object_store import ObjectStore

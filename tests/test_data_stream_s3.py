@@ -12,15 +12,15 @@ import pytest
 
 from tests.data_helpers import image_shards, picture
 from tests.fault_proxy import FaultProxy, Faults
-from vqscale.data.access import Access
-from vqscale.data.cache import ShardCache
 from vqscale.data.image_source import ImageSource
 from vqscale.data.images import encode_png
 from vqscale.data.loader import Loader
 from vqscale.data.order import StreamOrder
 from vqscale.data.shards import check_shards, open_shards
-from vqscale.data.store import Store
 from vqscale.errors import UserError
+from vqscale.storage.access import Access
+from vqscale.storage.cache import ShardCache
+from vqscale.storage.store import Store
 
 if TYPE_CHECKING:
     from tests.object_store import ObjectStore

@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from vqscale.data import storage, tar
+from vqscale import storage
+from vqscale.data import tar
 from vqscale.data.bad import BadPick
 from vqscale.data.manifest import CODES, CodeLevel, Manifest, Shard, hash_bytes
 from vqscale.data.shards import ShardSet
 from vqscale.data.source import Fields, Spec, read_in_batches
-from vqscale.data.store import Store
 from vqscale.errors import UserError
+from vqscale.storage.store import Store
 
 
 @dataclass(frozen=True)

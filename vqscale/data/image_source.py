@@ -10,15 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vqscale.data import storage, tar
+from vqscale import storage
+from vqscale.data import tar
 from vqscale.data.bad import BadPick, BadSample
 from vqscale.data.images import Bytes, Pixels, decode_each
 from vqscale.data.labels import NO_LABEL, label_number, stored_label
 from vqscale.data.manifest import IMAGES, Manifest
 from vqscale.data.shards import ShardSet
 from vqscale.data.source import Fields, Spec, read_in_batches
-from vqscale.data.store import Store
 from vqscale.errors import UserError
+from vqscale.storage.store import Store
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Members of a shard that hold the image, in the order in which they are looked for."""

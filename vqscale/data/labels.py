@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vqscale.data.bad import BadSample
-from vqscale.data.storage import Buffer
 from vqscale.data.tar import Sample
+from vqscale.storage import Buffer
 
 NO_LABEL = -1
 """A sample without a label."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from vqscale.data import storage
+from vqscale import storage
 from vqscale.errors import UserError
 
 MANIFEST = "manifest.json"

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vqscale.data import images, storage, tar
+from vqscale import storage
+from vqscale.data import images, tar
 from vqscale.data.bad import BadSample
 from vqscale.data.manifest import IMAGES, MANIFEST, Manifest, Shard, hash_bytes, read_manifest, write_manifest
 from vqscale.data.order import generator

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
-from vqscale.data import storage
+from vqscale import storage
 from vqscale.data.manifest import MANIFEST, Manifest, no_manifest, parse_manifest, read_manifest
 from vqscale.errors import UserError
 

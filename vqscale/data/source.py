@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqscale.data.bad import BadPick
-from vqscale.data.store import Store
 from vqscale.errors import UserError
+from vqscale.storage.store import Store
 
 Fields = dict[str, NDArray[Any]]
 """Arrays by field name; the first axis counts samples."""

@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from vqscale.data.storage import Buffer
 from vqscale.errors import UserError
+from vqscale.storage import Buffer
 
 BLOCK = 512
 RECORD = 10_240

@@ -8,14 +8,15 @@ from functools import partial
 
 import numpy as np
 
-from vqscale.data import storage, tar
+from vqscale import storage
+from vqscale.data import tar
 from vqscale.data.bad import BadPick
 from vqscale.data.image_source import ImageSource
 from vqscale.data.manifest import IMAGES, Shard, hash_bytes
 from vqscale.data.shards import ShardSet
-from vqscale.data.store import Store
 from vqscale.data.threads import THREADS, in_threads
 from vqscale.errors import UserError
+from vqscale.storage.store import Store
 
 _SIDE = 64  # images of unknown size are decoded to this many pixels; libjpeg reads all of a file at any
 _BATCH = 64

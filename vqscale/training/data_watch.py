@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from vqscale.data.bad import KINDS, check_budget
-from vqscale.data.store import Store
 from vqscale.quarantine import Quarantine
+from vqscale.storage.store import Store
 from vqscale.training.distributed import Ranks
 
 CHANGED = "changed-shard"

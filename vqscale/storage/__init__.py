@@ -1,4 +1,4 @@
-"""Files by URL: local paths directly, everything with a scheme through fsspec (`vqscale.data.remote`).
+"""Files by URL: local paths directly, everything with a scheme through fsspec (`vqscale.storage.remote`).
 
 Light on purpose: the launcher checks manifests with it, so fsspec is imported only for URLs that need it.
 """
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vqscale import files
-from vqscale.data import remote
 from vqscale.errors import UserError
 from vqscale.masking import shown as shown
+from vqscale.storage import remote
 
 Buffer = mmap.mmap | bytes
 """A whole shard for random access; slices of it are `bytes`."""

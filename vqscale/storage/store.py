@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from vqscale.data import remote, storage
-from vqscale.data.access import DEFAULT, Access
-from vqscale.data.cache import Draft, ShardCache, url_key
-from vqscale.data.storage import Buffer
+from vqscale import storage
+from vqscale.storage import Buffer, remote
+from vqscale.storage.access import DEFAULT, Access
+from vqscale.storage.cache import Draft, ShardCache, url_key
 
 
 class Store:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from vqscale.data import storage
+from vqscale import storage
 from vqscale.data.manifest import no_manifest
 from vqscale.data.shards import expand, fixed_folder, is_pattern
 from vqscale.errors import UserError

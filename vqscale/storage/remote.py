@@ -18,9 +18,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vqscale.data.access import DEFAULT, UPLOAD_TRIES, Access, OnRetry, ask, asynchronous, filesystem, request, retried
-from vqscale.data.faults import WrongLengthError, kind, shown
 from vqscale.errors import UserError
+from vqscale.storage.access import (
+    DEFAULT,
+    UPLOAD_TRIES,
+    Access,
+    OnRetry,
+    ask,
+    asynchronous,
+    filesystem,
+    request,
+    retried,
+)
+from vqscale.storage.faults import WrongLengthError, kind, shown
 
 Write = Callable[[int, bytes], None]
 """Takes an offset in bytes and what stands there; called from several threads."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vqscale.data.faults import absent, kind, refuse_password, told
 from vqscale.errors import UserError
+from vqscale.storage.faults import absent, kind, refuse_password, told
 
 T = TypeVar("T")
 OnRetry = Callable[[str], None]

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vqscale.data.storage import Buffer, local_path, shown
 from vqscale.errors import UserError
+from vqscale.storage import Buffer, local_path, shown
 
 _ENTRY, _PART, _LOCK = ".shard", ".part", ".lock"
 

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vqscale.data import images, storage, tar
+from vqscale import storage
+from vqscale.data import images, tar
 from vqscale.data.bad import BadSample
 from vqscale.data.image_source import image_extension, leads_outside
-from vqscale.data.label_rules import JSON_KEYS, Tally
+from vqscale.data.indexing.label_rules import JSON_KEYS, Tally
 from vqscale.data.labels import stored_label
 from vqscale.data.manifest import Shard, hash_bytes
 

@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from vqscale.data import storage
-from vqscale.data.label_rules import Decision, check_rule, count, decide
-from vqscale.data.listing import Listed, below_one_folder, list_shards
+from vqscale import storage
+from vqscale.data.indexing.label_rules import Decision, check_rule, count, decide
+from vqscale.data.indexing.listing import Listed, below_one_folder, list_shards
+from vqscale.data.indexing.survey import Survey, survey
 from vqscale.data.manifest import IMAGES, MANIFEST, Manifest
 from vqscale.data.shards import open_shards
-from vqscale.data.survey import Survey, survey
 from vqscale.data.threads import THREADS, in_threads
 from vqscale.errors import UserError
 

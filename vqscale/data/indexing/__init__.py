@@ -1,0 +1,1 @@
+"""Manifests for shards that other tools wrote: listing them, looking into them, finding their labels."""
