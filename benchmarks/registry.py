@@ -21,6 +21,7 @@ class Entry(NamedTuple):
 
 BENCHMARKS = {
     "loader": Entry("benchmarks.loader", "image shards to batches: ours, webdataset, LitData, image folder; floors"),
+    "quantizer": Entry("benchmarks.quantizer", "nearest codes and EMA: ours, vector-quantize-pytorch, faiss; floors"),
 }
 
 

@@ -48,6 +48,9 @@ SECTIONS = {
     "tokenizer": "Tokenizer",
     "tokenizer.levels.N": "Level",
     "tokenizer.quantizer": "Quantizer",
+    "tokenizer.losses": "Losses",
+    "tokenizer.losses.perceptual": "Perceptual",
+    "tokenizer.losses.adversarial": "Adversarial",
     "tokenizer.training": "Training",
     "extract": "Extract",
     "prior": "Prior",
@@ -84,7 +87,7 @@ def _table(section: dict[str, Any], name: str) -> str:
     required = section.get("required", [])
     for key, field in section["properties"].items():
         default = "" if key in required else _default(field["default"])
-        cells = (f"`{key}`", _type(field, f"{name}.{key}".strip(".")), default, field["description"])
+        cells = (f"`{key}`", _type(field, f"{name}.{key}".strip(".")), default, " ".join(field["description"].split()))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -7,33 +7,18 @@ field is its description there.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+from vqscale.config.section import Decay, Fraction, Positive, Section
+from vqscale.config.tokenizer import Level, Losses, Quantizer
+
 Shards = str | tuple[str, ...]
 """Where shards are: one place or several."""
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 STAGES = ("generate", "pack", "tokenizer", "extract", "prior", "sample", "evaluate")
 """All stages, in the order in which data flows through them."""
-
-
-class Section(BaseModel):
-    """Base of every part of a recipe: frozen, strict about keys, documented by attribute docstrings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _numbers_are_no_flags(cls, value: Any, info: ValidationInfo) -> Any:
-        """`steps: true` is a slip of the pen, not one step."""
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and annotation in (int, float):
-            raise ValueError(f"is {str(value).lower()}; write a number")
-        return value
 
 
 class Clocks(Section):
@@ -145,51 +130,24 @@ class Training(Section):
     """Steps between two comparisons of the codebooks' hash across ranks (tokenizer only)."""
 
 
-class Level(Section):
-    """One level of the hierarchy."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    """Name in reports and TensorBoard, such as `bottom` or `top`."""
-    downsample: Literal[2, 4, 8, 16]
-    """Factor between this level's grid and the level below it (for the first level: the image)."""
-    codes: Annotated[int, Field(ge=2, le=65_536)] = 512
-    """Codebook size K."""
-    dim: Positive = 64
-    """Dimension D of a code vector."""
-
-
-class Quantizer(Section):
-    """The EMA codebooks (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019, section 2.1)."""
-
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
-    """EMA decay of counts and sums, a step; less in the first hundred or so: min(decay, (1 + n) / (10 + n))."""
-    commitment: Annotated[float, Field(ge=0)] = 0.25
-    """Weight beta of the commitment loss."""
-    init: Literal["data", "random"] = "data"
-    """First codes: latents of the first quantized batch, agreed across ranks, or a normal distribution."""
-    continuous_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps at the beginning in which the latents pass unquantized, so that the networks learn what to encode."""
-    restarts: bool = True
-    """Move dead codes onto latents of the current batch."""
-    restart_below: Fraction = 0.05
-    """A code is dead when its EMA count falls below this fraction of its expected use (vectors / codes)."""
-    max_restarts: Positive = 16
-    """At most so many codes of a level are restarted in one step."""
-
-
 class Tokenizer(Section):
     """VQ-VAE-2 (Razavi, van den Oord, Vinyals 2019)."""
 
     levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=4)]
     """From the image upwards: the first is the finest (bottom), the last the coarsest (top)."""
     hidden: Annotated[int, Field(ge=2)] = 128
-    """Channels of the convolutions."""
+    """Channels of the convolutions; a level may have its own, as of the next two."""
     residual_blocks: Positive = 2
     """Residual blocks of each encoder and decoder."""
     residual_hidden: Positive = 64
     """Channels inside a residual block."""
     quantizer: Quantizer = Quantizer()
     """The codebooks of all levels."""
+    losses: Losses = Losses()
+    """What the reconstructions are judged by."""
+    ema_decay: Decay = 0.0
+    """Decay of a running average of the weights (less at the beginning, as `quantizer.decay`), which validation,
+    pictures, extraction and export then use in their place; 0 is none."""
     training: Training
     """Optimisation."""
 
@@ -198,6 +156,11 @@ class Tokenizer(Section):
         early, steps = self.quantizer.continuous_steps, self.training.steps
         if early >= steps:
             raise ValueError(f"quantizer.continuous_steps {early} leave none of training.steps {steps}; use fewer")
+        adversarial = self.losses.adversarial
+        if adversarial and adversarial.start >= steps:
+            raise ValueError(
+                f"losses.adversarial.start {adversarial.start} leaves none of training.steps {steps}; start earlier"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqscale.models.nearest import nearest_codes
+from vqscale.models.nearest import Assignment, assign
 from vqscale.seeds import mix
 
 SumOverRanks = Callable[[Tensor], Tensor]
@@ -33,6 +34,10 @@ class Statistics:
     """fp32 [R, D]: latents at the donor positions that this rank holds, zero elsewhere."""
     error: Tensor
     """fp32 [1]: summed squared distance between latents and their codes."""
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """What two batches of one step say together."""
+        return Statistics(*(getattr(self, name) + getattr(other, name) for name in Statistics.__annotations__))
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,32 @@ class Quantized:
     """Present in training only, when donors were given."""
 
 
+class _StraightThrough(torch.autograd.Function):
+    """Code vectors with the gradient of a straight-through estimator, and the commitment loss.
+
+    Backward looks the code vectors up again: what is kept is the latents, which the encoder keeps anyway, and codes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, vectors: Tensor, error: Tensor, nearest: Tensor, codes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # A copy of the codes: their update may come before the backward.
+        ctx.save_for_backward(rows, nearest, codes.clone())
+        ctx.set_materialize_grads(False)
+        return vectors, error.squeeze(0) / rows.numel()
+
+    @staticmethod
+    def backward(ctx: Any, straight: Tensor | None, commitment: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient = straight
+        if commitment is not None:
+            rows, nearest, codes = ctx.saved_tensors
+            away, weight = rows.float() - F.embedding(nearest, codes), commitment * (2 / rows.numel())
+            pull = away * weight if straight is None else torch.addcmul(straight.float(), away, weight)
+            gradient = pull.to(rows.dtype)
+        return gradient, None, None, None, None
+
+
 class Codebook(nn.Module):
     """K codes of dimension D as fp32 buffers; never parameters, and never cast to another dtype.
 
@@ -104,17 +135,16 @@ class Codebook(nn.Module):
             level: number of this level, mixed into the draw.
         """
         batch, dim, height, width = z.shape
-        rows = z.permute(0, 2, 3, 1).reshape(-1, dim).float()
-        nearest = nearest_codes(rows.detach(), self.codes)
-        vectors = F.embedding(nearest, self.codes)
+        rows = z.permute(0, 2, 3, 1).reshape(-1, dim)
+        found = assign(rows, self.codes, statistics=donors is not None)
+        latents, commitment = _StraightThrough.apply(rows, found.vectors, found.error, found.codes, self.codes)
         statistics = None
         if donors is not None:
-            statistics = self._statistics(rows.detach(), vectors, nearest, donors, level, batch)
-        quantized = rows + (vectors - rows).detach()
+            statistics = self._statistics(rows.detach(), found, donors, level, batch)
         return Quantized(
-            quantized.view(batch, height, width, dim).permute(0, 3, 1, 2).to(z.dtype),
-            nearest.view(batch, height, width),
-            F.mse_loss(rows, vectors),
+            latents.view(batch, height, width, dim).permute(0, 3, 1, 2),
+            found.codes.view(batch, height, width),
+            commitment,
             statistics,
         )
 
@@ -122,28 +152,31 @@ class Codebook(nn.Module):
         """Code vectors [B, D, H, W] of code grids int [B, H, W]."""
         return F.embedding(codes.long(), self.codes).permute(0, 3, 1, 2)
 
-    @torch.no_grad()
-    def _statistics(
-        self, rows: Tensor, vectors: Tensor, nearest: Tensor, donors: Donors, level: int, batch: int
-    ) -> Statistics:
-        size, dim = self.codes.shape
+    def _statistics(self, rows: Tensor, found: Assignment, donors: Donors, level: int, batch: int) -> Statistics:
         return Statistics(
-            counts=torch.bincount(nearest, minlength=size).float(),
-            sums=torch.zeros(size, dim, device=rows.device).index_add_(0, nearest, rows),
-            donors=donors.draw(rows.view(batch, -1, dim), level, self.max_restarts),
-            error=(rows - vectors).square().sum().view(1),
+            counts=found.counts,
+            sums=found.sums,
+            donors=donors.draw(rows.view(batch, -1, rows.shape[1]), level, self.max_restarts),
+            error=found.error,
         )
 
     @torch.no_grad()
     def initialise(self, vectors: Tensor, expected: float) -> None:
         """Set the codes to `vectors` [K, D], each as if it had been used `expected` times a step."""
-        self.codes.copy_(vectors)
+        self._place(vectors)
         self.counts.fill_(expected)
         self.sums.copy_(self.codes * expected)
 
     @torch.no_grad()
-    def update(self, counts: Tensor, sums: Tensor, donors: Tensor, decay: float) -> Tensor:
+    def update(self, counts: Tensor, sums: Tensor, donors: Tensor, decay: float, rate: float = 0.0) -> Tensor:
         """Move the codes by the EMA of global statistics, then restart dead ones.
+
+        Args:
+            counts: fp32 [K]: vectors of the step that were assigned to each code, over all ranks.
+            sums: fp32 [K, D]: their sums.
+            donors: fp32 [R, D]: where restarted codes go.
+            decay: of the EMA.
+            rate: learning rate of the step, for codebooks that learn by gradients (`codebooks.GradientCodebook`).
 
         Returns:
             int64 scalar: restarted codes.
@@ -154,19 +187,26 @@ class Codebook(nn.Module):
         # A code out of use keeps its place: counts and sums fade together, and their ratio is left alone
         # before both vanish in rounding.
         moving = self.counts > 1e-6 * expected
-        self.codes.copy_(torch.where(moving[:, None], self.sums / self.counts.clamp(min=1e-30)[:, None], self.codes))
+        self._place(torch.where(moving[:, None], self.sums / self.counts.clamp(min=1e-30)[:, None], self.codes))
         return self._restart(donors, expected)
+
+    def _place(self, vectors: Tensor) -> None:
+        """Where all codes go; variants keep them on a surface."""
+        self.codes.copy_(vectors)
 
     def _restart(self, donors: Tensor, expected: Tensor) -> Tensor:
         """Dead codes, the least used first, take a donor's place; code, count and sum are reset together."""
         # Strictly below: with restart_below 0 no code is ever dead.
         lowest = torch.argsort(self.counts, stable=True)[: len(donors)]
         dead = self.counts[lowest] < self.restart_below * expected
-        donors = donors[: len(lowest)]
-        self.codes[lowest] = torch.where(dead[:, None], donors, self.codes[lowest])
-        self.counts[lowest] = torch.where(dead, expected, self.counts[lowest])
-        self.sums[lowest] = torch.where(dead[:, None], donors * expected, self.sums[lowest])
+        self._reset(lowest, dead, donors[: len(lowest)], expected)
         return dead.sum()
+
+    def _reset(self, places: Tensor, dead: Tensor, donors: Tensor, expected: Tensor) -> None:
+        """Give those of the codes `places` that are `dead` their donor's vector and the expected use."""
+        self.codes[places] = torch.where(dead[:, None], donors, self.codes[places])
+        self.counts[places] = torch.where(dead, expected, self.counts[places])
+        self.sums[places] = torch.where(dead[:, None], donors * expected, self.sums[places])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
         """Follow device moves, refuse dtype casts: an EMA in half precision stops moving."""
@@ -199,6 +239,7 @@ def update_codebooks(
     statistics: Sequence[Statistics],
     sum_over_ranks: SumOverRanks,
     updates: int | None = None,
+    rate: float = 0.0,
 ) -> list[LevelFigures]:
     """Update all levels from one fused all-reduce; call it once, after the optimizer's step.
 
@@ -208,6 +249,7 @@ def update_codebooks(
         sum_over_ranks: the all-reduce.
         updates: how many came before. The first ones use a smaller decay, min(decay, (1 + n) / (10 + n)): latents
             move fast at the beginning, and codes that lag behind are lost. None: the full decay.
+        rate: learning rate of the step, for codebooks that learn by gradients.
     """
     parts = [part for s in statistics for part in (s.counts, s.sums, s.donors, s.error)]
     fused = sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
@@ -218,7 +260,7 @@ def update_codebooks(
     for level, codebook in enumerate(codebooks):
         counts, sums, donors, error = pieces[4 * level : 4 * level + 4]
         decay = codebook.decay if updates is None else min(codebook.decay, (1 + updates) / (10 + updates))
-        restarted = codebook.update(counts, sums, donors, decay)
+        restarted = codebook.update(counts, sums, donors, decay, rate)
         figures.append(_figures(counts, error, restarted))
     return figures
 

@@ -3,11 +3,16 @@
 Levels are numbered from the image upwards: level 0 is the finest (bottom). Encoding goes up, quantizing comes down:
 
     image → E_0 → E_1 → … → E_top
-                             quantize top → C_top → … → quantize level 0 → decoder → image
+                             quantize top → C_top → … → quantize level 0
+    decoder(level 0, U_1(level 1, U_2(level 2, …))) → image
 
 `C_l` turns the codes of level l and the context from above it into the context of level l-1, on its grid. A level
 is quantized from its encoder's output and that context, as in algorithm 1 of the paper: the lower level is left the
-details that the upper ones do not hold.
+details that the upper ones do not hold. `U_l` is a transposed convolution that brings the codes of level l and all
+above it to the grid of level l-1, since the decoder sees all levels.
+
+The paper does not say how codes enter the encoder below and the decoder. With two levels, C and U are those of
+github.com/rosinality/vq-vae-2-pytorch, and so is the number of parameters. With more, the same rule goes on upwards.
 """
 
 from __future__ import annotations
@@ -16,67 +21,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqscale.models.quantizer import Codebook, Donors, Quantized
+from vqscale.models.codebooks import lloyd
+from vqscale.models.convnets import Widths, decoder, doubling, encoder, trunk, trunk_width, upsampler
+from vqscale.models.quantizer import Codebook, Donors, Quantized, SumOverRanks
 
-
-class ResidualBlock(nn.Module):
-    """ReLU, 3×3 convolution, ReLU, 1×1 convolution, added to the input."""
-
-    def __init__(self, channels: int, inner: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(channels, inner, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(inner, channels, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same."""
-        return x + self.layers(x)
+Treatment = Callable[[int, Tensor], Tensor]
+"""What becomes of a level's latents before they go on: (level, latents) → latents."""
 
 
 @dataclass(frozen=True)
-class Widths:
-    """Channels and depth that all encoders and decoders of a model share."""
+class LevelShape:
+    """The networks around one level's codebook."""
 
-    hidden: int
-    residual_blocks: int
-    residual_hidden: int
-
-    def residuals(self) -> list[nn.Module]:
-        """The residual blocks of one encoder or decoder, with the ReLU behind them."""
-        blocks = [ResidualBlock(self.hidden, self.residual_hidden) for _ in range(self.residual_blocks)]
-        return [*blocks, nn.ReLU(inplace=True)]
-
-
-def encoder(channels: int, factor: int, widths: Widths) -> nn.Sequential:
-    """[B, channels, H, W] to [B, hidden, H/factor, W/factor] by strided convolutions and residual blocks."""
-    steps = factor.bit_length() - 1
-    layers: list[nn.Module] = []
-    for step in range(steps):
-        # Half the width while the grid is still large (as the original), full width for the last halving.
-        out = widths.hidden if step == steps - 1 else widths.hidden // 2
-        layers += [nn.Conv2d(channels, out, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
-        channels = out
-    return nn.Sequential(*layers, nn.Conv2d(channels, widths.hidden, 3, padding=1), *widths.residuals())
-
-
-def decoder(channels: int, out: int, factor: int, widths: Widths) -> nn.Sequential:
-    """[B, channels, H, W] to [B, out, factor·H, factor·W], the mirror image of `encoder`."""
-    steps = factor.bit_length() - 1
-    layers: list[nn.Module] = [nn.Conv2d(channels, widths.hidden, 3, padding=1), *widths.residuals()]
-    inside = widths.hidden
-    for step in range(steps):
-        last = step == steps - 1
-        after = out if last else widths.hidden // 2
-        layers.append(nn.ConvTranspose2d(inside, after, 4, stride=2, padding=1))
-        if not last:
-            layers.append(nn.ReLU(inplace=True))
-        inside = after
-    return nn.Sequential(*layers)
+    factor: int
+    """Downsampling against the level below it (level 0: the image); a power of two."""
+    widths: Widths
+    """Channels and depth."""
+    dim: int | None = None
+    """Channels that the networks see of a code, where the codebook has fewer dimensions than that: a linear map
+    follows the lookup. The map before the search is the 1×1 convolution that makes the latents anyway. Searching in
+    few dimensions is the factorized code of ViT-VQGAN (Yu et al. 2022, section 3.2)."""
+    unit: bool = False
+    """Latents are normalised to length one, for a codebook of such codes."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +56,8 @@ class Output:
     """Reconstructions [B, 3, S, S] in the range of the input."""
     levels: list[Quantized]
     """One a level, level 0 first."""
+    features: Tensor
+    """What the last layer, `VQVAE.to_pixels`, made the images from."""
 
 
 class VQVAE(nn.Module):
@@ -94,30 +65,39 @@ class VQVAE(nn.Module):
 
     Args:
         codebooks: one a level, level 0 (finest) first.
-        factors: downsampling of each level against the one below it (level 0: the image); powers of two.
-        widths: channels and depth.
+        shapes: the networks of each level.
         channels: channels of the images.
     """
 
-    def __init__(
-        self, codebooks: Sequence[Codebook], factors: Sequence[int], widths: Widths, channels: int = 3
-    ) -> None:
+    def __init__(self, codebooks: Sequence[Codebook], shapes: Sequence[LevelShape], channels: int = 3) -> None:
         super().__init__()
-        hidden, top = widths.hidden, len(factors) - 1
-        dims = [codebook.codes.shape[1] for codebook in codebooks]
+        inner = [codebook.codes.shape[1] for codebook in codebooks]
+        dims = [shape.dim or own for shape, own in zip(shapes, inner, strict=True)]
+        hidden = [shape.widths.hidden for shape in shapes]
+        above = [*dims[1:], 0]  # channels of the context that a level is given
+        self.shapes = tuple(shapes)
         self.codebooks = nn.ModuleList(codebooks)
         self.encoders = nn.ModuleList(
-            encoder(channels if level == 0 else hidden, factor, widths) for level, factor in enumerate(factors)
+            encoder(below, shape.factor, shape.widths)
+            for below, shape in zip([channels, *hidden], shapes, strict=False)
         )
         self.before_quantizing = nn.ModuleList(
-            nn.Conv2d(hidden if level == top else 2 * hidden, dim, 1) for level, dim in enumerate(dims)
+            nn.Conv2d(own + context, dim, 1) for own, context, dim in zip(hidden, above, inner, strict=True)
         )
-        # contexts[l] turns codes and context of level l+1 into the context of level l.
+        self.lifts = nn.ModuleList(
+            nn.Conv2d(own, dim, 1) if own != dim else nn.Identity() for own, dim in zip(inner, dims, strict=True)
+        )
+        # Item l of these belongs to level l + 1: it makes something for level l.
         self.contexts = nn.ModuleList(
-            decoder(dims[level] + (0 if level == top else hidden), hidden, factors[level], widths)
-            for level in range(1, top + 1)
+            decoder(dims[level] + above[level], dims[level], shapes[level].factor, shapes[level].widths)
+            for level in range(1, len(shapes))
         )
-        self.decoder = decoder(dims[0] + (hidden if top else 0), channels, factors[0], widths)
+        self.upsamplers = nn.ModuleList(
+            upsampler(sum(dims[level:]), shapes[level].factor) for level in range(1, len(shapes))
+        )
+        first = shapes[0]
+        self.decoder = trunk(sum(dims), first.factor, first.widths)
+        self.to_pixels = doubling(trunk_width(first.factor, first.widths), channels)
 
     def forward(self, images: Tensor, donors: Donors | None = None, *, quantized: bool = True) -> Output:
         """Reconstruct images.
@@ -127,20 +107,15 @@ class VQVAE(nn.Module):
             donors: in training, to get statistics.
             quantized: False lets the latents pass as they are (the first steps of training); no levels then.
         """
-        if not quantized:
-            return Output(self._decode_latents(self._come_down(images, lambda level, latents: latents)), [])
-        levels = self.quantize(images, donors)
-        return Output(self._decode_latents([level.latents for level in levels]), levels)
+        levels: list[Quantized] = []
+        treat = self._quantizer(levels, donors) if quantized else _pass
+        features = self._features(self._come_down(images, treat))
+        return Output(self.to_pixels(features), levels, features)
 
     def quantize(self, images: Tensor, donors: Donors | None = None) -> list[Quantized]:
         """Encode and quantize, level 0 first."""
         levels: list[Quantized] = []
-
-        def quantize(level: int, latents: Tensor) -> Tensor:
-            levels.insert(0, self._book(level)(latents, donors, level))
-            return levels[0].latents
-
-        self._come_down(images, quantize)
+        self._come_down(images, self._quantizer(levels, donors))
         return levels
 
     @torch.no_grad()
@@ -151,14 +126,24 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """Images [B, 3, S, S] of code grids [B, H, W], level 0 first."""
-        return self._decode_latents([self._book(level).lookup(grid) for level, grid in enumerate(codes)])
+        vectors = [self.lifts[level](self._book(level).lookup(grid)) for level, grid in enumerate(codes)]
+        images: Tensor = self.to_pixels(self._features(vectors))
+        return images
 
     @torch.no_grad()
-    def initialise_codebooks(self, images: Tensor, donors: Donors, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Set every codebook to latents of the global batch, from the top down.
+    def initialise_codebooks(
+        self, images: Tensor, donors: Donors, sum_over_ranks: SumOverRanks, kmeans_iterations: int = 0
+    ) -> None:
+        """Set every codebook to latents of the global batch, or to their k-means centres, from the top down.
 
         A lower level's latents depend on the codes above it, so each level is set before the next is computed.
-        One all-reduce a level; every rank ends with the same codes.
+        One all-reduce a level and iteration; every rank ends with the same codes, whatever their number.
+
+        Args:
+            images: this rank's [B, 3, S, S].
+            donors: the step's draw; its first draw is where the codes, or the iterations, begin.
+            sum_over_ranks: the all-reduce.
+            kmeans_iterations: iterations of Lloyd's algorithm.
         """
 
         def initialise(level: int, latents: Tensor) -> Tensor:
@@ -171,6 +156,7 @@ class VQVAE(nn.Module):
             book.initialise(
                 drawn + 1e-3 * spread * noise.to(drawn), donors.global_batch * rows.shape[1] / len(book.codes)
             )
+            lloyd(book, latents, donors, level, kmeans_iterations, sum_over_ranks)
             return book(latents).latents
 
         self._come_down(images, initialise)
@@ -180,27 +166,44 @@ class VQVAE(nn.Module):
         assert isinstance(book, Codebook)
         return book
 
-    def _come_down(self, images: Tensor, treat: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
-        """Encode, then treat each level's latents from the top down; what comes of them is context of the next."""
+    def _quantizer(self, levels: list[Quantized], donors: Donors | None) -> Treatment:
+        """Quantizes, and collects the results, level 0 first."""
+
+        def quantize(level: int, latents: Tensor) -> Tensor:
+            levels.insert(0, self._book(level)(latents, donors, level))
+            return levels[0].latents
+
+        return quantize
+
+    def _come_down(self, images: Tensor, treat: Treatment) -> list[Tensor]:
+        """Encode, then treat each level's latents from the top down; what comes of them, as the networks see it."""
         hidden = []
-        for encoder in self.encoders:
-            images = encoder(images)
+        for encode in self.encoders:
+            images = encode(images)
             hidden.append(images)
         levels: list[Tensor] = []
         context: Tensor | None = None
         for level in reversed(range(len(hidden))):
-            below = hidden[level] if context is None else torch.cat([hidden[level], context], dim=1)
-            levels.insert(0, treat(level, self.before_quantizing[level](below)))
+            latents = self.before_quantizing[level](_joined(hidden[level], context))
+            if self.shapes[level].unit:
+                latents = F.normalize(latents.float(), dim=1)
+            levels.insert(0, self.lifts[level](treat(level, latents)))
             if level:
-                context = self._context(level, levels[0], context)
+                context = self.contexts[level - 1](_joined(levels[0], context))
         return levels
 
-    def _context(self, level: int, latents: Tensor, context: Tensor | None) -> Tensor:
-        """Context of level - 1 from the latents and the context of `level`."""
-        return self.contexts[level - 1](latents if context is None else torch.cat([latents, context], dim=1))
+    def _features(self, levels: Sequence[Tensor]) -> Tensor:
+        """What the last layer makes the images from: [B, C, S/2, S/2]."""
+        above: Tensor | None = None
+        for level in reversed(range(1, len(levels))):
+            above = self.upsamplers[level - 1](_joined(levels[level], above))
+        features: Tensor = self.decoder(_joined(levels[0], above))
+        return features
 
-    def _decode_latents(self, latents: Sequence[Tensor]) -> Tensor:
-        context: Tensor | None = None
-        for level in reversed(range(1, len(latents))):
-            context = self._context(level, latents[level], context)
-        return self.decoder(latents[0] if context is None else torch.cat([latents[0], context], dim=1))
+
+def _pass(level: int, latents: Tensor) -> Tensor:
+    return latents
+
+
+def _joined(own: Tensor, above: Tensor | None) -> Tensor:
+    return own if above is None else torch.cat([own, above], dim=1)

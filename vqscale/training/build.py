@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from vqscale.config.recipe import Prior, Recipe, Tokenizer
+from vqscale.config.tokenizer import Level
+from vqscale.models.codebooks import GradientCodebook, UnitCodebook, UnitGradientCodebook
+from vqscale.models.convnets import Widths
 from vqscale.models.quantizer import Codebook
 from vqscale.models.transformer import GridShape, Transformer
-from vqscale.models.vqvae import VQVAE, Widths
+from vqscale.models.vqvae import VQVAE, LevelShape
 
 
 def build_tokenizer(settings: Tokenizer) -> VQVAE:
     """The tokenizer with fresh weights from torch's generator."""
+    return VQVAE(
+        [_codebook(settings, level) for level in settings.levels],
+        [_shape(settings, level) for level in settings.levels],
+    )
+
+
+def _codebook(settings: Tokenizer, level: Level) -> Codebook:
     quantizer = settings.quantizer
-    codebooks = [
-        Codebook(
-            level.codes,
-            level.dim,
-            decay=quantizer.decay,
-            restart_below=quantizer.restart_below if quantizer.restarts else 0.0,
-            max_restarts=quantizer.max_restarts,
-        )
-        for level in settings.levels
-    ]
-    widths = Widths(settings.hidden, settings.residual_blocks, settings.residual_hidden)
-    return VQVAE(codebooks, [level.downsample for level in settings.levels], widths)
+    unit = quantizer.distance == "cosine"
+    options: dict[str, Any] = {
+        "decay": quantizer.decay,
+        "restart_below": quantizer.restart_below if quantizer.restarts else 0.0,
+        "max_restarts": quantizer.max_restarts,
+    }
+    size, dim = level.codes, level.project or level.dim
+    if quantizer.learning == "gradient":
+        kind = UnitGradientCodebook if unit else GradientCodebook
+        return kind(size, dim, betas=settings.training.betas, **options)
+    return (UnitCodebook if unit else Codebook)(size, dim, **options)
+
+
+def _shape(settings: Tokenizer, level: Level) -> LevelShape:
+    widths = Widths(
+        level.hidden or settings.hidden,
+        level.residual_blocks or settings.residual_blocks,
+        level.residual_hidden or settings.residual_hidden,
+    )
+    return LevelShape(
+        level.downsample,
+        widths,
+        dim=level.dim if level.project else None,
+        unit=settings.quantizer.distance == "cosine",
+    )
 
 
 def build_prior(settings: Prior, grids: Sequence[GridShape], classes: int) -> Transformer:

@@ -3,6 +3,7 @@
     checkpoints/STAGE/step-00000250/
       model.safetensors       parameters and buffers, codebooks with counts and sums among them
       optimizer.safetensors   the optimizers' tensors
+      extra.safetensors       what the task keeps besides, where it keeps something
       state.json              step and the optimizers' plain values
       manifest.json           size and sha256 of each file above; its presence is the commit
 
@@ -27,6 +28,7 @@ from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_EXTRA = "extra.safetensors"
 _FORMAT = "vqscale-checkpoint/0"
 
 
@@ -46,6 +48,11 @@ class Checkpoint:
         """sha256 of the weights' file: what code shards carry to name their tokenizer."""
         return read_json(self.path / "manifest.json")["files"]["model.safetensors"]["sha256"]
 
+    def extra(self) -> dict[str, Tensor]:
+        """What the task kept besides, by name; empty when it kept nothing."""
+        file = self.path / _EXTRA
+        return load_file(file) if file.exists() else {}
+
     def optimizers(self) -> dict[str, dict[str, Any]]:
         """State of each optimizer by name, as `torch.optim.Optimizer.load_state_dict` takes it."""
         groups = read_json(self.path / "state.json")["param_groups"]
@@ -59,9 +66,17 @@ class Checkpoint:
 
 
 def save(
-    folder: Path, step: int, model: dict[str, Tensor], optimizers: Mapping[str, dict[str, Any]], keep: int
+    folder: Path,
+    step: int,
+    model: dict[str, Tensor],
+    optimizers: Mapping[str, dict[str, Any]],
+    keep: int,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
-    """Commit a checkpoint, then remove all but the newest `keep`. Called on rank 0 alone."""
+    """Commit a checkpoint, then remove all but the newest `keep`. Called on rank 0 alone.
+
+    `extra` is what the task keeps besides, by name.
+    """
     final = folder / _name(step)
     for unfinished in folder.glob(".step-*"):  # of saves that were killed
         shutil.rmtree(unfinished)
@@ -75,10 +90,13 @@ def save(
         for key, value in entry.items()
     }
     save_file(_contiguous(tensors), beside / "optimizer.safetensors")
+    if extra:
+        save_file(_contiguous(dict(extra)), beside / _EXTRA)
     groups = {name: optimizer["param_groups"] for name, optimizer in optimizers.items()}
     write_json(beside / "state.json", {"step": step, "param_groups": groups})
-    files = {name: {"bytes": (beside / name).stat().st_size, "sha256": _sha256(beside / name)} for name in _FILES}
-    for name in _FILES:
+    names = [*_FILES, *([_EXTRA] if extra else [])]
+    files = {name: {"bytes": (beside / name).stat().st_size, "sha256": _sha256(beside / name)} for name in names}
+    for name in names:
         _sync(beside / name)
     write_json(beside / "manifest.json", {"format": _FORMAT, "step": step, "files": files})
     _sync(beside)
@@ -124,7 +142,8 @@ def find_fault(path: Path) -> str | None:
     try:
         if (manifest["format"], _name(manifest["step"])) != (_FORMAT, path.name):
             return f"manifest.json is that of {manifest['format']} step {manifest['step']}"
-        expected = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in _FILES}
+        names = {*_FILES, *manifest["files"]}
+        expected = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in names}
     except (KeyError, TypeError, ValueError):
         return "manifest.json lacks what a manifest has"
     for name, (size, sha256) in expected.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +41,13 @@ class Task(ABC):
     def figures(self) -> dict[str, float]:
         """Further figures of the last step, equal on all ranks."""
         return {}
+
+    def extra_state(self) -> Mapping[str, Tensor]:
+        """What a checkpoint holds besides network and optimizers, by name; rank 0's is saved."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `extra_state` gave; the same on every rank."""
 
     def check(self, step: int) -> None:
         """Compare ranks; raises when they differ."""
@@ -84,6 +91,7 @@ def resume(task: Task, folder: Path) -> tuple[int, list[str]]:
     chosen = Checkpoint(Path(choice[0]), choice[1])
     checkpoint.load_into(engine.bare, chosen)
     engine.load_optimizers(chosen.optimizers())
+    task.load_extra_state(chosen.extra())
     engine.broadcast()
     return chosen.step, passed_over
 
@@ -140,7 +148,7 @@ def train(
         if done % training.checkpoint_every == 0 or last:
             # Whatever was not logged: a checkpoint of weights that are not numbers would push out the good ones.
             require_finite(float(losses["total"].detach()), float(norm), done)
-            _save(engine, folder, done, training.keep)
+            _save(task, folder, done, training.keep)
     return validation
 
 
@@ -191,7 +199,8 @@ def _validate(task: Task, done: int, tracker: Tracker | None) -> dict[str, float
     return figures
 
 
-def _save(engine: Engine, folder: Path, step: int, keep: int) -> None:
+def _save(task: Task, folder: Path, step: int, keep: int) -> None:
+    engine, extra = task.engine, task.extra_state()
     if engine.ranks.first:
-        checkpoint.save(folder, step, engine.bare.state_dict(), engine.optimizer_states(), keep)
+        checkpoint.save(folder, step, engine.bare.state_dict(), engine.optimizer_states(), keep, extra)
     engine.ranks.barrier()

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vqscale.config.recipe import Tokenizer
 from vqscale.data.sheet import colour_codes, tile
+from vqscale.errors import UserError
+from vqscale.models.losses import PIXEL_LOSSES
+from vqscale.models.lpips import LPIPS, load_lpips
 from vqscale.models.pixels import from_uint8, to_uint8
-from vqscale.models.quantizer import Codebook, Donors, LevelFigures, Statistics, update_codebooks
+from vqscale.models.quantizer import Codebook, Donors, LevelFigures, Quantized, Statistics, update_codebooks
 from vqscale.models.vqvae import VQVAE, Output
 from vqscale.seeds import mix
-from vqscale.training.engine import Engine
+from vqscale.training.adversary import Adversary
+from vqscale.training.averaging import AveragedWeights
+from vqscale.training.engine import Engine, learning_rate
 from vqscale.training.guards import compare_codebooks
 from vqscale.training.loop import Task
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
+from vqscale.training.windows import CodeWindow, PixelWindow
 
 
 class TokenizerTask(Task):
-    """VQ-VAE-2 training (Razavi et al. 2019, equation 2, with the codebook term replaced by EMA).
+    """VQ-VAE-2 training (Razavi et al. 2019, equation 2, with the codebook term replaced by EMA, if not asked for).
+
+    With `ema_decay`, validation and pictures use the averaged weights and the plain codebooks, as extraction and export
+    do (`averaging.AveragedWeights`).
 
     Args:
         engine: over a `VQVAE`.
@@ -31,6 +40,9 @@ class TokenizerTask(Task):
         seed: the run's seed.
         held_out: makes an iteration over this rank's share of the held-out images, uint8 [B, S, S, 3].
         fixed: images uint8 [n, S, S, 3] that are drawn into TensorBoard again and again.
+
+    Raises:
+        UserError: weights of the perceptual term are missing, or settings do not fit the images or the strategy.
     """
 
     def __init__(
@@ -44,86 +56,189 @@ class TokenizerTask(Task):
         self.engine, self._settings, self._seed = engine, settings, seed
         self._held_out, self._fixed = held_out, fixed
         self._model: VQVAE = engine.bare  # type: ignore[assignment]
+        device, losses = engine.ranks.device, settings.losses
+        self._sizes = {level.name: level.codes for level in settings.levels}
+        self._window = CodeWindow(self._sizes, settings.quantizer.window, device)
+        self._pixels = PixelWindow(settings.quantizer.window, device)
+        self._perceptual: LPIPS | None = None
+        if losses.perceptual:
+            paths = losses.perceptual.weights
+            where = "tokenizer.losses.perceptual.weights"
+            self._perceptual = load_lpips([paths] if isinstance(paths, str) else paths, where).to(device)
+        self._adversary = Adversary(losses.adversarial, engine, fixed.shape[1], seed) if losses.adversarial else None
+        self._averaged = AveragedWeights(self._model, settings.ema_decay) if settings.ema_decay else None
         self._statistics: list[Statistics] = []
         self._levels: list[LevelFigures] = []
-        self._names = [level.name for level in settings.levels]
-        self._updates = 0
+        self._step = self._updates = 0
+        self._ready = False  # whether what goes beside the network belongs to its step
+        self.warnings: dict[str, str] = {}
+        """Level → what is wrong with it, since the last figures."""
 
     def before_step(self, batch: DeviceBatch) -> None:
-        """At the first quantized step: data-dependent first codes, agreed across ranks."""
+        """Forget what an unfinished step left; at the first quantized step, set the first codes from its latents."""
+        self._ready |= batch.step == 0
+        self._require_state()
+        self._step, self._statistics = batch.step, []
         self._updates = batch.step - self._settings.quantizer.continuous_steps
-        if self._updates == 0 and self._settings.quantizer.init == "data":
-            images = from_uint8(batch.fields["image"], self.engine.ranks.device)
-            with torch.no_grad(), self.engine.autocast():
-                self._model.initialise_codebooks(images, self._donors(batch), self.engine.ranks.sum)
+        if self._adversary:
+            self._adversary.begin()
+        if self._updates == 0 and self._settings.quantizer.init != "random":
+            self._initialise_codebooks(batch)
 
     def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:
-        """Reconstruction (mean squared error in [-1, 1]) and commitment a level."""
+        """The weighted terms (`total`) and each by itself; a step may have several batches, whose statistics add up."""
         images = from_uint8(batch.fields["image"], self.engine.ranks.device)
         with self.engine.autocast():
             output: Output = self.engine.model(images, self._donors(batch), quantized=self._quantized)
-        self._statistics = [level.statistics for level in output.levels if level.statistics is not None]
-        reconstruction = F.mse_loss(output.images.float(), images)
+        self._collect(output.levels)
+        self._pixels.add(self._step, output.images.detach().float(), images)
+        fidelity, figures = self._judge(output, images)
         commitments = [level.commitment for level in output.levels]
-        total = reconstruction + self._settings.quantizer.commitment * sum(
-            commitments, torch.zeros_like(reconstruction)
-        )
-        parts = {f"commitment_{name}": value for name, value in zip(self._names, commitments, strict=False)}
-        return {"total": total, "reconstruction": reconstruction, **parts}
+        total = fidelity + self._settings.quantizer.commitment * sum(commitments, torch.zeros_like(fidelity))
+        parts = {f"commitment_{name}": value for name, value in zip(self._sizes, commitments, strict=False)}
+        return {"total": total, **figures, **parts}
 
     def after_step(self) -> None:
-        """The one codebook update of the step."""
+        """The one codebook update of the step, then those of the discriminator and the averaged weights."""
+        rate = learning_rate(self._settings.training, self._step)
         if self._quantized:
             books: list[Codebook] = list(self._model.codebooks)  # type: ignore[arg-type]
-            self._levels = update_codebooks(books, self._statistics, self.engine.ranks.sum, self._updates)
+            self._levels = update_codebooks(books, self._statistics, self.engine.ranks.sum, self._updates, rate)
+            self._window.add(self._step, self._levels)
+        if self._adversary and self._adversary.active(self._step):
+            self._adversary.step(rate)
+        if self._averaged:
+            self._averaged.update(self._step)
 
     def figures(self) -> dict[str, float]:
-        """Usage, perplexity, restarts and distance a level, over the last global batch."""
-        named = zip(self._names, self._levels, strict=False)  # none before the first quantized step
-        return {
-            f"{name}/{key}": float(getattr(level, key))
-            for name, level in named
-            for key in ("used", "perplexity", "restarted", "distance")
-        }
+        """How each level's codes are used, and the normalised error, over the last steps (`quantizer.window`)."""
+        levels = self._window.figures()
+        self._watch(levels)
+        error = self._pixels.normalised_error(self.engine.ranks.sum)
+        named = {f"{name}/{key}": value for name, level in levels.items() for key, value in level.items()}
+        return {"reconstruction/mse_over_variance": error, **named}
 
     def check(self, step: int) -> None:
-        """The codebooks must be bit-identical on all ranks."""
-        books = dict(zip(self._names, self._model.codebooks, strict=True))
+        """The codebooks and the discriminator must be bit-identical on all ranks."""
+        books = dict(zip(self._sizes, self._model.codebooks, strict=True))
         compare_codebooks(books, self.engine.ranks, step)  # type: ignore[arg-type]
+        if self._adversary:
+            self._adversary.check(step)
 
     def validate(self) -> dict[str, float]:
-        """PSNR and MSE (images in [0, 1]) over the held-out images, a mean over images."""
-        sums = torch.zeros(3, dtype=torch.float64)
-        for images in self._held_out():
-            pixels = from_uint8(images, self.engine.ranks.device)
-            with self.engine.autocast():
-                rebuilt = self._model(pixels, quantized=self._quantized).images
-            mse = ((rebuilt.float().clamp(-1, 1) - pixels) / 2).square().flatten(1).mean(dim=1).double().cpu()
-            psnr = -10 * mse.clamp(min=1e-10).log10()
-            sums += torch.stack([mse.sum(), psnr.sum(), torch.tensor(len(mse)).double()])
-        mse_sum, psnr_sum, count = self.engine.ranks.sum(sums.to(self.engine.ranks.device)).tolist()
-        return {"mse": mse_sum / count, "psnr": psnr_sum / count}
+        """PSNR and MSE (images in [0, 1]) over the held-out images, a mean over images; LPIPS if it is trained on."""
+        names = ["mse", "psnr", *(["lpips"] if self._perceptual else [])]
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+        with self._judged_weights():
+            for images in self._held_out():
+                measured = self._measure(from_uint8(images, self.engine.ranks.device))
+                sums += torch.stack([*(values.sum() for values in measured), torch.tensor(len(images)).double()])
+        *values, count = self.engine.ranks.sum(sums.to(self.engine.ranks.device)).tolist()
+        return {name: value / count for name, value in zip(names, values, strict=True)}
 
     @torch.no_grad()
     def pictures(self, step: int, tracker: Tracker) -> None:
         """The fixed images beside their reconstructions, their code grids, and how often codes are used."""
         pixels = from_uint8(self._fixed, self.engine.ranks.device)
         self._model.eval()
-        with self.engine.autocast():
+        with self.engine.autocast(), self._judged_weights():
             output = self._model(pixels, quantized=self._quantized)
         self._model.train()
         pairs = np.stack([self._fixed, to_uint8(output.images)], axis=1)
         tracker.picture(step, "images/input_and_reconstruction", tile(pairs.reshape(-1, *pairs.shape[2:]), columns=8))
-        for name, level in zip(self._names, output.levels, strict=False):
+        for name, level in zip(self._sizes, output.levels, strict=False):
             grids = colour_codes(level.codes.cpu().numpy(), self._fixed.shape[1])
             tracker.picture(step, f"codes/{name}", tile(grids, columns=8))
-        for name, figures in zip(self._names, self._levels, strict=False):
+        for name, figures in zip(self._sizes, self._levels, strict=False):
             tracker.histogram(step, f"{name}/assignments", figures.counts.cpu().numpy())
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside network and optimizer; the same on all ranks."""
+        parts = [part.state() for part in (self._window, self._averaged, self._adversary) if part]
+        return {name: value for part in parts for name, value in part.items()}
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `extra_state` gave; figures over a window begin anew where it is missing.
+
+        Raises:
+            UserError: the checkpoint was trained without the running average, or without the discriminator.
+        """
+        for part in (self._window, self._averaged, self._adversary):
+            if part:
+                part.load(state)
+        self._ready = True
 
     @property
     def _quantized(self) -> bool:
         """Whether the current step quantizes; the first ones may let the latents pass."""
         return self._updates >= 0
+
+    def _require_state(self) -> None:
+        """Average and discriminator of another step than the network's would go wrong in silence."""
+        if not self._ready and (self._averaged or self._adversary):
+            raise UserError(
+                "resumed without the state of `ema_decay` or `losses.adversarial`",
+                where="tokenizer",
+                mend="resume from a checkpoint that was trained with these settings",
+            )
+
+    def _initialise_codebooks(self, batch: DeviceBatch) -> None:
+        quantizer = self._settings.quantizer
+        images = from_uint8(batch.fields["image"], self.engine.ranks.device)
+        iterations = quantizer.kmeans_iterations if quantizer.init == "kmeans" else 0
+        # The batch may be the first of several: then codes are drawn from what all ranks hold of it.
+        held = torch.tensor(sorted(place for part in self.engine.ranks.gather(batch.index.tolist()) for place in part))
+        places = torch.searchsorted(held.to(batch.index.device), batch.index)
+        donors = Donors(places, len(held), mix(self._seed, batch.step))
+        with torch.no_grad(), self.engine.autocast():
+            self._model.initialise_codebooks(images, donors, self.engine.ranks.sum, iterations)
+
+    def _collect(self, levels: list[Quantized]) -> None:
+        seen = [level.statistics for level in levels if level.statistics is not None]
+        earlier = self._statistics
+        self._statistics = [a + b for a, b in zip(earlier, seen, strict=True)] if earlier else seen
+
+    def _judge(self, output: Output, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The terms that look at images: their weighted sum, and each by itself."""
+        if self._adversary and self._adversary.active(self._step):
+            layer = self._model.to_pixels
+            verdict = self._adversary.judge(output, layer, images, lambda rebuilt: self._fidelity(rebuilt, images))
+            return verdict.total, verdict.figures
+        return self._fidelity(output.images.float(), images)
+
+    def _fidelity(self, rebuilt: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = self._settings.losses
+        reconstruction = PIXEL_LOSSES[losses.reconstruction](rebuilt, images)
+        figures = {"reconstruction": reconstruction}
+        total = losses.reconstruction_weight * reconstruction
+        if self._perceptual and losses.perceptual:
+            with self.engine.autocast():
+                figures["perceptual"] = self._perceptual(rebuilt, images).mean()
+            total = total + losses.perceptual.weight * figures["perceptual"]
+        return total, figures
+
+    def _measure(self, pixels: Tensor) -> list[Tensor]:
+        """fp64 [B] on the CPU: error, PSNR and LPIPS of each image's reconstruction."""
+        with self.engine.autocast():
+            rebuilt = self._model(pixels, quantized=self._quantized).images.float().clamp(-1, 1)
+        mse = ((rebuilt - pixels) / 2).square().flatten(1).mean(dim=1).double().cpu()
+        measured = [mse, -10 * mse.clamp(min=1e-10).log10()]
+        if self._perceptual:
+            with self.engine.autocast():
+                measured.append(self._perceptual(rebuilt, pixels).double().cpu())
+        return measured
+
+    def _judged_weights(self) -> AbstractContextManager[None]:
+        self._require_state()
+        return self._averaged.applied() if self._averaged else nullcontext()
+
+    def _watch(self, levels: Mapping[str, Mapping[str, float]]) -> None:
+        """Warn, once each time it begins, of a level that collapses."""
+        found = self._window.collapsed(levels, self._settings.quantizer.collapse_below)
+        if self.engine.ranks.first:
+            for name in found.keys() - self.warnings.keys():
+                print(f"warning: step {self._step + 1}: {found[name]}", flush=True)
+        self.warnings = found
 
     def _donors(self, batch: DeviceBatch) -> Donors:
         return Donors(batch.index, self._settings.training.global_batch, mix(self._seed, batch.step))
