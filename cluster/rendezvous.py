@@ -6,6 +6,10 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR2")
+"""Signals that the elastic agent passes on. By itself it leaves out SIGUSR2, which schedulers send ahead of a
+preemption: the agent would die of it and leave its processes behind."""
+
 
 @dataclass(frozen=True)
 class Variable:
@@ -17,7 +21,7 @@ class Variable:
 
 
 def agent_arguments(
-    *, rdzv_id: str, processes: int, max_restarts: int, nodes: int = 1, endpoint: str = ""
+    *, rdzv_id: str, processes: int, max_restarts: int, nodes: int = 1, least_nodes: int = 0, endpoint: str = ""
 ) -> tuple[str, ...]:
     """Arguments of `python -m torch.distributed.run` on one node.
 
@@ -28,6 +32,7 @@ def agent_arguments(
         processes: processes a node.
         max_restarts: how often the agent starts its processes again after a failure.
         nodes: number of nodes.
+        least_nodes: go on with so many when others are lost; 0 needs all of them.
         endpoint: `host:port` that all nodes reach; needed for more than one.
 
     Raises:
@@ -36,9 +41,14 @@ def agent_arguments(
     if nodes > 1 and not endpoint:
         raise ValueError(f"a rendezvous of {nodes} nodes needs an endpoint (host:port) that all of them reach")
     loopback = () if endpoint else ("--local-addr", "127.0.0.1")
+    # A lost node is noticed after three missed seconds instead of three times five, and not waited for longer.
+    quick = ("--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3") if least_nodes else ()
+    asked = f"{least_nodes}:{nodes}" if least_nodes else str(nodes)
     return (
-        *("--nnodes", str(nodes), "--nproc-per-node", str(processes), "--max-restarts", str(max_restarts)),
+        *("--nnodes", asked, "--nproc-per-node", str(processes), "--max-restarts", str(max_restarts)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint or "127.0.0.1:0", "--rdzv-id", rdzv_id),
+        *quick,
+        *("--signals-to-handle", ",".join(FORWARDED)),
         *loopback,
     )
 

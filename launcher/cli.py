@@ -127,6 +127,22 @@ def _add_other(add: Add) -> None:
         "vqscale data pack photos/ shards/ --size 64",
     )
     data.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    drill = add(
+        "drill",
+        "drill:drill",
+        "repeat a stage of a run under faults and compare the results with the undisturbed one's",
+        "vqscale drill latest --stage tokenizer --random 10 resources.strategy=fsdp2",
+    )
+    _run(drill)
+    drill.add_argument("--stage", default="tokenizer", metavar="STAGE", help="tokenizer (default), extract or prior")
+    faults = drill.add_mutually_exclusive_group()
+    faults.add_argument(
+        "--faults", metavar="LIST", help="such as 'kill:step=5; slow:step=7,rank=1' (default: one of each)"
+    )
+    faults.add_argument("--random", type=int, metavar="N", help="N kills at random moments instead")
+    drill.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (default: 0)")
+    _overrides(drill)
+    _json(drill)
     bench = add(
         "bench",
         "other:bench",

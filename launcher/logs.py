@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.state import RunState
+from launcher.state import ENDED, RunState
 from launcher.status import read_status
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
@@ -174,4 +174,4 @@ def _before_first(layout: RunLayout) -> list[LogFile]:
 def _over(layout: RunLayout, choice: LogChoice) -> bool:
     status = read_status(layout)
     states = {stage.stage: stage.state for stage in status.stages}
-    return status.over or (choice.stage is not None and states.get(choice.stage) in ("done", "failed", "cancelled"))
+    return status.over or (choice.stage is not None and states.get(choice.stage) in ENDED)

@@ -20,6 +20,7 @@ from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml, load_model, load_recipe
 from vqscale.config.recipe import Recipe, Shards
 from vqscale.errors import UserError
+from vqscale.faults import VARIABLE, parse_faults
 from vqscale.files import read_json
 
 NEEDS = {
@@ -198,6 +199,9 @@ def _machine_warnings(job: Job) -> list[str]:
     processes, threads = resources.processes, max(1, resources.threads)
     if processes * threads > job.cores:
         warnings.append(f"{processes} processes x {threads} threads will wait for each other on {job.cores} cores")
+    if os.environ.get(VARIABLE):
+        faults = "; ".join(map(str, parse_faults(os.environ[VARIABLE])))
+        warnings.append(f"{VARIABLE} disturbs this run on purpose: {faults}")
     ignored = [
         name for name in sorted(os.environ)
         if name.startswith(_FROM_PROFILE_ONLY) and name not in job.profile.environment

@@ -64,6 +64,16 @@ def tagged(name: str, value: str) -> list[int]:
     return found
 
 
+def variable(pid: int, name: str) -> str | None:
+    """What a process was started with as the value of a variable; None when it had none, or is gone."""
+    try:
+        entries = (_PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    found = [entry.partition(b"=")[2] for entry in entries if entry.startswith(f"{name}=".encode())]
+    return found[0].decode(errors="replace") if found else None
+
+
 def end_tagged(name: str, value: str, grace_s: float) -> int:
     """End all processes of a tag: TERM, a wait of at most `grace_s`, KILL. Returns how many there were."""
     found = tagged(name, value)

@@ -11,7 +11,10 @@ from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
 
-StageWord = Literal["waiting", "running", "done", "failed", "cancelled"]
+StageWord = Literal["waiting", "running", "done", "failed", "preempted", "cancelled"]
+_STOPPED: tuple[StageWord, ...] = ("failed", "cancelled", "preempted")
+ENDED = ("done", *_STOPPED)
+"""Words of a run or stage that does not go on by itself."""
 
 
 @dataclass
@@ -71,7 +74,7 @@ class RunState:
         """The run ends here: what runs, or else the next stage that waits, is marked with `state`."""
         unfinished = [name for name, stage in self.stages.items() if stage.state in ("running", "waiting")]
         unfinished.sort(key=lambda name: self.stages[name].state != "running")
-        if unfinished and not any(stage.state in ("failed", "cancelled") for stage in self.stages.values()):
+        if unfinished and not any(stage.state in _STOPPED for stage in self.stages.values()):
             self.end(unfinished[0], state, message)
 
     def reopen(self, layout: RunLayout) -> None:
@@ -87,7 +90,8 @@ class RunState:
     def word(self) -> StageWord:
         """The run as a whole."""
         words = [stage.state for stage in self.stages.values()]
-        for word in ("failed", "cancelled", "running"):
+        stops: tuple[StageWord, ...] = (*_STOPPED, "running")
+        for word in stops:
             if word in words:
                 return word
         if all(word == "done" for word in words):
@@ -97,7 +101,7 @@ class RunState:
     @property
     def current(self) -> str | None:
         """The stage worth looking at: the one that runs or stopped the run, else the newest that began."""
-        for word in ("running", "failed", "cancelled"):
+        for word in ("running", *_STOPPED):
             for name, stage in self.stages.items():
                 if stage.state == word and stage.attempt:
                     return name

@@ -14,7 +14,7 @@ from cluster.profile import Profile
 from launcher import process
 from launcher.backends import backend_for
 from launcher.backends.base import STAGE_TAG, Poll
-from launcher.state import RunState, StageState
+from launcher.state import ENDED, RunState, StageState
 from vqscale.config.layout import RunLayout
 from vqscale.events import last_event
 from vqscale.files import read_json
@@ -50,7 +50,7 @@ class RunStatus:
     created: float
     profile: str
     state: str
-    """waiting, running, done, failed or cancelled."""
+    """waiting, running, done, failed, preempted or cancelled."""
     alive: bool | None
     """Whether somebody runs it; None when this machine cannot tell."""
     note: str
@@ -64,13 +64,14 @@ class RunStatus:
 
     @property
     def message(self) -> str:
-        """Why the run failed; empty when it did not."""
-        return next((f"{stage.stage}: {stage.message}" for stage in self.stages if stage.state == "failed"), "")
+        """Why the run failed or was preempted; empty when it was not."""
+        told = [stage for stage in self.stages if stage.state in ("failed", "preempted")]
+        return next((f"{stage.stage}: {stage.message}" for stage in told), "")
 
     @property
     def over(self) -> bool:
         """Whether nothing more will happen by itself."""
-        finished = self.state in ("done", "failed", "cancelled")
+        finished = self.state in ENDED
         return self.alive is False or (self.alive is None and finished)
 
     def facts(self) -> dict[str, Any]:
@@ -106,6 +107,8 @@ def _note(layout: RunLayout, run: str, state: RunState, poll: Poll) -> str:
         return f"but stage {lost[0]} has lost its marker done.json: vqscale requeue {run}"
     if poll.alive is None:
         return f"as its state file says; {poll.words}"
+    if not poll.alive and state.word == "preempted":
+        return f"vqscale requeue {run} goes on"
     if not poll.alive and state.word == "running":
         left = len(process.tagged(STAGE_TAG, str(layout.root)))
         still = f" ({left} of its processes still run: vqscale cancel {run})" if left else ""

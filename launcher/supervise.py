@@ -2,9 +2,10 @@
 
     python -m launcher.supervise RUN
 
-A stage's outcome is its marker `done.json`, never an exit code: torch's agent exits with 1 after every
-signal it forwards, even when its processes finished. Whatever happens, no process of a stage outlives the
-supervisor.
+A stage's outcome is its marker `done.json` or `preempted.json`, never an exit code: torch's agent exits with 1
+after every signal it forwards, even when its processes finished. TERM, INT and HUP cancel the run; USR2 announces a
+preemption: the stage saves, and `vqscale requeue` goes on from there. Whatever happens, no process of a stage outlives
+the supervisor.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from launcher.backends.base import STAGE_TAG, StageCommand
 from launcher.backends.local import LocalBackend
 from launcher.logs import last_words
 from launcher.plan import job_of
-from launcher.state import RunState
+from launcher.state import RunState, StageWord
 from vqscale.config.layout import RunLayout
 from vqscale.errors import EXIT_USER_ERROR, UserError
 from vqscale.files import read_json, write_json
@@ -53,12 +54,12 @@ class Supervisor:
     def __init__(self, layout: RunLayout, render: Render) -> None:
         self._layout, self._render = layout, render
         self._state = RunState.read(layout)
-        self._stopping = False
+        self._signal: signal.Signals | None = None
 
     def run(self) -> str:
         """Run until all stages are done, one fails, or a signal asks to stop; returns the last state."""
         process.adopt_orphans()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
             signal.signal(number, self._ask_to_stop)
         self._clear_leftovers()
         self._state.reopen(self._layout)
@@ -66,10 +67,10 @@ class Supervisor:
         for stage in self._state.stages:
             if self._state.stages[stage].state != "done" and not self._stopping:
                 self._run_stage(stage)
-            if self._state.word == "failed":
+            if self._state.word in ("failed", "preempted"):
                 break
         if self._stopping:
-            self._state.stop("cancelled", "cancelled")
+            self._state.stop(*self._stop_words)
         self._save()
         _say(f"run is {self._state.word}")
         return self._state.word
@@ -108,17 +109,26 @@ class Supervisor:
             time.sleep(_POLL_S)
         if agent.poll() is None:
             _say(f"{command.stage}: asked to stop; at most {command.grace_s} s until its processes are killed")
-            _ask_agent(agent, command.grace_s)
+            _ask_agent(agent, self._signal, command.grace_s)
         self._sweep(_STRAGGLER_S)
         return agent.wait()
 
     def _judge(self, stage: str, exit_code: int) -> None:
         if self._layout.done(stage).exists():
             self._state.end(stage, "done")
-        elif self._stopping:
-            self._state.end(stage, "cancelled", "cancelled")
+        elif self._stopping and not self._preempting:
+            self._state.end(stage, "cancelled", ", ".join(["cancelled", *self._saved(stage)]))
+        elif self._preempting or self._saved(stage):
+            saved = self._saved(stage) or ["not saved: it goes on from its last checkpoint"]
+            self._state.end(stage, "preempted", f"preempted, {saved[0]}")
         else:
             self._state.end(stage, "failed", self._reason(stage, exit_code))
+
+    def _saved(self, stage: str) -> list[str]:
+        """What the stage says of its last save, if this attempt was asked to stop and could save."""
+        marker = read_json(self._layout.preempted(stage))
+        mine = marker is not None and marker["attempt"] == self._state.stages[stage].attempt
+        return [f"saved at step {marker['step']}"] if mine else []
 
     def _reason(self, stage: str, exit_code: int) -> str:
         failure = read_json(self._layout.failure(stage))
@@ -145,8 +155,20 @@ class Supervisor:
         process.reap_orphans()
         return ended
 
+    @property
+    def _stopping(self) -> bool:
+        return self._signal is not None
+
+    @property
+    def _preempting(self) -> bool:
+        return self._signal == signal.SIGUSR2
+
+    @property
+    def _stop_words(self) -> tuple[StageWord, str]:
+        return ("preempted", "preempted before it began") if self._preempting else ("cancelled", "cancelled")
+
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        self._stopping = True
+        self._signal = self._signal or signal.Signals(number)
 
     def _save(self) -> None:
         self._state.write(self._layout)
@@ -187,9 +209,9 @@ def _hold(lock: TextIO, layout: RunLayout) -> None:
         raise UserError("another supervisor works on this run", where=str(layout.root)) from None
 
 
-def _ask_agent(agent: subprocess.Popen[bytes], grace_s: int) -> None:
-    """TERM to the agent, which forwards it and kills its processes after the grace; then KILL."""
-    agent.terminate()
+def _ask_agent(agent: subprocess.Popen[bytes], number: signal.Signals | None, grace_s: int) -> None:
+    """A signal to the agent, which forwards it and kills its processes after the grace; then KILL."""
+    agent.send_signal(signal.SIGUSR2 if number == signal.SIGUSR2 else signal.SIGTERM)
     try:
         agent.wait(grace_s + 2)
     except subprocess.TimeoutExpired:

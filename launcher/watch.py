@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 _REFRESH_S = 0.5
 _LINE_EVERY_S = 10.0
-_COLOURS = {"running": "bold cyan", "done": "green", "failed": "bold red", "cancelled": "yellow"}
+_COLOURS = {
+    "running": "bold cyan",
+    "done": "green",
+    "failed": "bold red",
+    "cancelled": "yellow",
+    "preempted": "yellow",
+}
 
 
 def follow(layout: RunLayout, out: TextIO | None = None) -> RunStatus:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pipelines.stage import Stage
-from vqscale.config.recipe import Data
 from vqscale.data.codes import CodeSource
 from vqscale.data.image_source import Decoder, ImageSource
 from vqscale.data.images import decode_each
 from vqscale.data.shards import open_shards
 from vqscale.storage.access import Access
 from vqscale.storage.cache import ShardCache
+from vqscale.storage.faulty import FaultyStore
 from vqscale.storage.store import Store
 
 
@@ -17,17 +17,17 @@ def image_source(stage: Stage, split: str) -> ImageSource:
     """The images of a split, `train` or `validation`, at the recipe's size."""
     data = stage.recipe.data
     shards = open_shards(stage.layout.shards(stage.recipe, split))
-    return ImageSource(shards, data.image_size, store_of(data), _decoder(stage))
+    return ImageSource(shards, data.image_size, store_of(stage), _decoder(stage))
 
 
 def code_source(stage: Stage, split: str) -> CodeSource:
     """The codes of a split that the run's extraction wrote."""
-    return CodeSource(open_shards(str(stage.layout.codes(split))), store_of(stage.recipe.data))
+    return CodeSource(open_shards(str(stage.layout.codes(split))), store_of(stage))
 
 
-def store_of(data: Data) -> Store:
-    """Opens shards with the recipe's limits and cache."""
-    remote = data.remote
+def store_of(stage: Stage) -> Store:
+    """Opens shards with the recipe's limits and cache; with faults where some were asked for."""
+    remote = stage.recipe.data.remote
     access = Access(
         timeout_s=remote.timeout_s,
         retries=remote.retries,
@@ -35,6 +35,8 @@ def store_of(data: Data) -> Store:
         connections=remote.connections,
     )
     cache = ShardCache(remote.cache, int(remote.cache_gb * 2**30)) if remote.cache else None
+    if stage.faults:
+        return FaultyStore(stage.faults, access=access, cache=cache)
     return Store(access, cache)
 
 

@@ -24,9 +24,11 @@ from vqscale.data.reader import EvaluationReader
 from vqscale.data.source import Source
 from vqscale.errors import EXIT_USER_ERROR, UserError
 from vqscale.events import EventLog
+from vqscale.faults import NO_FAULTS, Faults
 from vqscale.files import write_json
 from vqscale.quarantine import Quarantine
 from vqscale.training.distributed import Ranks, process_group
+from vqscale.training.preemption import PreemptedError
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class Stage:
     recipe: Recipe
     ranks: Ranks
     attempt: int
+    faults: Faults = NO_FAULTS
+    """Faults on demand for this rank."""
+
+    @property
+    def lead_s(self) -> float:
+        """Seconds between a request to stop and the end, as the launcher said; 0 where nobody did."""
+        return float(os.environ.get("VQSCALE_GRACE_S", "0"))
 
     def events(self, unit: str, total: int) -> EventLog | None:
         """The stage's event log on rank 0, None elsewhere."""
@@ -91,7 +100,8 @@ def run_stage(name: str, main: Callable[[Stage], dict[str, Any]]) -> None:
     """Run a stage on this rank and leave its marker.
 
     The marker `done.json` is written by rank 0 after all ranks have finished; it holds what `main` returned on
-    rank 0. Bad input leaves `failure.json` and exit code 2, anything else `failure.json` and a traceback.
+    rank 0. A stage that was asked to stop, and saved, leaves `preempted.json`. Bad input leaves `failure.json` and exit
+    code 2, anything else `failure.json` and a traceback.
 
     Args:
         name: stage name as in the recipe's order.
@@ -129,14 +139,21 @@ def _run(name: str, main: Callable[[Stage], dict[str, Any]], layout: RunLayout) 
     # Recorded inside: once a rank has left the group, the others fail too, and one of them could say so first.
     with process_group(recipe.resources.device, recipe.resources.timeout_s) as ranks, _recorded(layout, name):
         if ranks.first:
-            layout.failure(name).unlink(missing_ok=True)  # an earlier attempt's
+            for earlier in (layout.failure(name), layout.preempted(name)):
+                earlier.unlink(missing_ok=True)
         ranks.barrier()
         attempt = int(os.environ.get("VQSCALE_ATTEMPT", "1"))
-        figures = main(Stage(name, layout, recipe, ranks, attempt))
+        faults = Faults.from_environment(name, ranks.rank, layout.faults(name))
+        stage = Stage(name, layout, recipe, ranks, attempt, faults)
+        head = {"stage": name, "attempt": attempt}
+        try:
+            marker, facts = layout.done(name), main(stage)
+        except PreemptedError as stop:
+            stage.say(f"preempted by {stop}")
+            marker, facts = layout.preempted(name), {**stop.facts(), "lead_s": stage.lead_s}
         ranks.barrier()
         if ranks.first:
-            seconds = round(time.time() - started, 2)
-            write_json(layout.done(name), {"stage": name, "attempt": attempt, "seconds": seconds, **figures})
+            write_json(marker, {**head, "seconds": round(time.time() - started, 2), **facts})
 
 
 @contextmanager

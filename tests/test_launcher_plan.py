@@ -24,6 +24,7 @@ python -m torch.distributed.run \\
     --rdzv-backend c10d \\
     --rdzv-endpoint 127.0.0.1:0 \\
     --rdzv-id tiny-1-tokenizer-3 \\
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 \\
     --local-addr 127.0.0.1 \\
     --log-dir '/runs/with space/tiny-1/stages/tokenizer/attempt-003/ranks' \\
     --redirects 3 \\
@@ -36,6 +37,7 @@ GOLDEN_VARIABLES = [
     ("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30", "cluster.rendezvous (grace_s of the profile)"),
     ("NCCL_DEBUG", "WARN", "profile here"),
     ("VQSCALE_ATTEMPT", "3", "launcher"),
+    ("VQSCALE_GRACE_S", "30", "profile here"),
     ("VQSCALE_STAGE_OF", "/runs/with space/tiny-1", "launcher"),
 ]
 

@@ -125,5 +125,6 @@ def _variables(job: Job, attempt: int) -> tuple[Variable, ...]:
         *agent_environment(grace_s=profile.grace_s),
         *(Variable(name, value, f"profile {profile.name}") for name, value in profile.environment.items()),
         Variable("VQSCALE_ATTEMPT", str(attempt), "launcher"),
+        Variable("VQSCALE_GRACE_S", str(profile.grace_s), f"profile {profile.name}"),
         Variable(STAGE_TAG, str(job.run), "launcher"),
     )

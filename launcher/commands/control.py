@@ -10,7 +10,7 @@ from launcher.backends import Backend, backend_for
 from launcher.commands.start import follow_or_detach
 from launcher.plan import select_stages
 from launcher.registry import resolve
-from launcher.state import RunState, StageState
+from launcher.state import ENDED, RunState, StageState
 from launcher.status import read_status
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
@@ -21,7 +21,7 @@ def cancel(arguments: argparse.Namespace) -> int:
     """Stop a run and wait until nothing of it is left."""
     layout = resolve(arguments.run)
     before = read_status(layout)
-    if before.state in ("done", "failed", "cancelled") and not before.alive:
+    if before.state in ENDED and not before.alive:
         raise UserError(f"is {before.state} already", where=before.id, mend="there is nothing to cancel")
     _backend(layout).cancel(layout)
     now = read_status(layout)

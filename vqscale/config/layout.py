@@ -10,7 +10,9 @@ RUN/
   stages/STAGE/quarantine.jsonl   bad samples, one line each
   stages/STAGE/done.json      the stage's own marker of success, with its figures
   stages/STAGE/failure.json   why the stage's processes gave up, in one line
-  stages/STAGE/attempt-NNN/   agent.log, ranks/ (logs by rank)
+  stages/STAGE/preempted.json the step that was saved when the stage was asked to stop
+  stages/STAGE/faults.jsonl   faults on demand that have happened
+  stages/STAGE/attempt-NNN/   agent.log, ranks/ (logs by rank), hang/ (stacks, if it hung)
   images/{train,validation}/  generated class folders (stage generate)
   shards/{train,validation}/  image shards (stage pack)
   checkpoints/STAGE/          committed checkpoints
@@ -90,6 +92,14 @@ class RunLayout:
     def failure(self, stage: str) -> Path:
         """One line that says why the stage's processes gave up."""
         return self.stage(stage) / "failure.json"
+
+    def preempted(self, stage: str) -> Path:
+        """Marker that the stage was asked to stop and has saved."""
+        return self.stage(stage) / "preempted.json"
+
+    def faults(self, stage: str) -> Path:
+        """Faults on demand that have happened to the stage."""
+        return self.stage(stage) / "faults.jsonl"
 
     def attempt(self, stage: str, number: int) -> Path:
         """Logs of one attempt."""

@@ -1,0 +1,126 @@
+"""Who watches over a training loop: requests to stop, signs of life, and each rank's pace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+from vqscale.training.pace import Pace
+from vqscale.training.preemption import Notice
+from vqscale.training.vigil import Vigil
+from vqscale.training.watchdog import Watchdog, hung_ranks
+
+
+def _agree(world: int) -> list[Any]:
+    from vqscale.training.distributed import process_group
+    from vqscale.training.preemption import preemption
+
+    before = signal.getsignal(signal.SIGUSR2)
+    with process_group("cpu") as ranks:
+        with preemption() as notice:
+            heard = []
+            for step in range(6):
+                notice.begin()
+                if step == 2 and ranks.rank == world - 1:
+                    os.kill(os.getpid(), signal.SIGUSR2)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                heard.append(notice.agreed())
+                if heard[-1]:
+                    break
+        restored = signal.getsignal(signal.SIGUSR2) == before
+    return [heard, restored, notice.received and notice.received.name]
+
+
+@pytest.mark.dist
+def test_ranks_agree_on_the_step_at_which_they_stop() -> None:
+    first, last = run_ranks(2, _agree, 2)
+    # The signal came when the others had begun to ask for step 2: it is heard with step 3, by all.
+    assert first == [["", "", "", "SIGUSR2"], True, None]
+    assert last == [["", "", "", "SIGUSR2"], True, "SIGUSR2"]
+
+
+def test_a_silent_rank_leaves_stacks_and_a_note(tmp_path: Path) -> None:
+    notes: list[dict[str, Any]] = []
+    ended = threading.Event()
+
+    def end(note: dict[str, Any]) -> None:
+        notes.append(note)
+        ended.set()
+
+    with Watchdog(tmp_path, rank=1, limit_s=0.2, end=end) as watchdog:
+        watchdog.beat("collective", 7)
+        assert ended.wait(30)
+    assert (notes[0]["rank"], notes[0]["step"], notes[0]["doing"]) == (1, 7, "collective")
+    assert notes[0]["silent_s"] >= 0.2
+    assert "test_a_silent_rank" in (tmp_path / "hang/stacks-00001.txt").read_text()
+    json.loads((tmp_path / "hang/flight-00001.json").read_bytes())
+
+
+def test_all_ranks_dump_when_one_is_over_time(tmp_path: Path) -> None:
+    ended = [threading.Event(), threading.Event()]
+    with (
+        Watchdog(tmp_path, 0, limit_s=3600, end=lambda note: ended[0].set()),
+        Watchdog(tmp_path, 1, limit_s=0.2, end=lambda note: ended[1].set()),
+    ):
+        assert all(event.wait(30) for event in ended)
+    assert {note["rank"] for note in hung_ranks(tmp_path)} == {0, 1}
+
+
+def test_signs_of_life_keep_the_watchdog_quiet(tmp_path: Path) -> None:
+    with Watchdog(tmp_path, 0, limit_s=3600) as watchdog:
+        watchdog.beat("own part", 1)
+    assert not (tmp_path / "hang").exists()
+
+
+def test_the_rank_that_is_behind_is_named_first(tmp_path: Path) -> None:
+    folder = tmp_path / "hang"
+    folder.mkdir()
+    for rank, (step, doing) in enumerate([(9, "collective"), (9, "own part"), (9, "collective")]):
+        note = {"rank": rank, "step": step, "doing": doing, "silent_s": 5.0}
+        (folder / f"rank-{rank:05d}.json").write_text(json.dumps(note))
+    assert hung_ranks(tmp_path)[0]["rank"] == 1
+
+
+def test_a_slow_rank_is_named_once_it_was_slow_twice() -> None:
+    pace = Pace(["a", "b", "c"])
+    assert pace.judge([10.0, 10.0, 30.0], steps=1) == ({}, ""), "the first step starts everything up"
+    figures, warning = pace.judge([10.0, 10.0, 30.0], steps=10)
+    assert figures == {"speed/slowest_rank": 2.0, "speed/slowest_over_median": 3.0}
+    assert not warning
+    assert "rank 2 on c takes 3 s for its own part of a step, 3.0 times" in pace.judge([10.0, 10.0, 30.0], 10)[1]
+    assert not pace.judge([10.0, 10.0, 30.0], 10)[1], "said once"
+    assert not pace.judge([10.0, 10.0, 11.0], 10)[1]
+    assert not pace.judge([10.0, 30.0, 10.0], 10)[1]
+    assert not pace.judge([10.0, 10.0, 30.0], 10)[1], "another rank: counted anew"
+
+
+def test_one_of_two_ranks_can_be_slow() -> None:
+    pace = Pace(["a", "b"])
+    assert pace.judge([1.0, 4.0], 2)[0]["speed/slowest_over_median"] == 4.0
+    assert Pace(["alone"]).judge([1.0], 2) == ({}, "")
+
+
+def test_pace_counts_own_work_and_waiting_for_data() -> None:
+    pace = Pace(["a", "b"])
+    pace.begin()
+    pace.meet()
+    own = pace.own(rank=1, waited_for_data=2.0)
+    assert own[0] == 0.0
+    assert 2.0 <= own[1] < 2.5
+    assert pace.own(1, 0.0) == [0.0, 0.0], "the next window begins"
+
+
+def test_a_save_longer_than_half_the_lead_is_warned_of_once(tmp_path: Path) -> None:
+    watching = Vigil(Notice.__new__(Notice), Watchdog(tmp_path, 0, 60.0), Pace(["a"]), lead_s=30.0)
+    assert not watching.too_slow(15.0)
+    assert "a save takes 16.0 s, more than half of the 30 s" in watching.too_slow(16.0)
+    assert not watching.too_slow(17.0)
+    unknown = Vigil(Notice.__new__(Notice), Watchdog(tmp_path, 0, 60.0), Pace(["a"]))
+    assert not unknown.too_slow(1e6), "nobody said how long there is"

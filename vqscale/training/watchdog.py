@@ -1,0 +1,125 @@
+"""A rank that hangs is noticed, all ranks leave their stacks in the run directory, and the stage ends.
+
+Every rank has a thread that looks at the last sign of life of its own training loop. One rank that hangs makes the
+others wait in a collective, so all of them fall silent; the first whose time is over leaves a note, upon which all
+others dump as well. The stacks and what was being done tell who waited and who hung.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from vqscale.files import read_json, write_json
+
+EXIT_HANG = 75
+"""Exit code of a rank that hung, or waited for one that did (sysexits' temporary failure)."""
+
+_LOOK_S = 0.5
+_OTHERS_S = 3.0  # that other ranks are given to notice the note and dump
+
+
+class Watchdog:
+    """Signs of life of one rank.
+
+    Args:
+        folder: where notes and dumps go, the same on all ranks (`RunLayout.attempt`).
+        rank: this rank.
+        limit_s: longest silence.
+        end: called with the note when the time is over; ends the process by default.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, limit_s: float, end: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        self._folder, self._rank, self._limit = folder / "hang", rank, limit_s
+        self._end = end or _leave
+        self._last = (time.monotonic(), "start", 0)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="vqscale-watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._began = time.time()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def beat(self, doing: str, step: int) -> None:
+        """A sign of life: what begins now, at which step. Costs no more than an assignment."""
+        self._last = (time.monotonic(), doing, step)
+
+    def _look(self) -> None:
+        while not self._over.wait(_LOOK_S):
+            silent = time.monotonic() - self._last[0]
+            if silent > self._limit or self._noted():
+                self._dump(silent)
+                return
+
+    def _noted(self) -> bool:
+        """Whether another rank's time is over; notes of earlier starts do not count."""
+        return any(note.stat().st_mtime > self._began for note in self._folder.glob("rank-*.json"))
+
+    def _dump(self, silent: float) -> None:
+        _, doing, step = self._last
+        note = {
+            "rank": self._rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "doing": doing,
+            "step": step,
+            "silent_s": round(silent, 1),
+            "limit_s": self._limit,
+        }
+        self._folder.mkdir(parents=True, exist_ok=True)
+        number = f"{self._rank:05d}"
+        with (self._folder / f"stacks-{number}.txt").open("w") as file:
+            faulthandler.dump_traceback(file)
+        # What the collectives of this rank were, as torch recorded them (TORCH_FR_BUFFER_SIZE entries).
+        (self._folder / f"flight-{number}.json").write_bytes(_flight_record())
+        write_json(self._folder / f"rank-{number}.json", note)
+        if not self._over.wait(_OTHERS_S):
+            self._end(note)
+
+
+def hung_ranks(folder: Path) -> list[dict[str, Any]]:
+    """The notes in an attempt's folder, the rank that is furthest behind first.
+
+    Ranks in the same step differ in what they were doing: who hangs outside of a collective is behind those that wait
+    in it.
+    """
+    notes = [read_json(path) for path in sorted((folder / "hang").glob("rank-*.json"))]
+    return sorted(notes, key=lambda note: (note["step"], note["doing"] == "collective", -note["silent_s"]))
+
+
+def _flight_record() -> bytes:
+    from torch._C import _distributed_c10d
+
+    try:
+        return bytes(_distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError) as error:  # not every build of torch records
+        return json.dumps({"error": str(error)}).encode()
+
+
+def _leave(note: dict[str, Any]) -> None:
+    print(
+        f"rank {note['rank']} gave no sign of life for {note['silent_s']} s in step {note['step']} ({note['doing']}); "
+        f"torch {torch.__version__}, stacks in the attempt's folder 'hang'",
+        flush=True,
+    )
+    # No orderly end: the main thread hangs, and so would everything that waits for it.
+    os._exit(EXIT_HANG)
