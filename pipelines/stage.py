@@ -29,6 +29,7 @@ from vqscale.files import write_json
 from vqscale.quarantine import Quarantine
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.preemption import PreemptedError
+from vqscale.training.watchdog import EXIT_HANG, Watchdog, describe_hang
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ class Stage:
     def lead_s(self) -> float:
         """Seconds between a request to stop and the end, as the launcher said; 0 where nobody did."""
         return float(os.environ.get("VQSCALE_GRACE_S", "0"))
+
+    def watchdog(self) -> Watchdog:
+        """Notices when this rank gives no sign of life for `resources.hang_s`; the stage ends then."""
+        folder = self.layout.attempt(self.name, self.attempt)
+
+        def end() -> None:
+            _fail(self.layout, self.name, "hang", describe_hang(folder, self.ranks.world))
+            os._exit(EXIT_HANG)
+
+        return Watchdog(folder, self.ranks.rank, self.recipe.resources.hang_s, end)
 
     def events(self, unit: str, total: int) -> EventLog | None:
         """The stage's event log on rank 0, None elsewhere."""

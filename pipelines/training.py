@@ -16,9 +16,11 @@ from vqscale.data.order import StreamOrder
 from vqscale.data.source import Source
 from vqscale.quarantine import Quarantine
 from vqscale.training.data_watch import DataWatch
-from vqscale.training.loop import Task, resume, train
+from vqscale.training.loop import Loop, resume
+from vqscale.training.task import Task
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatches, pinned
+from vqscale.training.vigil import vigil
 
 
 def train_stage(
@@ -50,6 +52,7 @@ def train_stage(
     closing_tracker = closing(tracker) if tracker else nullcontext()
     with (
         closing_tracker,
+        vigil(ranks, stage.watchdog(), stage.faults, stage.lead_s) as watching,
         Loader(
             source,
             order,
@@ -68,7 +71,13 @@ def train_stage(
     ):
         watch = DataWatch(ranks, data.error_budget, Quarantine(stage.layout.quarantine(stage.name)), source.store)
         batches = DeviceBatches(loader, ranks.device)
-        figures = train(
-            task, training, batches, start=start, seed=recipe.seed, folder=folder, watch=watch, tracker=tracker
+        loop = Loop(
+            *(task, training, batches),
+            folder=folder,
+            watch=watch,
+            vigil=watching,
+            tracker=tracker,
+            seed=recipe.seed,
         )
+        figures = loop.run(start)
     return {"steps": training.steps, "parameters": size, "bad_samples": watch.total, **figures}

@@ -198,8 +198,10 @@ def test_gradients_equal_a_plain_loop(tokenizers: Trained, world: int) -> None:
 
 def test_weights_equal_a_plain_loop(tokenizers: Trained) -> None:
     expected = plain_loop(tokenizers.run, tokenizer_recipe(), steps=STEPS)[1]
-    got = {name: value for name, value in tokenizers.ranks[1][0].state.items() if name in expected}
-    assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    for name, value in expected.items():
+        # By norm: where a gradient is nearly nought, AdamW makes a whole step of the sign that rounding gives it.
+        off = np.linalg.norm(tokenizers.ranks[1][0].state[name] - value) / np.linalg.norm(value)
+        assert off < 5e-3, f"{name} is off by {off:.1e}; eight steps of another optimizer would be off by about 1e-1"
 
 
 def plain_loop(run: Path, recipe: Recipe, steps: int) -> tuple[State, State]:

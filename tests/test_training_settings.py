@@ -28,8 +28,6 @@ from vqscale.models.quantizer import Codebook
 from vqscale.training import checkpoint
 from vqscale.training.distributed import Ranks
 from vqscale.training.engine import learning_rate, make_optimizers
-from vqscale.training.loop import train
-from vqscale.training.transfer import DeviceBatches
 
 STEPS = 4
 
@@ -298,17 +296,6 @@ def test_a_skipped_update_is_skipped_everywhere(alone: Ranks, run: Path, tmp_pat
 
 def test_loop_needs_no_tracker(alone: Ranks, run: Path, tmp_path: Path) -> None:
     made = tokenizer(alone, run)
-    folder = tmp_path / "silent"
-    with made.loader() as loader:
-        figures = train(
-            made.task,
-            made.engine.training,
-            DeviceBatches(loader, alone.device),
-            start=0,
-            seed=0,
-            folder=folder,
-            watch=made.watch(folder),
-            tracker=None,
-        )
+    figures = made.run(tmp_path / "silent", tracked=False)
     assert set(figures) == {"mse", "psnr"}
     assert not differs(made.state(), plain(alone, run, tmp_path)[0])

@@ -15,7 +15,11 @@ from tests.ranks import run_ranks
 from vqscale.training.pace import Pace
 from vqscale.training.preemption import Notice
 from vqscale.training.vigil import Vigil
-from vqscale.training.watchdog import Watchdog, hung_ranks
+from vqscale.training.watchdog import Watchdog, describe_hang
+
+
+def _never() -> None:
+    raise AssertionError("nothing hangs")
 
 
 def _agree(world: int) -> list[Any]:
@@ -47,18 +51,13 @@ def test_ranks_agree_on_the_step_at_which_they_stop() -> None:
 
 
 def test_a_silent_rank_leaves_stacks_and_a_note(tmp_path: Path) -> None:
-    notes: list[dict[str, Any]] = []
     ended = threading.Event()
-
-    def end(note: dict[str, Any]) -> None:
-        notes.append(note)
-        ended.set()
-
-    with Watchdog(tmp_path, rank=1, limit_s=0.2, end=end) as watchdog:
+    with Watchdog(tmp_path, rank=1, limit_s=0.2, end=ended.set) as watchdog:
         watchdog.beat("collective", 7)
         assert ended.wait(30)
-    assert (notes[0]["rank"], notes[0]["step"], notes[0]["doing"]) == (1, 7, "collective")
-    assert notes[0]["silent_s"] >= 0.2
+    note = json.loads((tmp_path / "hang/rank-00001.json").read_text())
+    assert (note["rank"], note["step"], note["doing"]) == (1, 7, "collective")
+    assert note["silent_s"] >= 0.2
     assert "test_a_silent_rank" in (tmp_path / "hang/stacks-00001.txt").read_text()
     json.loads((tmp_path / "hang/flight-00001.json").read_bytes())
 
@@ -66,26 +65,34 @@ def test_a_silent_rank_leaves_stacks_and_a_note(tmp_path: Path) -> None:
 def test_all_ranks_dump_when_one_is_over_time(tmp_path: Path) -> None:
     ended = [threading.Event(), threading.Event()]
     with (
-        Watchdog(tmp_path, 0, limit_s=3600, end=lambda note: ended[0].set()),
-        Watchdog(tmp_path, 1, limit_s=0.2, end=lambda note: ended[1].set()),
+        Watchdog(tmp_path, 0, limit_s=3600, end=ended[0].set),
+        Watchdog(tmp_path, 1, limit_s=0.2, end=ended[1].set),
     ):
         assert all(event.wait(30) for event in ended)
-    assert {note["rank"] for note in hung_ranks(tmp_path)} == {0, 1}
+    assert sorted(path.name for path in (tmp_path / "hang").glob("rank-*")) == ["rank-00000.json", "rank-00001.json"]
 
 
 def test_signs_of_life_keep_the_watchdog_quiet(tmp_path: Path) -> None:
-    with Watchdog(tmp_path, 0, limit_s=3600) as watchdog:
+    with Watchdog(tmp_path, 0, limit_s=3600, end=_never) as watchdog:
         watchdog.beat("own part", 1)
     assert not (tmp_path / "hang").exists()
 
 
-def test_the_rank_that_is_behind_is_named_first(tmp_path: Path) -> None:
-    folder = tmp_path / "hang"
-    folder.mkdir()
-    for rank, (step, doing) in enumerate([(9, "collective"), (9, "own part"), (9, "collective")]):
-        note = {"rank": rank, "step": step, "doing": doing, "silent_s": 5.0}
-        (folder / f"rank-{rank:05d}.json").write_text(json.dumps(note))
-    assert hung_ranks(tmp_path)[0]["rank"] == 1
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [
+        ([(9, "collective"), (9, "own part"), (9, "collective")], "rank 1 on here hangs, step 9 (own part)"),
+        ([(9, "own part"), (9, "own part"), (8, "collective")], "rank 2 on here hangs, step 8 (collective)"),
+        ([(9, "collective"), None, (9, "collective")], "rank 1 hangs and cannot leave a note, step 9 (collective)"),
+    ],
+)
+def test_the_rank_that_all_wait_for_is_named(ranks: list[tuple[int, str] | None], said: str, tmp_path: Path) -> None:
+    (tmp_path / "hang").mkdir()
+    for rank, what in enumerate(ranks):
+        if what:
+            note = {"rank": rank, "host": "here", "step": what[0], "doing": what[1], "silent_s": 5.0}
+            (tmp_path / f"hang/rank-{rank:05d}.json").write_text(json.dumps(note))
+    assert describe_hang(tmp_path, 3).startswith(f"{said}, no sign of life for 5 s; stacks in")
 
 
 def test_a_slow_rank_is_named_once_it_was_slow_twice() -> None:
@@ -118,9 +125,9 @@ def test_pace_counts_own_work_and_waiting_for_data() -> None:
 
 
 def test_a_save_longer_than_half_the_lead_is_warned_of_once(tmp_path: Path) -> None:
-    watching = Vigil(Notice.__new__(Notice), Watchdog(tmp_path, 0, 60.0), Pace(["a"]), lead_s=30.0)
+    watching = Vigil(Notice.__new__(Notice), Watchdog(tmp_path, 0, 60.0, _never), Pace(["a"]), lead_s=30.0)
     assert not watching.too_slow(15.0)
     assert "a save takes 16.0 s, more than half of the 30 s" in watching.too_slow(16.0)
     assert not watching.too_slow(17.0)
-    unknown = Vigil(Notice.__new__(Notice), Watchdog(tmp_path, 0, 60.0), Pace(["a"]))
+    unknown = Vigil(Notice.__new__(Notice), Watchdog(tmp_path, 0, 60.0, _never), Pace(["a"]))
     assert not unknown.too_slow(1e6), "nobody said how long there is"

@@ -34,15 +34,19 @@ from vqscale.data.order import StreamOrder
 from vqscale.data.reader import EvaluationReader
 from vqscale.data.shards import open_shards
 from vqscale.data.source import Source
+from vqscale.faults import NO_FAULTS, Faults
 from vqscale.quarantine import Quarantine
 from vqscale.training.build import build_prior, build_tokenizer, grid_shapes
 from vqscale.training.data_watch import DataWatch
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.engine import Engine
-from vqscale.training.loop import Task, resume, train
+from vqscale.training.loop import Loop, resume
 from vqscale.training.prior_task import PriorTask
+from vqscale.training.task import Task
 from vqscale.training.tokenizer_task import TokenizerTask
 from vqscale.training.transfer import DeviceBatch, DeviceBatches, tensors
+from vqscale.training.vigil import vigil
+from vqscale.training.watchdog import Watchdog
 
 State = dict[str, np.ndarray]
 
@@ -134,6 +138,10 @@ class Recorder:
         return [figures[name] for _, figures in sorted(self.lines.items())]
 
 
+def _never() -> None:
+    raise AssertionError("nothing hangs")
+
+
 class Experiment:
     """A task of a recipe with its loader, on this rank.
 
@@ -175,20 +183,20 @@ class Experiment:
             self.ranks, self.recipe.data.error_budget, Quarantine(folder / "quarantine.jsonl"), self.source.store
         )
 
-    def run(self, folder: Path) -> dict[str, float]:
+    def run(self, folder: Path, *, faults: Faults = NO_FAULTS, tracked: bool = True) -> dict[str, float]:
         """Resume from `folder` and train to the end."""
         start, _ = resume(self.task, folder)
-        with self.loader(start) as loader:
-            return train(
-                self.task,
-                self.engine.training,
-                DeviceBatches(loader, self.ranks.device),
-                start=start,
-                seed=self.recipe.seed,
+        watchdog = Watchdog(folder, self.ranks.rank, 3600, end=_never)
+        with self.loader(start) as loader, vigil(self.ranks, watchdog, faults) as watching:
+            loop = Loop(
+                *(self.task, self.engine.training, DeviceBatches(loader, self.ranks.device)),
                 folder=folder,
                 watch=self.watch(folder),
-                tracker=self.recorder if self.ranks.first else None,  # type: ignore[arg-type]
+                vigil=watching,
+                tracker=self.recorder if self.ranks.first and tracked else None,  # type: ignore[arg-type]
+                seed=self.recipe.seed,
             )
+            return loop.run(start)
 
     def state(self) -> State:
         """Weights, codebooks and the optimizer's tensors, in the order of their elements."""

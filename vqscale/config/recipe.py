@@ -248,6 +248,9 @@ class Resources(Section):
     """How the model is spread over the ranks."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
     """How often the elastic agent restarts failed processes of a stage; they resume from the last checkpoint."""
+    hang_s: Positive = 300
+    """Longest silence of a rank in training, in seconds. Then all ranks leave their stacks in the run directory and
+    the stage ends, to be started again where `max_restarts` allows."""
     timeout_s: Positive = 600
     """Longest wait in a collective, in seconds, before a stage is stopped."""
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -17,47 +15,13 @@ from vqscale.seeds import mix
 from vqscale.training import checkpoint
 from vqscale.training.checkpoint import Checkpoint
 from vqscale.training.data_watch import Counted, DataWatch
-from vqscale.training.engine import Engine, learning_rate
+from vqscale.training.engine import learning_rate
 from vqscale.training.guards import require_finite
+from vqscale.training.preemption import PreemptedError
+from vqscale.training.task import Task
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
-
-
-class Task(ABC):
-    """What differs between stages. Every method runs on every rank and may use collectives."""
-
-    engine: Engine
-
-    def before_step(self, batch: DeviceBatch) -> None:
-        """Called before each step's forward."""
-
-    @abstractmethod
-    def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:
-        """Forward of a batch: scalars by name, `total` is what is minimised."""
-
-    def after_step(self) -> None:
-        """Called once after each successful optimizer step."""
-
-    def figures(self) -> dict[str, float]:
-        """Further figures of the last step, equal on all ranks."""
-        return {}
-
-    def extra_state(self) -> Mapping[str, Tensor]:
-        """What a checkpoint holds besides network and optimizers, by name; rank 0's is saved."""
-        return {}
-
-    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `extra_state` gave; the same on every rank."""
-
-    def check(self, step: int) -> None:
-        """Compare ranks; raises when they differ."""
-
-    @abstractmethod
-    def validate(self) -> dict[str, float]:
-        """Figures over the held-out data."""
-
-    def pictures(self, step: int, tracker: Tracker) -> None:
-        """Draw into TensorBoard; called on rank 0 alone, so no collective may be used."""
+from vqscale.training.vigil import Vigil, taint
 
 
 class Batches(Counted, Protocol):
@@ -69,15 +33,6 @@ class Batches(Counted, Protocol):
 
     def __iter__(self) -> Iterator[DeviceBatch]:
         """Endless batches from the loader's first step on."""
-
-
-@dataclass
-class _Window:
-    """What is measured between two log lines."""
-
-    began: float
-    waited: float
-    steps: int = 0
 
 
 def resume(task: Task, folder: Path) -> tuple[int, list[str]]:
@@ -96,111 +51,141 @@ def resume(task: Task, folder: Path) -> tuple[int, list[str]]:
     return chosen.step, passed_over
 
 
-def train(
-    task: Task,
-    training: Training,
-    loader: Batches,
-    *,
-    start: int,
-    seed: int,
-    folder: Path,
-    watch: DataWatch,
-    tracker: Tracker | None,
-) -> dict[str, float]:
-    """Train from step `start` to the end; returns the last validation's figures.
+class Loop:
+    """Trains a task from a step to the end.
 
     Args:
         task: model and losses.
         training: the stage's optimisation settings.
-        loader: endless batches, the first one belongs to step `start`.
-        start: finished steps.
-        seed: the run's seed.
+        loader: endless batches, the first one belongs to the step that `run` starts at.
         folder: where checkpoints go.
         watch: judges the data.
+        vigil: knows of requests to stop, and is told how things go.
         tracker: on rank 0; None elsewhere.
+        seed: the run's.
     """
-    engine, validation = task.engine, {}
-    if start >= training.steps:  # everything but the stage's marker was written
-        return _validate(task, start, None)
-    window = _Window(time.perf_counter(), loader.wait_s)
-    engine.model.train()
-    for step, batch in zip(range(start, training.steps), loader, strict=False):
+
+    def __init__(
+        self,
+        task: Task,
+        training: Training,
+        loader: Batches,
+        *,
+        folder: Path,
+        watch: DataWatch,
+        vigil: Vigil,
+        tracker: Tracker | None,
+        seed: int,
+    ) -> None:
+        self._task, self._training, self._loader, self._seed = task, training, loader, seed
+        self._engine, self._ranks = task.engine, task.engine.ranks
+        self._folder, self._watch, self._vigil, self._tracker = folder, watch, vigil, tracker
+
+    def run(self, start: int) -> dict[str, float]:
+        """Train behind `start` finished steps; returns the last validation's figures.
+
+        Raises:
+            PreemptedError: the stage was asked to stop, and what it has done is saved.
+        """
+        training, task = self._training, self._task
+        if start >= training.steps:  # everything but the stage's marker was written
+            return self._validate(start, tracked=False)
+        figures: dict[str, float] = {}
+        self._begin_window()
+        self._engine.model.train()
+        for step, batch in zip(range(start, training.steps), self._loader, strict=False):
+            losses, norm = self._step(step, batch)
+            done, last = step + 1, step + 1 == training.steps
+            signal = self._vigil.asked_to_stop()
+            if done % training.log_every == 0 or last or done == 1:
+                self._log(losses, norm, done)
+                self._watch.check()
+                self._begin_window()
+            if done % training.hash_every == 0 or last:
+                task.check(done)
+            if done % training.validate_every == 0 or last:
+                figures = self._validate(done)
+            if self._tracker and (done % training.picture_every == 0 or last or done == 1):
+                task.pictures(done, self._tracker)
+            if done % training.checkpoint_every == 0 or last or signal:
+                # Whatever was not logged: a checkpoint of weights that are not numbers would push out the good ones.
+                require_finite(float(losses["total"].detach()), float(norm), done)
+                save_s = self._save(done)
+                if signal and not last:
+                    raise PreemptedError(done, signal, save_s)
+        return figures
+
+    def _step(self, step: int, batch: DeviceBatch) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimizer step; returns the losses by name and the gradient norm."""
         # All of torch's randomness (dropout) is a function of seed, step and rank: resuming needs no generator state.
-        torch.manual_seed(mix(seed, step, engine.ranks.rank))
-        task.before_step(batch)
-        losses = task.losses(batch)
-        norm = engine.optimise(losses["total"], step)
-        task.after_step()
-        window.steps += 1
+        torch.manual_seed(mix(self._seed, step, self._ranks.rank))
+        due = self._vigil.begin(step)
+        self._task.before_step(batch)
+        losses = self._task.losses(batch)
+        self._vigil.meet(step)
+        norm = self._engine.optimise(taint(losses["total"], due), step)
+        self._task.after_step()
+        self._steps += 1
+        return losses, norm
 
-        done = step + 1
-        last = done == training.steps
-        if done % training.log_every == 0 or last or done == 1:
-            _log(task, training, losses, norm, done, window, loader, watch, tracker)
-            watch.check()
-            window = _Window(time.perf_counter(), loader.wait_s)
-        if done % training.hash_every == 0 or last:
-            task.check(done)
-        if done % training.validate_every == 0 or last:
-            validation = _validate(task, done, tracker)
-        if tracker and (done % training.picture_every == 0 or last or done == 1):
-            task.pictures(done, tracker)
-        if done % training.checkpoint_every == 0 or last:
-            # Whatever was not logged: a checkpoint of weights that are not numbers would push out the good ones.
-            require_finite(float(losses["total"].detach()), float(norm), done)
-            _save(task, folder, done, training.keep)
-    return validation
+    def _begin_window(self) -> None:
+        """What is measured between two log lines."""
+        self._began, self._waited, self._steps = time.perf_counter(), self._loader.wait_s, 0
 
-
-def _log(
-    task: Task,
-    training: Training,
-    losses: dict[str, Tensor],
-    norm: Tensor,
-    done: int,
-    window: _Window,
-    loader: Batches,
-    watch: DataWatch,
-    tracker: Tracker | None,
-) -> None:
-    """Mean losses and bad samples over the ranks, and what the window measured; collective."""
-    ranks = task.engine.ranks
-    local = [*(value.detach().double() for value in losses.values())]
-    counts = losses["total"].new_tensor(watch.counts(loader), dtype=torch.float64)
-    sums = ranks.sum(torch.cat([torch.stack(local), counts])).tolist()
-    watch.update(loader, sums[len(losses) :])
-    means = {name: value / ranks.world for name, value in zip(losses, sums, strict=False)}
-    require_finite(means["total"], float(norm), done)
-    figures = task.figures()
-    if tracker is None:
-        return
-    seconds = time.perf_counter() - window.began
-    tracker.figures(
-        done,
-        {f"loss/{name}": value for name, value in means.items()}
-        | figures
-        | watch.figures()
-        | {
-            "optim/learning_rate": learning_rate(training, done - 1),
+    def _log(self, losses: dict[str, Tensor], norm: Tensor, done: int) -> None:
+        """Mean losses and bad samples over the ranks, and what the window measured; collective, in one all-reduce."""
+        loader, watch, pace = self._loader, self._watch, self._vigil.pace
+        waited = loader.wait_s - self._waited
+        parts = [
+            [float(value.detach()) for value in losses.values()],
+            watch.counts(loader),
+            pace.own(self._ranks.rank, waited),
+        ]
+        device = self._ranks.device
+        local = torch.tensor([value for part in parts for value in part], dtype=torch.float64, device=device)
+        summed = iter(self._ranks.sum(local).tolist())
+        totals, counts, own = ([next(summed) for _ in part] for part in parts)
+        watch.update(loader, counts)
+        means = {name: total / self._ranks.world for name, total in zip(losses, totals, strict=True)}
+        require_finite(means["total"], float(norm), done)
+        figures = self._task.figures()
+        paces, slow = pace.judge(own, self._steps)
+        if self._tracker is None:
+            return
+        if slow:
+            print(f"warning: step {done}: {slow}", flush=True)
+        seconds = time.perf_counter() - self._began
+        optim = {
+            "optim/learning_rate": learning_rate(self._training, done - 1),
             "optim/gradient_norm": float(norm),
-            "speed/data_wait": (loader.wait_s - window.waited) / seconds,
-        },
-        rate=window.steps * training.global_batch / seconds,
-    )
+            "speed/data_wait": waited / seconds,
+        }
+        named = {f"loss/{name}": value for name, value in means.items()}
+        rate = self._steps * self._training.global_batch / seconds
+        self._tracker.figures(done, {**named, **figures, **watch.figures(), **optim, **paces}, rate=rate)
 
+    def _validate(self, done: int, *, tracked: bool = True) -> dict[str, float]:
+        self._vigil.doing("validation", done)
+        self._engine.model.eval()
+        with torch.no_grad():
+            figures = self._task.validate()
+        self._engine.model.train()
+        if self._tracker and tracked:
+            self._tracker.scalars(done, {f"validation/{name}": value for name, value in figures.items()})
+        return figures
 
-def _validate(task: Task, done: int, tracker: Tracker | None) -> dict[str, float]:
-    task.engine.model.eval()
-    with torch.no_grad():
-        figures = task.validate()
-    task.engine.model.train()
-    if tracker:
-        tracker.scalars(done, {f"validation/{name}": value for name, value in figures.items()})
-    return figures
-
-
-def _save(task: Task, folder: Path, step: int, keep: int) -> None:
-    engine, extra = task.engine, task.extra_state()
-    if engine.ranks.first:
-        checkpoint.save(folder, step, engine.bare.state_dict(), engine.optimizer_states(), keep, extra)
-    engine.ranks.barrier()
+    def _save(self, step: int) -> float:
+        """Commit a checkpoint; returns the seconds that it took."""
+        self._vigil.doing("save", step)
+        began = time.perf_counter()
+        extra = self._task.extra_state()
+        self._vigil.faults.at("before-save", step)
+        if self._ranks.first:
+            model, optimizers = self._engine.bare.state_dict(), self._engine.optimizer_states()
+            checkpoint.save(self._folder, step, model, optimizers, self._training.keep, extra)
+        self._vigil.faults.at("after-save", step)
+        seconds = time.perf_counter() - began
+        slow = self._vigil.too_slow(seconds)
+        if slow and self._ranks.first:
+            print(f"warning: step {step}: {slow}", flush=True)
+        return seconds

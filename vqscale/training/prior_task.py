@@ -14,7 +14,7 @@ from vqscale.config.recipe import Prior
 from vqscale.models.transformer import Transformer
 from vqscale.seeds import mix
 from vqscale.training.engine import Engine
-from vqscale.training.loop import Task
+from vqscale.training.task import Task
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
 

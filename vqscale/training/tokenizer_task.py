@@ -22,7 +22,7 @@ from vqscale.training.adversary import Adversary
 from vqscale.training.averaging import AveragedWeights
 from vqscale.training.engine import Engine, learning_rate
 from vqscale.training.guards import compare_codebooks
-from vqscale.training.loop import Task
+from vqscale.training.task import Task
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
 from vqscale.training.windows import CodeWindow, PixelWindow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -73,18 +72,15 @@ def taint(loss: Tensor, due: set[str]) -> Tensor:
 
 
 @contextmanager
-def vigil(
-    ranks: Ranks, folder: Path, limit_s: float, faults: Faults = NO_FAULTS, lead_s: float = 0.0
-) -> Iterator[Vigil]:
+def vigil(ranks: Ranks, watchdog: Watchdog, faults: Faults = NO_FAULTS, lead_s: float = 0.0) -> Iterator[Vigil]:
     """Watch over a stage's training until it ends; collective.
 
     Args:
         ranks: this process's place.
-        folder: of the attempt, where stacks go when it hangs.
-        limit_s: longest silence of a rank.
+        watchdog: of this rank, not started yet.
         faults: what is asked for.
         lead_s: seconds between a request to stop and the end.
     """
     hosts = ranks.gather(socket.gethostname())
-    with preemption() as notice, Watchdog(folder, ranks.rank, limit_s) as watchdog:
+    with preemption() as notice, watchdog:
         yield Vigil(notice, watchdog, Pace(hosts), faults, lead_s)

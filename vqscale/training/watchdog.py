@@ -16,9 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-import torch
+from typing import Self
 
 from vqscale.files import read_json, write_json
 
@@ -36,14 +34,13 @@ class Watchdog:
         folder: where notes and dumps go, the same on all ranks (`RunLayout.attempt`).
         rank: this rank.
         limit_s: longest silence.
-        end: called with the note when the time is over; ends the process by default.
+        end: called when the time is over and all ranks had time to dump; has to end the process, and not in an orderly
+            way: the main thread hangs, and so would everything that waits for it.
     """
 
-    def __init__(
-        self, folder: Path, rank: int, limit_s: float, end: Callable[[dict[str, Any]], None] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, rank: int, limit_s: float, end: Callable[[], None]) -> None:
         self._folder, self._rank, self._limit = folder / "hang", rank, limit_s
-        self._end = end or _leave
+        self._end = end
         self._last = (time.monotonic(), "start", 0)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="vqscale-watchdog", daemon=True)
@@ -93,17 +90,25 @@ class Watchdog:
         (self._folder / f"flight-{number}.json").write_bytes(_flight_record())
         write_json(self._folder / f"rank-{number}.json", note)
         if not self._over.wait(_OTHERS_S):
-            self._end(note)
+            self._end()
 
 
-def hung_ranks(folder: Path) -> list[dict[str, Any]]:
-    """The notes in an attempt's folder, the rank that is furthest behind first.
+def describe_hang(folder: Path, world: int) -> str:
+    """Which rank hung, as far as the notes in an attempt's folder tell, and what the others did meanwhile.
 
-    Ranks in the same step differ in what they were doing: who hangs outside of a collective is behind those that wait
-    in it.
+    A rank without a note cannot even run its watchdog: it is stopped, or holds the interpreter's lock in foreign code.
+    Among those with one, who is in an earlier step, or outside of a collective, is waited for by the rest.
     """
     notes = [read_json(path) for path in sorted((folder / "hang").glob("rank-*.json"))]
-    return sorted(notes, key=lambda note: (note["step"], note["doing"] == "collective", -note["silent_s"]))
+    mute = sorted(set(range(world)) - {note["rank"] for note in notes})
+    behind = min(notes, key=lambda note: (note["step"], note["doing"] == "collective", -note["silent_s"]))
+    if mute:
+        who = f"rank {', '.join(map(str, mute))} hangs and cannot leave a note"
+    else:
+        who = f"rank {behind['rank']} on {behind['host']} hangs"
+    longest = max(note["silent_s"] for note in notes)
+    what = f"step {behind['step']} ({behind['doing']}), no sign of life for {longest:.0f} s"
+    return f"{who}, {what}; stacks in {folder / 'hang'}"
 
 
 def _flight_record() -> bytes:
@@ -113,13 +118,3 @@ def _flight_record() -> bytes:
         return bytes(_distributed_c10d._dump_fr_trace_json())  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError) as error:  # not every build of torch records
         return json.dumps({"error": str(error)}).encode()
-
-
-def _leave(note: dict[str, Any]) -> None:
-    print(
-        f"rank {note['rank']} gave no sign of life for {note['silent_s']} s in step {note['step']} ({note['doing']}); "
-        f"torch {torch.__version__}, stacks in the attempt's folder 'hang'",
-        flush=True,
-    )
-    # No orderly end: the main thread hangs, and so would everything that waits for it.
-    os._exit(EXIT_HANG)

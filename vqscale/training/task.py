@@ -1,0 +1,49 @@
+"""What differs between the stages that train; the loop does the rest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from vqscale.training.engine import Engine
+from vqscale.training.tracking import Tracker
+from vqscale.training.transfer import DeviceBatch
+
+
+class Task(ABC):
+    """What differs between stages. Every method runs on every rank and may use collectives."""
+
+    engine: Engine
+
+    def before_step(self, batch: DeviceBatch) -> None:
+        """Called before each step's forward."""
+
+    @abstractmethod
+    def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:
+        """Forward of a batch: scalars by name, `total` is what is minimised."""
+
+    def after_step(self) -> None:
+        """Called once after each successful optimizer step."""
+
+    def figures(self) -> dict[str, float]:
+        """Further figures of the last step, equal on all ranks."""
+        return {}
+
+    def extra_state(self) -> Mapping[str, Tensor]:
+        """What a checkpoint holds besides network and optimizers, by name; rank 0's is saved."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `extra_state` gave; the same on every rank."""
+
+    def check(self, step: int) -> None:
+        """Compare ranks; raises when they differ."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Figures over the held-out data."""
+
+    def pictures(self, step: int, tracker: Tracker) -> None:
+        """Draw into TensorBoard; called on rank 0 alone, so no collective may be used."""
