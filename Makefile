@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help setup quickstart test test-slow bench check format docs clean
+.PHONY: help setup quickstart test test-slow drill bench check format docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,12 @@ test-slow: $(VENV)/.ready-test  ## the long tests: the whole quickstart with its
 
 bench: setup  ## throughput against peers and floors, written to out/bench; about ten minutes
 	$(BIN)/vqscale bench
+
+drill: setup  ## kills at random moments and compares: 52 in training, 20 in extraction; about half an hour
+	$(BIN)/vqscale submit drill --stages generate,pack,tokenizer,extract --follow && \
+	for strategy in ddp fsdp2; do for stage in tokenizer prior; do \
+		$(BIN)/vqscale drill latest --stage $$stage --random 13 resources.strategy=$$strategy || exit 1; \
+	done; done && $(BIN)/vqscale drill latest --stage extract --random 20
 
 check: setup  ## linters and types
 	$(BIN)/ruff check .

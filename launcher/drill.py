@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,21 +37,23 @@ STAGES = ("tokenizer", "extract", "prior")
 
 _BORROWED = ("images", "shards", "codes", "checkpoints/tokenizer")
 _MAKES = {"tokenizer": "checkpoints/tokenizer", "extract": "codes", "prior": "checkpoints/prior"}
-_MOST_STARTS = 4
+_MOST_STARTS = 4  # that are left alone
 _CHANGES_THE_RESULT = {"nan": "a step was left out"}
 """Faults after which the result cannot be the undisturbed one, and why."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL from outside, at any moment of a repetition, start and save included."""
+    """SIGKILLs from outside, at any moment of a repetition, start and save included."""
 
-    after_s: float
-    """Seconds after the stage's processes were started."""
+    after_s: tuple[float, ...]
+    """For each start: seconds until one of its ranks is killed; the starts behind these are left alone."""
     rank: int
 
     def __str__(self) -> str:
-        return f"SIGKILL to rank {self.rank} after {self.after_s:.2f} s"
+        if len(self.after_s) > 1:
+            return f"SIGKILL to rank {self.rank}, {len(self.after_s)} times"
+        return f"SIGKILL to rank {self.rank} after {self.after_s[0]:.2f} s"
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,16 @@ class Drill:
     def under(self, fault: Fault | Kill, number: int) -> Outcome:
         """Repeat the stage under a fault until it is done, and compare; its directory is removed if all is well."""
         layout, began = self._repetition(f"{number:03d}"), time.monotonic()
+        moments = fault.after_s if isinstance(fault, Kill) else ()
+        surroundings = {} if isinstance(fault, Kill) else {VARIABLE: str(fault)}
         starts = 0
-        while not layout.done(self.stage).exists() and starts < _MOST_STARTS:
-            surroundings = {} if isinstance(fault, Kill) else {VARIABLE: str(fault)}
-            self._start(layout, surroundings, fault if isinstance(fault, Kill) and not starts else None)
+        while not layout.done(self.stage).exists() and starts < len(moments) + _MOST_STARTS:
+            strike = (moments[starts], fault.rank) if starts < len(moments) else None
+            self._start(layout, surroundings, strike)
             starts += 1
         result, good = self._compare(layout, fault)
+        if starts == 1 and moments and good:
+            result += ", but it had ended before the kill"
         seconds = time.monotonic() - began
         outcome = Outcome(self.stage, str(fault), starts, self._resumed(layout), seconds, result, good)
         if good:
@@ -136,27 +143,21 @@ class Drill:
                 (layout.root / place).symlink_to(self.run.root / place)
         return layout
 
-    def _start(self, layout: RunLayout, surroundings: Mapping[str, str], kill: Kill | None = None) -> None:
+    def _start(
+        self, layout: RunLayout, surroundings: Mapping[str, str], strike: tuple[float, int] | None = None
+    ) -> None:
         """One supervisor from its start to its end."""
         environment = {**{k: v for k, v in os.environ.items() if k != VARIABLE}, **surroundings}
         command = [sys.executable, "-m", "launcher.supervise", str(layout.root)]
         with (layout.root / "supervisor.log").open("ab") as log:
             supervisor = subprocess.Popen(command, cwd=SOURCE, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
-            if kill:
-                self._strike(layout, supervisor, kill)
+            if strike:
+                _strike(layout, supervisor, *strike)
             supervisor.wait()
         finally:  # an interrupted drill leaves nothing behind
             supervisor.terminate()
             supervisor.wait()
-
-    def _strike(self, layout: RunLayout, supervisor: subprocess.Popen[bytes], kill: Kill) -> None:
-        limit = time.monotonic() + kill.after_s
-        while time.monotonic() < limit and supervisor.poll() is None:
-            time.sleep(0.01)
-        for pid in process.tagged(STAGE_TAG, str(layout.root)):
-            if process.variable(pid, "RANK") == str(kill.rank):
-                os.kill(pid, signal.SIGKILL)
 
     def _compare(self, layout: RunLayout, fault: Fault | Kill) -> tuple[str, bool]:
         if not layout.done(self.stage).exists():
@@ -186,6 +187,20 @@ class Drill:
         for event in _events(layout, self.stage):
             first.setdefault(event["attempt"], event["step"] - 1)
         return tuple(step for attempt, step in first.items() if attempt > 1)
+
+
+def _strike(layout: RunLayout, supervisor: subprocess.Popen[bytes], after_s: float, rank: int) -> None:
+    """Kill a rank when the time has come, or as soon as there is one after that."""
+    limit = time.monotonic() + after_s
+    while supervisor.poll() is None:
+        time.sleep(0.01)
+        if time.monotonic() < limit:
+            continue
+        for pid in process.tagged(STAGE_TAG, str(layout.root)):
+            if process.variable(pid, "RANK") == str(rank):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                return
 
 
 def shortened(recipe: Recipe, stage: str, overrides: Sequence[str]) -> list[str]:
@@ -224,15 +239,16 @@ def random_kills(recipe: Recipe, stage: str, number: int, seed: int, seconds: fl
 
     Args:
         recipe: of the repetitions.
-        stage: what is killed; `extract` by the clock alone.
+        stage: what is killed; `extract` by the clock alone, and all in one repetition.
         number: how many.
         seed: the same gives the same list, but for the clock's share of it.
         seconds: what the undisturbed repetition took.
     """
     draw, ranks = random.Random(seed), recipe.resources.processes
-    by_clock = [Kill(draw.uniform(0, seconds), draw.randrange(ranks)) for _ in range(number)]
-    if stage == "extract":
-        return [*by_clock]
+    moments = [draw.uniform(0, seconds) for _ in range(number)]
+    if stage == "extract":  # it goes on where it was: one repetition stands all of them
+        return [Kill(tuple(moments), draw.randrange(ranks))]
+    by_clock = [Kill((moment,), draw.randrange(ranks)) for moment in moments]
     training = getattr(recipe, stage).training
     saves = range(training.checkpoint_every, training.steps + 1, training.checkpoint_every)
 

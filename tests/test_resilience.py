@@ -1,0 +1,179 @@
+"""Real stages under the real supervisor: preempted, hung, killed, and the nodes that are left going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.rendezvous import agent_arguments, agent_environment
+from launcher import process
+from launcher.backends.base import STAGE_TAG
+from launcher.cli import main
+from launcher.plan import make_plan
+from launcher.rundir import create
+from launcher.state import RunState
+from launcher.status import read_status
+from pipelines import generate, pack
+from tests.recipes import write_recipe
+from tests.training_helpers import stage_of
+from vqscale.config.layout import RunLayout
+from vqscale.files import read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 12
+
+pytestmark = [pytest.mark.fault, pytest.mark.dist]
+
+
+@pytest.fixture
+def layout(home: Path) -> Iterator[RunLayout]:
+    """A run of two ranks whose images are packed."""
+    settings = {"steps": STEPS, "checkpoint_every": 4, "validate_every": STEPS, "picture_every": STEPS}
+    recipe = write_recipe(
+        home / "r.yaml",
+        resources__processes=2,
+        resources__hang_s=5,
+        **{f"tokenizer__training__{name}": value for name, value in settings.items()},
+    )
+    made = create(make_plan(str(recipe), run=home / "mine", stages="generate,pack,tokenizer"))
+    for name, stage in (("generate", generate), ("pack", pack)):
+        stage.main(stage_of(name, made.root))
+        write_json(made.done(name), {"stage": name, "attempt": 0})
+    yield made
+    process.end_tagged(STAGE_TAG, str(made.root), grace_s=0)
+
+
+def start(layout: RunLayout, faults: str = "") -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "VQSCALE_FAULT": faults, "OMP_NUM_THREADS": "1"}
+    with (layout.root / "supervisor.log").open("ab") as log:
+        command = [sys.executable, "-m", "launcher.supervise", str(layout.root)]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited too long"
+        time.sleep(0.02)
+
+
+def losses(layout: RunLayout) -> dict[int, set[float]]:
+    found: dict[int, set[float]] = {}
+    for line in layout.events("tokenizer").read_text().splitlines():
+        event = json.loads(line)
+        found.setdefault(event["step"], set()).add(event["loss"])
+    return found
+
+
+def rank_logs(layout: RunLayout) -> str:
+    return "\n".join(path.read_text() for path in sorted(layout.stage("tokenizer").rglob("stdout.log")))
+
+
+def test_a_preempted_run_saves_says_so_and_goes_on(layout: RunLayout, capsys: pytest.CaptureFixture[str]) -> None:
+    # Rank 1 sleeps at step 5, so that the request comes while the stage trains.
+    supervisor = start(layout, "slow:step=5,rank=1,seconds=4")
+    until(layout.faults("tokenizer").exists)
+    supervisor.send_signal(signal.SIGUSR2)
+    assert supervisor.wait(60) == 1
+    marker = read_json(layout.preempted("tokenizer"))
+    assert 5 < marker["step"] < STEPS
+    assert (marker["signal"], marker["lead_s"]) == ("SIGUSR2", 30.0)
+    status = read_status(layout)
+    assert status.words == f"preempted, vqscale requeue {status.id} goes on"
+    assert status.message == f"tokenizer: preempted, saved at step {marker['step']}"
+    assert main(["requeue", "mine", "--follow"]) == 0, rank_logs(layout)
+    assert f"from step {marker['step']}" in rank_logs(layout)
+    assert losses(layout).keys() == set(range(1, STEPS + 1))
+    assert all(len(values) == 1 for values in losses(layout).values()), "no step was made twice"
+    assert not layout.preempted("tokenizer").exists()
+
+
+def test_cancelling_saves_too(layout: RunLayout) -> None:
+    supervisor = start(layout, "slow:step=5,rank=0,seconds=4")
+    until(layout.faults("tokenizer").exists)
+    assert main(["cancel", str(layout.root)]) == 0 or supervisor.poll() is None
+    supervisor.terminate()
+    supervisor.wait(60)
+    entry = RunState.read(layout).stages["tokenizer"]
+    assert entry.state == "cancelled"
+    assert entry.message.startswith("cancelled, saved at step ")
+
+
+def test_a_hanging_rank_is_named_and_leaves_stacks(layout: RunLayout) -> None:
+    assert start(layout, "stop:step=5,rank=1").wait(120) == 1
+    entry = RunState.read(layout).stages["tokenizer"]
+    assert entry.state == "failed"
+    assert entry.message.startswith("rank 1 hangs and cannot leave a note, step 5 (collective), no sign of life for")
+    stacks = layout.attempt("tokenizer", 1) / "hang/stacks-00000.txt"
+    assert "backward" in stacks.read_text() or "optimise" in stacks.read_text()
+    assert not process.tagged(STAGE_TAG, str(layout.root)), "the stopped rank too"
+
+
+def test_a_drill_finds_every_result_identical(layout: RunLayout, capsys: pytest.CaptureFixture[str]) -> None:
+    """Short; `make drill` has the long one."""
+    faults = "kill:step=5,rank=1; kill:step=8,point=during-save; nan:step=6,rank=1"
+    code = main(["drill", str(layout.root), "--faults", faults, "--json", f"tokenizer.training.steps={STEPS}"])
+    said = capsys.readouterr()
+    outcomes = json.loads(said.out)
+    assert code == 0, said.err
+    assert [outcome["result"] for outcome in outcomes] == [
+        "the reference",
+        "identical",
+        "identical",
+        "goes on; a step was left out",
+    ]
+    assert [outcome["starts"] for outcome in outcomes] == [1, 2, 2, 1]
+    assert [tuple(outcome["resumed"]) for outcome in outcomes] == [(), (3,), (6,), ()]
+
+
+def test_the_node_that_is_left_goes_on(layout: RunLayout) -> None:
+    """Two agents stand for two nodes; one of them is lost with its rank, as in a power cut."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    arguments = agent_arguments(
+        rdzv_id="elastic", processes=1, max_restarts=2, nodes=2, least_nodes=1, endpoint=endpoint
+    )
+    stage = ("-m", "--", "pipelines.train_tokenizer", "--run", str(layout.root))
+    given = {variable.name: variable.value for variable in agent_environment(grace_s=5)}
+    nodes = []
+    try:
+        for number in range(2):
+            # Rank 1 stops for good in step 6, whichever node it is on: then that node is taken away.
+            own = {"NODE_OF_TEST": f"{layout.root}/{number}", "VQSCALE_FAULT": "stop:step=6,rank=1"}
+            environment = {**os.environ, **given, **own, STAGE_TAG: str(layout.root), "OMP_NUM_THREADS": "1"}
+            log = (layout.root / f"node-{number}.log").open("wb")
+            command = [sys.executable, "-m", "torch.distributed.run", *arguments, *stage]
+            nodes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+            log.close()
+        until(layout.faults("tokenizer").exists)
+        lost = _node_of_rank_one(layout, nodes)
+        for pid in process.tagged("NODE_OF_TEST", f"{layout.root}/{lost}"):
+            os.kill(pid, signal.SIGKILL)
+        until(layout.done("tokenizer").exists)
+        assert nodes[1 - lost].wait(60) == 0
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+    text = (layout.root / f"node-{1 - lost}.log").read_text()
+    assert "1 ranks on cpu, from step 4" in text
+    assert set(losses(layout)) == set(range(1, STEPS + 1))
+
+
+def _node_of_rank_one(layout: RunLayout, nodes: list[Any]) -> int:
+    for number in range(len(nodes)):
+        for pid in process.tagged("NODE_OF_TEST", f"{layout.root}/{number}"):
+            if process.variable(pid, "RANK") == "1":
+                return number
+    raise AssertionError("no process is rank 1")
