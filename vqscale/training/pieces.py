@@ -8,9 +8,13 @@ the strategy nor the number of ranks that wrote it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from vqscale.training.distributed import Ranks
 
 MODEL, OPTIMIZER, EXTRA = "model", "optimizer", "extra"
 """First parts of the names: parameters and buffers; `optimizer/NAME/KEY/PARAMETER`; what a task keeps besides."""
@@ -21,6 +25,7 @@ class Piece:
     """A contiguous range of one tensor's elements, counted in row-major order of its full shape, as this rank holds it.
 
     Several ranks may hold the same elements; then their values are equal. A rank may hold none (`local` is empty).
+    Several pieces may share their memory, where an engine keeps one count of steps for many parameters.
     """
 
     name: str
@@ -55,3 +60,36 @@ class Piece:
 def whole(name: str, tensor: Tensor) -> Piece:
     """A tensor that this rank holds completely."""
     return Piece(name, tuple(tensor.shape), 0, tensor.detach())
+
+
+def assemble(pieces: Iterable[Piece], ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    """Full tensors by name, one after the other, on every rank; collective. What a rank holds whole is not copied.
+
+    Bits are added, so a value arrives as it was sent, negative zeros included. Ranks must name the same pieces, and
+    either hold all of a tensor each, or ranges that do not overlap.
+    """
+    pieces = list(pieces)
+    held = torch.tensor([piece.local.numel() for piece in pieces], device=ranks.device)
+    for piece, total in zip(pieces, ranks.sum(held).tolist(), strict=True):
+        if total == ranks.world * math.prod(piece.shape):
+            yield piece.name, piece.local.detach()
+            continue
+        full = torch.zeros(math.prod(piece.shape), dtype=piece.local.dtype, device=ranks.device)
+        full[piece.start : piece.stop] = piece.values()
+        ranks.sum(full.view(torch.uint8))
+        yield piece.name, full.view(piece.shape)
+
+
+def fill(pieces: Iterable[Piece], tensors: Mapping[str, Tensor]) -> None:
+    """Write full tensors by name into the live memory; every piece must be among them, in its shape and dtype.
+
+    Raises:
+        ValueError: names the first piece that is not.
+    """
+    for piece in pieces:
+        full = tensors.get(piece.name)
+        if full is None:
+            raise ValueError(f"{piece.name} is missing")
+        if (tuple(full.shape), full.dtype) != (piece.shape, piece.local.dtype):
+            raise ValueError(f"{piece.name} is {full.dtype} {list(full.shape)}, not {list(piece.shape)}")
+        piece.fill(full.reshape(-1)[piece.start : piece.stop].to(piece.local.device))
