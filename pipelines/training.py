@@ -42,7 +42,7 @@ def train_stage(
     recipe, ranks = stage.recipe, stage.ranks
     data, folder = recipe.data, stage.layout.checkpoints(stage.name)
     start, notes = resume(task, folder)
-    size = sum(parameter.numel() for parameter in task.engine.bare.parameters())
+    size = task.engine.size
     stage.say(f"{size:,} parameters, {ranks.world} ranks on {ranks.device.type}, from step {start}", *notes)
     order = StreamOrder(counts, seed=recipe.seed, streams=data.streams, packet=data.packet, shuffle=data.shuffle)
     events = stage.events(unit, training.steps)

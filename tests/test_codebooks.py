@@ -213,7 +213,7 @@ def test_an_unused_code_neither_explodes_nor_falls_to_the_origin(kind: type[Code
     assert book.codes.norm(dim=1).max() < 3
     placed = book.codes[7].clone()
     z = of(book)[:1]
-    seen = Statistics(*(value.clone() for value in vars(book(z, everyone(0, 1)).statistics).values()))
+    seen = Statistics(*(value.clone() for value in book(z, everyone(0, 1)).statistics))
     seen.counts[7], seen.sums[7] = 0, 0
     for _ in range(1_100):  # 0.9^n is below fp32's smallest number after 980, 0.99^n after 10,346
         book.update(seen.counts, seen.sums, seen.donors, 0.9, 1e-6)
@@ -367,8 +367,12 @@ def test_pixel_window_is_the_error_over_the_variance() -> None:
     window = PixelWindow(2, CPU)
     batches = [torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
     pairs = list(zip(batches[::2], batches[1::2], strict=True))
-    for step, (rebuilt, images) in zip((0, 1, 1, 2), pairs, strict=True):  # step 1 has two batches, step 2 replaces 0
-        window.add(step, rebuilt, images)
+    window.see(*pairs[0])  # of a step that is not kept
+    for step, seen in ((0, pairs[:1]), (1, pairs[1:3]), (2, pairs[3:])):  # step 2 replaces step 0
+        window.forget()
+        for rebuilt, images in seen:
+            window.see(rebuilt, images)
+        window.keep(step)
     rebuilt, images = (torch.cat([pair[side] for pair in pairs[1:]]) for side in (0, 1))
     expected = F.mse_loss(rebuilt, images) / images.var(correction=0)
     assert window.normalised_error(alone) == pytest.approx(float(expected), rel=1e-5)

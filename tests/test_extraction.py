@@ -45,7 +45,7 @@ def save_tokenizer(run: Path, seed: int, step: int = 8) -> None:
     pixels, donors = from_uint8(images, torch.device("cpu")), Donors(torch.arange(64), 64, seed)
     network.initialise_codebooks(pixels, donors, lambda tensor: tensor)
     folder = RunLayout(run).checkpoints("tokenizer")
-    checkpoint.save(folder, step, network.state_dict(), {"adamw": {"state": {}, "param_groups": []}}, keep=1)
+    checkpoint.save(folder, step, {f"model/{name}": value for name, value in network.state_dict().items()}, keep=1)
 
 
 def extract(run: Path) -> dict[str, Any]:

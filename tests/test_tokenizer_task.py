@@ -19,10 +19,12 @@ from tests.training_helpers import Experiment, State, clock_run, one_process, to
 from vqscale.errors import UserError
 from vqscale.models.lpips import STAGES
 from vqscale.models.pixels import from_uint8
+from vqscale.training import checkpoint
 from vqscale.training.adversary import Adversary
 from vqscale.training.averaging import AveragedWeights, apply_average
 from vqscale.training.build import build_tokenizer
 from vqscale.training.distributed import Ranks
+from vqscale.training.pieces import whole
 from vqscale.training.tokenizer_task import TokenizerTask
 from vqscale.training.transfer import DeviceBatch
 
@@ -225,15 +227,6 @@ def test_micro_batches_add_up_to_the_step(alone: Ranks, run: Path) -> None:
     assert figures["bottom/restarted"] > 0
 
 
-def test_first_codes_come_from_what_the_first_micro_batch_holds(alone: Ranks, run: Path) -> None:
-    """A code drawn from a sample that is not there would be zero."""
-    made = tokenizer(alone, run)
-    second = halves(made.batches(1)[0])[1]
-    made.task.before_step(second)
-    for book in made.engine.bare.codebooks:
-        assert book.codes.abs().sum(dim=1).min() > 0.01
-
-
 def test_the_discriminators_gradient_is_a_mean_over_micro_batches(alone: Ranks, run: Path) -> None:
     made = tokenizer(alone, run, l__adversarial=ADVERSARIAL)
     adversary, batch, found = adversary_of(made), made.batches(1)[0], []
@@ -351,6 +344,8 @@ def test_discriminator_and_optimizer_are_saved(alone: Ranks, run: Path) -> None:
         made.task.losses(batch)
         made.task.after_step()
     other.engine.bare.load_state_dict(made.engine.bare.state_dict())
+    for mine, theirs in zip(other.task.pieces(), made.task.pieces(), strict=True):
+        mine.fill(theirs.values())
     task_of(other).load_extra_state({name: value.clone() for name, value in task_of(made).extra_state().items()})
     for experiment in (made, other):
         experiment.task.before_step(batches[2])
@@ -363,6 +358,11 @@ def test_discriminator_and_optimizer_are_saved(alone: Ranks, run: Path) -> None:
 
 
 # --- averaged weights
+
+
+def average_of(made: Experiment) -> dict[str, Tensor]:
+    """As a checkpoint holds it."""
+    return {piece.name.removeprefix("extra/"): piece.local for piece in task_of(made).pieces()}
 
 
 def test_the_average_is_the_ema_of_the_weights(alone: Ranks, run: Path, tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_the_average_is_the_ema_of_the_weights(alone: Ranks, run: Path, tmp_path
 
     made.task.after_step = follow  # type: ignore[method-assign]
     made.run(tmp_path)
-    torch.testing.assert_close(task_of(made).extra_state()[f"average.{name}"], expected)
+    torch.testing.assert_close(average_of(made)[f"average.{name}"], expected)
 
 
 def test_the_average_is_judged_and_the_weights_are_trained(alone: Ranks, run: Path, tmp_path: Path) -> None:
@@ -389,14 +389,14 @@ def test_the_average_is_judged_and_the_weights_are_trained(alone: Ranks, run: Pa
     assert not differs(state, plain)  # codebooks among them: they are not averaged
     assert other["loss/total"] == figures["loss/total"]
     assert judged["mse"] != validation["mse"]
-    apply_average(made.engine.bare, task_of(made).extra_state())
+    apply_average(made.engine.bare, average_of(made))
     task_of(made)._averaged = None
     assert made.task.validate() == pytest.approx(judged, rel=1e-6)
 
 
 def test_the_average_is_applied_and_taken_back_bit_by_bit() -> None:
     network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    averaged = AveragedWeights(network, 0.9)
+    averaged = AveragedWeights(lambda: [whole(name, value) for name, value in network.named_parameters()], 0.9)
     before = [parameter.detach().clone() for parameter in network.parameters()]
     with torch.no_grad():
         for parameter in network.parameters():
@@ -407,14 +407,20 @@ def test_the_average_is_applied_and_taken_back_bit_by_bit() -> None:
     assert all(map(torch.equal, network.parameters(), changed))
 
 
-def test_a_resume_without_the_state_is_refused(alone: Ranks, run: Path) -> None:
+def take_over(made: Experiment, found: checkpoint.Checkpoint) -> None:
+    found.fill([*made.engine.pieces(), *made.task.pieces()])
+    made.task.load_extra_state(found.extra())
+
+
+def test_a_resume_without_the_state_is_refused(alone: Ranks, run: Path, tmp_path: Path) -> None:
     for settings in ({"tokenizer__ema_decay": 0.9}, {"l__adversarial": ADVERSARIAL}):
         made = tokenizer(alone, run, **settings)
         for use in (lambda made=made: made.task.before_step(made.batches(2)[1]), made.task.validate):
             with pytest.raises(UserError, match="resumed without the state of `ema_decay`"):
                 use()
-        with pytest.raises(UserError, match="the checkpoint has no"):
-            task_of(made).load_extra_state({})
+        found = checkpoint.save(tmp_path, 1, {p.name: p.local for p in made.engine.pieces()}, 1)
+        with pytest.raises(UserError, match=r"the checkpoint has no|extra/average\.\S+ is missing"):
+            take_over(made, found)
 
 
 def test_stopped_and_resumed_is_bit_identical(alone: Ranks, run: Path, tmp_path: Path) -> None:
@@ -445,13 +451,6 @@ def test_stopped_and_resumed_is_bit_identical(alone: Ranks, run: Path, tmp_path:
     one, other = task_of(resumed).extra_state(), task_of(whole).extra_state()
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_spread_weights_are_not_averaged() -> None:
-    network = nn.Linear(2, 2)
-    network.weight.ds_id = 0  # as DeepSpeed marks what it has partitioned
-    with pytest.raises(UserError, match=r"^tokenizer.ema_decay: .*set it to 0, or resources.strategy"):
-        AveragedWeights(network, 0.9)
 
 
 # --- a level that collapses

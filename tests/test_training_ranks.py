@@ -32,7 +32,7 @@ from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Donors, update_codebooks
 from vqscale.models.vqvae import VQVAE
 from vqscale.seeds import mix
-from vqscale.training import engine as engine_module
+from vqscale.training import strategies
 from vqscale.training.build import build_tokenizer
 from vqscale.training.distributed import process_group
 from vqscale.training.guards import CodebookMismatchError
@@ -79,7 +79,7 @@ def train_tokenizer(run: Path, recipe: Recipe, folder: Path, weights: int = 0) -
     """Train over this process's ranks; goes on from what `folder` holds."""
     with process_group("cpu", 60) as ranks:
         made, found = tokenizer_experiment(ranks, run, recipe, weights), Training()
-        before_step, adamw = made.task.before_step, made.engine._optimizers["adamw"]
+        before_step, adamw = made.task.before_step, made.engine._strategy.optimizers["adamw"]
         step = adamw.step
 
         def prepare_and_look(batch: Any) -> None:
@@ -328,7 +328,7 @@ def test_an_incomplete_environment_is_an_error(missing: list[str], monkeypatch: 
 
 
 def test_another_kind_than_asked_is_refused(tokenizers: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(engine_module._EXPECTED, ("ddp", "cpu"), engine_module.DistributedType.MULTI_GPU)
+    monkeypatch.setitem(strategies._KIND, "cpu", strategies.DistributedType.MULTI_GPU)
     expected = "asked for ddp .*MULTI_GPU.* Accelerate gave .*MULTI_CPU"
     with one_process(monkeypatch) as ranks, pytest.raises(RuntimeError, match=expected):
         tokenizer_experiment(ranks, tokenizers.run, tokenizer_recipe())

@@ -41,6 +41,7 @@ from vqscale.training.data_watch import DataWatch
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.engine import Engine
 from vqscale.training.loop import Loop, resume
+from vqscale.training.pieces import assemble
 from vqscale.training.prior_task import PriorTask
 from vqscale.training.task import Task
 from vqscale.training.tokenizer_task import TokenizerTask
@@ -200,14 +201,8 @@ class Experiment:
 
     def state(self) -> State:
         """Weights, codebooks and the optimizer's tensors, in the order of their elements."""
-        model = {name: value.numpy().copy() for name, value in self.engine.bare.state_dict().items()}
-        moments = {
-            f"{optimizer}.{i}.{key}": value.numpy().copy()
-            for optimizer, state in self.engine.optimizer_states().items()
-            for i, entry in state["state"].items()
-            for key, value in entry.items()
-        }
-        return model | moments
+        tensors = assemble(self.engine.pieces(), self.ranks)
+        return {name.removeprefix("model/"): value.numpy().copy() for name, value in tensors}
 
 
 def tokenizer_experiment(ranks: Ranks, run: Path, recipe: Recipe, weights: int = 0) -> Experiment:
@@ -223,7 +218,7 @@ def tokenizer_experiment(ranks: Ranks, run: Path, recipe: Recipe, weights: int =
             yield batch.fields["image"]
 
     torch.manual_seed(weights)
-    engine = Engine(build_tokenizer(recipe.tokenizer), recipe.tokenizer.training, ranks)
+    engine = Engine(build_tokenizer(recipe.tokenizer), recipe.tokenizer.training, ranks, recipe.resources.strategy)
     task = TokenizerTask(engine, recipe.tokenizer, recipe.seed, read_held_out, next(read_held_out(0, 1))[:4])
     return Experiment(ranks, recipe, task, ImageSource(open_shards(train_url), size), manifest.counts)
 
@@ -240,7 +235,7 @@ def prior_experiment(ranks: Ranks, codes: Path, recipe: Recipe, weights: int = 0
 
     torch.manual_seed(weights)
     network = build_prior(recipe.prior, grid_shapes(recipe), len(manifest.classes))
-    engine = Engine(network, recipe.prior.training, ranks)
+    engine = Engine(network, recipe.prior.training, ranks, recipe.resources.strategy)
     task = PriorTask(engine, recipe.prior, ["top", "bottom"], recipe.seed, read_held_out)
     return Experiment(ranks, recipe, task, source, manifest.counts)
 

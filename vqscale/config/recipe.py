@@ -98,6 +98,9 @@ class Training(Section):
     """Optimizer steps."""
     global_batch: Positive
     """Samples of one step over all ranks."""
+    micro_batch: Positive | None = None
+    """Samples that a rank forwards at once; null takes all of its share of `global_batch`. Gradients and codebook
+    statistics of a step's micro-batches add up, so that only memory and speed depend on it."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -116,6 +119,12 @@ class Training(Section):
     """Gradient norm is clipped to this; 0 switches clipping off (the norm is still logged)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` runs the networks under autocast; weights, codebooks and the code search stay fp32."""
+    checkpoint_activations: bool = False
+    """Keep no activations inside encoders, decoders and transformer blocks, and compute them again in the backward."""
+    compile: bool = False
+    """Compile encoders, decoders and transformer blocks with torch.compile; the code search is left as it is."""
+    max_skipped: Annotated[int, Field(ge=0)] = 10
+    """Steps in a row that may be skipped because their gradient is not finite, before the run stops."""
     log_every: Positive = 10
     """Steps between two lines of figures in the events and TensorBoard."""
     picture_every: Positive = 250
@@ -244,8 +253,9 @@ class Resources(Section):
     """CPU threads of each process; 0 shares the machine's cores evenly."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where torch finds a GPU for every process, else the CPU; what was taken is printed."""
-    strategy: Literal["ddp"] = "ddp"
-    """How the model is spread over the ranks."""
+    strategy: Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"] = "ddp"
+    """How a model is spread over the ranks. `ddp` keeps it whole on each; `zero1` shards the optimizer's moments,
+    `zero2` the gradients too, `zero3` and `fsdp2` the weights too. ZeRO needs the extra `deepspeed`."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
     """How often the elastic agent restarts failed processes of a stage; they resume from the last checkpoint."""
     hang_s: Positive = 300
@@ -305,6 +315,23 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _strategy_can(self) -> Self:
+        strategy = self.resources.strategy
+        for stage in ("tokenizer", "prior"):
+            training: Training = getattr(self, stage).training
+            if training.optimizer == "muon" and strategy != "ddp":
+                raise ValueError(
+                    f"{stage}.training.optimizer muon orthogonalises whole matrices, which resources.strategy "
+                    f"{strategy} cuts; use adamw, or ddp"
+                )
+            if training.compile and strategy == "zero3":
+                raise ValueError(
+                    f"{stage}.training.compile does not go with resources.strategy zero3, which gathers weights in "
+                    f"hooks of every layer; use fsdp2"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _batches_divide(self) -> Self:
         ranks, packet = self.resources.processes, self.data.packet
         if self.data.streams % ranks:
@@ -318,5 +345,12 @@ class Recipe(Section):
                 raise ValueError(
                     f"{stage}.training.global_batch {batch} is not divisible by resources.processes {ranks} "
                     f"× data.packet {packet}; use a multiple of {ranks * packet}"
+                )
+            share, micro = batch // ranks, getattr(self, stage).training.micro_batch
+            if micro and share % micro:
+                fitting = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+                raise ValueError(
+                    f"{stage}.training.micro_batch {micro} does not divide the {share} samples of a rank "
+                    f"(global_batch {batch} over {ranks} processes); use one of {fitting}"
                 )
         return self

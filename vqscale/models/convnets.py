@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 
+class Stack(nn.Sequential):
+    """A sequence of layers that is sharded, recomputed and compiled as one (`VQVAE.units`)."""
+
+
 class ResidualBlock(nn.Module):
     """ReLU, 3×3 convolution, ReLU, 1×1 convolution, added to the input."""
 
@@ -43,24 +47,24 @@ class Widths:
         return [*blocks, nn.ReLU(inplace=True)]
 
 
-def encoder(channels: int, factor: int, widths: Widths) -> nn.Sequential:
+def encoder(channels: int, factor: int, widths: Widths) -> Stack:
     """[B, channels, H, W] to [B, hidden, H/factor, W/factor] by strided convolutions and residual blocks."""
     layers: list[nn.Module] = []
     for step in range(doublings(factor)):
         out = widths.hidden if step else widths.hidden // 2
         layers += [nn.Conv2d(channels, out, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
         channels = out
-    return nn.Sequential(*layers, nn.Conv2d(channels, widths.hidden, 3, padding=1), *widths.residuals())
+    return Stack(*layers, nn.Conv2d(channels, widths.hidden, 3, padding=1), *widths.residuals())
 
 
-def trunk(channels: int, factor: int, widths: Widths) -> nn.Sequential:
+def trunk(channels: int, factor: int, widths: Widths) -> Stack:
     """All of a decoder but its last doubling: [B, channels, H, W] to [B, `trunk_width`, factor·H/2, factor·W/2]."""
     layers: list[nn.Module] = [nn.Conv2d(channels, widths.hidden, 3, padding=1), *widths.residuals()]
     inside = widths.hidden
     for _ in range(doublings(factor) - 1):
         layers += [doubling(inside, widths.hidden // 2), nn.ReLU(inplace=True)]
         inside = widths.hidden // 2
-    return nn.Sequential(*layers)
+    return Stack(*layers)
 
 
 def trunk_width(factor: int, widths: Widths) -> int:
@@ -68,14 +72,14 @@ def trunk_width(factor: int, widths: Widths) -> int:
     return widths.hidden if doublings(factor) == 1 else widths.hidden // 2
 
 
-def decoder(channels: int, out: int, factor: int, widths: Widths) -> nn.Sequential:
+def decoder(channels: int, out: int, factor: int, widths: Widths) -> Stack:
     """[B, channels, H, W] to [B, out, factor·H, factor·W], the mirror image of `encoder`."""
-    return nn.Sequential(*trunk(channels, factor, widths), doubling(trunk_width(factor, widths), out))
+    return Stack(*trunk(channels, factor, widths), doubling(trunk_width(factor, widths), out))
 
 
-def upsampler(channels: int, factor: int) -> nn.Sequential:
+def upsampler(channels: int, factor: int) -> Stack:
     """[B, channels, H, W] to [B, channels, factor·H, factor·W] by transposed convolutions alone."""
-    return nn.Sequential(*(doubling(channels, channels) for _ in range(doublings(factor))))
+    return Stack(*(doubling(channels, channels) for _ in range(doublings(factor))))
 
 
 def doubling(channels: int, out: int) -> nn.ConvTranspose2d:

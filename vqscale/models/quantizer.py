@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,7 @@ SumOverRanks = Callable[[Tensor], Tensor]
 """All-reduce by addition; the identity on one process."""
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """What one batch says about one level's codebook; everything adds over ranks."""
 
     counts: Tensor
@@ -35,9 +34,9 @@ class Statistics:
     error: Tensor
     """fp32 [1]: summed squared distance between latents and their codes."""
 
-    def __add__(self, other: Statistics) -> Statistics:
+    def __add__(self, other: Statistics) -> Statistics:  # type: ignore[override]
         """What two batches of one step say together."""
-        return Statistics(*(getattr(self, name) + getattr(other, name) for name in Statistics.__annotations__))
+        return Statistics(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,8 @@ class Donors:
         return torch.where(held, latents[place, cell].float(), torch.zeros(1, dim, device=latents.device))
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """Result of quantizing one level."""
+class Quantized(NamedTuple):
+    """Result of quantizing one level; a tuple, since engines look for tensors inside of tuples only."""
 
     latents: Tensor
     """[B, D, H, W]: code vectors, with the gradient of a straight-through estimator."""

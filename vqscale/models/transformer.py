@@ -80,6 +80,9 @@ class Transformer(nn.Module):
         layers, width, heads, dropout: size of the network.
     """
 
+    units = (Block,)
+    """Modules that a strategy shards, recomputes and compiles each as one; none lies inside another."""
+
     def __init__(
         self,
         grids: Sequence[GridShape],

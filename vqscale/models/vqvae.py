@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqscale.models.codebooks import lloyd
-from vqscale.models.convnets import Widths, decoder, doubling, encoder, trunk, trunk_width, upsampler
+from vqscale.models.convnets import Stack, Widths, decoder, doubling, encoder, trunk, trunk_width, upsampler
 from vqscale.models.quantizer import Codebook, Donors, Quantized, SumOverRanks
 
 Treatment = Callable[[int, Tensor], Tensor]
@@ -48,9 +49,8 @@ class LevelShape:
     """Latents are normalised to length one, for a codebook of such codes."""
 
 
-@dataclass(frozen=True)
-class Output:
-    """Result of a forward through the whole model."""
+class Output(NamedTuple):
+    """Result of a forward through the whole model; a tuple, since engines look for tensors inside of tuples only."""
 
     images: Tensor
     """Reconstructions [B, 3, S, S] in the range of the input."""
@@ -68,6 +68,9 @@ class VQVAE(nn.Module):
         shapes: the networks of each level.
         channels: channels of the images.
     """
+
+    units = (Stack,)
+    """Modules that a strategy shards, recomputes and compiles each as one; none lies inside another."""
 
     def __init__(self, codebooks: Sequence[Codebook], shapes: Sequence[LevelShape], channels: int = 3) -> None:
         super().__init__()

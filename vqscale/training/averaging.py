@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vqscale.errors import UserError
+from vqscale.training.pieces import EXTRA, MODEL, Piece
 
 _PREFIX = "average."
 
@@ -23,74 +23,65 @@ class AveragedWeights:
     averaged over as many. And codes jump when they are restarted: the mean of the two places is where no latent ever
     was, while the averaged decoder has seen each of them.
 
-    Args:
-        network: whose parameters are averaged; each rank has to hold them whole.
-        decay: the weight of the past, a step; less in the first steps: min(decay, (1 + n) / (10 + n)).
+    Each rank averages what it holds of the weights, so a strategy that shards them shards their average.
 
-    Raises:
-        UserError: the parameters are spread over the ranks.
+    Args:
+        weights: gives what this rank holds of the weights; asked again each time, since a strategy may move them.
+        decay: the weight of the past, a step; less in the first steps: min(decay, (1 + n) / (10 + n)).
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self._names, self._weights = _whole_parameters(network)
-        self._decay = decay
-        self._average = [weight.float().clone() for weight in self._weights]
+    def __init__(self, weights: Callable[[], list[Piece]], decay: float) -> None:
+        self._weights, self._decay = weights, decay
+        self._average = [weight.local.float().clone() for weight in weights()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after step `step`, counted from 0. Before it the average of step 0 is its own weights."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, [weight.float() for weight in self._weights], 1 - decay)
+        torch._foreach_lerp_(self._average, [weight.float() for weight in self._live()], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network has the average for its weights; afterwards its own ones again, bit by bit."""
-        own = [weight.clone() for weight in self._weights]
-        torch._foreach_copy_(self._weights, self._average)
+        """The pieces of the weights are the average; afterwards the own ones again, bit by bit.
+
+        `Engine.whole` inside of it is the averaged network.
+        """
+        live = self._live()
+        own = [weight.clone() for weight in live]
+        torch._foreach_copy_(live, self._average)
         try:
             yield
         finally:
-            torch._foreach_copy_(self._weights, own)
+            torch._foreach_copy_(live, own)
 
-    def state(self) -> dict[str, Tensor]:
-        """The average by `average.NAME`, for a checkpoint."""
-        return {f"{_PREFIX}{name}": value for name, value in zip(self._names, self._average, strict=True)}
+    def pieces(self) -> list[Piece]:
+        """The average, as `extra/average.NAME`."""
+        return [
+            Piece(f"{EXTRA}/{_PREFIX}{weight.name.removeprefix(f'{MODEL}/')}", weight.shape, weight.start, average)
+            for weight, average in zip(self._weights(), self._average, strict=True)
+        ]
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        for mine, theirs in zip(self._average, _values(self._names, state), strict=True):
-            mine.copy_(theirs)
+    def _live(self) -> list[Tensor]:
+        return [weight.local for weight in self._weights()]
 
 
 @torch.no_grad()
 def apply_average(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give a network the averaged weights of a checkpoint, for good.
 
+    Args:
+        network: whole.
+        state: the checkpoint's `extra`.
+
     Raises:
         UserError: the checkpoint has none.
     """
-    names, weights = _whole_parameters(network)
-    for weight, value in zip(weights, _values(names, state), strict=True):
-        weight.copy_(value)
-
-
-def _values(names: list[str], state: Mapping[str, Tensor]) -> list[Tensor]:
-    missing = [name for name in names if f"{_PREFIX}{name}" not in state]
-    if missing:
-        raise UserError(
-            f"the checkpoint has no running average of the weights ({missing[0]} and {len(missing) - 1} more)",
-            where="tokenizer.ema_decay",
-            mend="resume with the settings it was trained with",
-        )
-    return [state[f"{_PREFIX}{name}"] for name in names]
-
-
-def _whole_parameters(network: nn.Module) -> tuple[list[str], list[Tensor]]:
-    named = dict(network.named_parameters())
-    if any(isinstance(value, DTensor) or hasattr(value, "ds_id") for value in named.values()):
-        raise UserError(
-            "a running average needs whole weights on every rank, this strategy spreads them",
-            where="tokenizer.ema_decay",
-            mend="set it to 0, or resources.strategy to ddp, zero1 or zero2",
-        )
-    return list(named), [value.detach() for value in named.values()]
+    for name, weight in network.named_parameters():
+        average = state.get(f"{_PREFIX}{name}")
+        if average is None:
+            raise UserError(
+                f"the checkpoint has no running average of the weights ({name})",
+                where="tokenizer.ema_decay",
+                mend="use the settings it was trained with",
+            )
+        weight.copy_(average)

@@ -4,7 +4,7 @@
       model.safetensors       parameters and buffers, codebooks with counts and sums among them
       optimizer.safetensors   the optimizers' tensors
       extra.safetensors       what the task keeps besides, where it keeps something
-      state.json              step and the optimizers' plain values
+      state.json              step
       manifest.json           size and sha256 of each file above; its presence is the commit
 
 Nothing here is a pickle, so loading runs no code.
@@ -15,10 +15,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
+from vqscale.training.pieces import EXTRA, MODEL, OPTIMIZER, Piece, fill
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 _EXTRA = "extra.safetensors"
@@ -53,48 +53,50 @@ class Checkpoint:
         file = self.path / _EXTRA
         return load_file(file) if file.exists() else {}
 
-    def optimizers(self) -> dict[str, dict[str, Any]]:
-        """State of each optimizer by name, as `torch.optim.Optimizer.load_state_dict` takes it."""
-        groups = read_json(self.path / "state.json")["param_groups"]
-        states: dict[str, dict[str, Any]] = {
-            name: {"state": {}, "param_groups": value} for name, value in groups.items()
-        }
-        for entry, tensor in load_file(self.path / "optimizer.safetensors").items():
-            name, index, key = entry.split(".", 2)
-            states[name]["state"].setdefault(int(index), {})[key] = tensor
-        return states
+    def fill(self, pieces: Iterable[Piece]) -> None:
+        """Write it into a training's pieces.
+
+        Raises:
+            UserError: it belongs to another network or other settings.
+        """
+        files = {MODEL: self.model(), OPTIMIZER: load_file(self.path / "optimizer.safetensors"), EXTRA: self.extra()}
+        tensors = {f"{part}/{name}": value for part, file in files.items() for name, value in file.items()}
+        pieces = list(pieces)
+        unknown = sorted({f"{MODEL}/{name}" for name in files[MODEL]} - {piece.name for piece in pieces})
+        if unknown:
+            raise _misfit(self, f"{unknown[0]} is not in it")
+        try:
+            fill(pieces, tensors)
+        except ValueError as fault:
+            raise _misfit(self, str(fault)) from None
 
 
 def save(
     folder: Path,
     step: int,
-    model: dict[str, Tensor],
-    optimizers: Mapping[str, dict[str, Any]],
+    tensors: Mapping[str, Tensor],
     keep: int,
     extra: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
     """Commit a checkpoint, then remove all but the newest `keep`. Called on rank 0 alone.
 
-    `extra` is what the task keeps besides, by name.
+    `tensors` are full ones by the names of their pieces; `extra` is what the task keeps besides, by name.
     """
+    parts: dict[str, dict[str, Tensor]] = {MODEL: {}, OPTIMIZER: {}, EXTRA: dict(extra or {})}
+    for name, value in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = value
     final = folder / _name(step)
     for unfinished in folder.glob(".step-*"):  # of saves that were killed
         shutil.rmtree(unfinished)
     beside = folder / f".{final.name}.{os.getpid()}"
     beside.mkdir(parents=True)
-    save_file(_contiguous(model), beside / "model.safetensors")
-    tensors = {
-        f"{name}.{index}.{key}": value
-        for name, optimizer in optimizers.items()
-        for index, entry in optimizer["state"].items()
-        for key, value in entry.items()
-    }
-    save_file(_contiguous(tensors), beside / "optimizer.safetensors")
-    if extra:
-        save_file(_contiguous(dict(extra)), beside / _EXTRA)
-    groups = {name: optimizer["param_groups"] for name, optimizer in optimizers.items()}
-    write_json(beside / "state.json", {"step": step, "param_groups": groups})
-    names = [*_FILES, *([_EXTRA] if extra else [])]
+    save_file(_contiguous(parts[MODEL]), beside / "model.safetensors")
+    save_file(_contiguous(parts[OPTIMIZER]), beside / "optimizer.safetensors")
+    if parts[EXTRA]:
+        save_file(_contiguous(parts[EXTRA]), beside / _EXTRA)
+    write_json(beside / "state.json", {"step": step})
+    names = [*_FILES, *([_EXTRA] if parts[EXTRA] else [])]
     files = {name: {"bytes": (beside / name).stat().st_size, "sha256": _sha256(beside / name)} for name in names}
     for name in names:
         _sync(beside / name)
@@ -187,19 +189,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load one optimizer's state (an entry of `Checkpoint.optimizers`) into the memory layout of its parameters.
-
-    Fused AdamW on the CPU walks parameter, gradient and moments by address: moments that are stored contiguously
-    would belong to other weights of a channels_last kernel.
-    """
-    optimizer.load_state_dict(state)
-    for parameter, entries in optimizer.state.items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
 def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Load weights strictly: every name must match.
 
@@ -210,8 +199,12 @@ def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
         model.load_state_dict(checkpoint.model(), strict=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(
-            f"does not fit the recipe's network ({reason})",
-            where=str(checkpoint.path),
-            mend="resume with the settings it was trained with",
-        ) from None
+        raise _misfit(checkpoint, reason) from None
+
+
+def _misfit(checkpoint: Checkpoint, reason: str) -> UserError:
+    return UserError(
+        f"does not fit the recipe's network ({reason})",
+        where=str(checkpoint.path),
+        mend="resume with the settings it was trained with",
+    )

@@ -1,29 +1,30 @@
 """The seam over Accelerate: it wraps model and optimizer and nothing else.
 
-Accelerate's loader wrapping and its `save_state` are not used: the data order and the checkpoints are ours.
-After wrapping, the kind that was got is checked against the one asked for, since Accelerate can silently give
-another.
+Accelerate's loader wrapping and its `save_state` are not used: the data order and the checkpoints are ours. One loop
+trains under every strategy (`strategies`, `zero`); their state is the same `pieces`.
 """
 
 from __future__ import annotations
 
-import math
+import copy
+import functools
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vqscale.config.recipe import Training
-from vqscale.errors import UserError
-from vqscale.training.checkpoint import load_optimizer
 from vqscale.training.distributed import Ranks
+from vqscale.training.optimizers import learning_rate
+from vqscale.training.pieces import MODEL, Piece, assemble
+from vqscale.training.strategies import TORCH, Make, Outcome, units
+from vqscale.training.zero import zero
 
-_EXPECTED = {("ddp", "cpu"): DistributedType.MULTI_CPU, ("ddp", "cuda"): DistributedType.MULTI_GPU}
+STRATEGIES: dict[str, Make] = {**TORCH, **{f"zero{stage}": functools.partial(zero, stage) for stage in (1, 2, 3)}}
 
 
 class Engine:
@@ -34,139 +35,131 @@ class Engine:
         training: optimisation settings.
         ranks: this process's place; the process group exists already.
         strategy: how the model is spread.
+
+    Raises:
+        UserError: the strategy needs what is not installed.
+        RuntimeError: Accelerate gave another kind of parallelism than the one asked for.
     """
 
     def __init__(self, model: nn.Module, training: Training, ranks: Ranks, strategy: str = "ddp") -> None:
-        self.training, self.ranks, self.bare = training, ranks, model
-        self._accelerator = _accelerator(ranks, strategy)
+        self.training, self.ranks, self.bare, self.strategy = training, ranks, model, strategy
+        self.size = sum(parameter.numel() for parameter in model.parameters())
+        """Weights of the network, over all ranks."""
+        twin = _structure(model)
         model.to(ranks.device)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._autocast = training.precision == "bf16"
+        for tensor in (*model.parameters(), *model.buffers()):
+            torch.distributed.broadcast(tensor.detach(), 0)
+        _equip(model, training)
+        dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
         with warnings.catch_warnings():
             # Accelerate still passes DDP the old name of `forward_sync_buffers`.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            optimizers = make_optimizers(model, training)
-            self.model, *prepared = self._accelerator.prepare(model, *optimizers.values())
-        self._optimizers = dict(zip(optimizers, prepared, strict=True))
-        self.broadcast_buffers()
+            self._strategy = STRATEGIES[strategy](model, training, ranks)
+        if {name: buffer.dtype for name, buffer in model.named_buffers()} != dtypes:
+            raise RuntimeError(f"{strategy} casts buffers, codebooks among them")
+        self.model = self._strategy.model
+        self._twin = twin if self._strategy.spreads_weights else None
 
     def autocast(self) -> AbstractContextManager[None]:
         """bf16 for the networks where the recipe asks for it."""
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self._autocast)
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.training.precision == "bf16")
 
-    def broadcast_buffers(self) -> None:
-        """Give every rank the buffers of rank 0; DDP is told not to (it would do so before every forward)."""
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; gradients are complete after the `last` of a step."""
+        return self._strategy.accumulating(last)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss, which is this rank's share of a mean over the ranks."""
+        self._strategy.backward(loss)
+
+    def optimise(self, step: int) -> Outcome:
+        """Clip, and take one optimizer step with the schedule's learning rate, unless the gradient is not finite.
+
+        A step that is not taken changes neither weight nor moment, and all ranks decide alike. The gradient is
+        forgotten in both cases.
+        """
+        return self._strategy.step(learning_rate(self.training, step))
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The network with complete weights on this rank, to be called in any way, by some ranks alone too.
+
+        Entering and leaving is collective. Buffers are the live ones; weights may be a copy, so they are not changed
+        here. Nothing is compiled inside, since batches of evaluation have other shapes.
+        """
+        eager = torch.compiler.set_stance("force_eager") if self.training.compile else nullcontext()
+        if self._twin is None:
+            with eager:
+                yield self.bare
+            return
+        for name, weight in assemble(self.weights(), self.ranks):
+            _put(self._twin, name.removeprefix(f"{MODEL}/"), nn.Parameter(weight, requires_grad=False))
+        for name, buffer in self.bare.named_buffers():
+            _put(self._twin, name, buffer)
+        self._twin.train(self.bare.training)
+        try:
+            yield self._twin
+        finally:
+            self._twin.to("meta")
+
+    @contextmanager
+    def evaluated(self) -> Iterator[nn.Module]:
+        """As `whole`, in evaluation mode and without gradients."""
+        was = self.bare.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.whole() as network:
+                yield network
+        finally:
+            self.model.train(was)
+
+    def weights(self) -> list[Piece]:
+        """The parameters, as this rank holds them."""
+        return self._strategy.weights()
+
+    def pieces(self) -> list[Piece]:
+        """All that training goes on from: parameters, persistent buffers, and moments as far as they exist."""
+        kept = self.bare.state_dict(keep_vars=True)
+        buffers = {name: buffer for name, buffer in self.bare.named_buffers() if name in kept}
+        held = [Piece(f"{MODEL}/{name}", tuple(buffer.shape), 0, buffer) for name, buffer in buffers.items()]
+        return [*self.weights(), *held, *self._strategy.moments()]
+
+    def materialise_optimizer(self) -> None:
+        """Create the moments as they are before the first step, so that pieces of them can be filled."""
+        self._strategy.materialise()
+
+    def loaded(self) -> None:
+        """Call once after pieces were filled: brings everything that follows from them up to date; collective."""
         for buffer in self.bare.buffers():
             torch.distributed.broadcast(buffer, 0)
-
-    def broadcast(self) -> None:
-        """Give every rank the parameters and buffers of rank 0, after resuming."""
-        for parameter in self.bare.parameters():
-            torch.distributed.broadcast(parameter.detach(), 0)
-        self.broadcast_buffers()
-
-    def optimise(self, loss: Tensor, step: int) -> Tensor:
-        """Backward, clip, one optimizer step with the schedule's learning rate; returns the gradient norm."""
-        self._accelerator.backward(loss)
-        limit = self.training.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.bare.parameters(), limit)
-        rate = learning_rate(self.training, step)
-        for optimizer in self._optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-        return norm
-
-    def optimizer_states(self) -> dict[str, dict[str, Any]]:
-        """State of each optimizer by name, for a checkpoint."""
-        return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
-
-    def load_optimizers(self, states: Mapping[str, dict[str, Any]]) -> None:
-        """Take over the states of a checkpoint.
-
-        Raises:
-            UserError: it was written with another optimizer.
-        """
-        if set(states) != set(self._optimizers):
-            raise UserError(
-                f"the checkpoint's optimizers are {', '.join(states)}, the recipe's {', '.join(self._optimizers)}",
-                where="training.optimizer",
-                mend="resume with the settings it was trained with",
-            )
-        for name, optimizer in self._optimizers.items():
-            load_optimizer(optimizer, states[name])
+        self._strategy.loaded()
 
 
-def learning_rate(training: Training, step: int) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, then the schedule down to its final fraction."""
-    peak, warmup, final = training.learning_rate, training.warmup, training.final_learning_rate
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if training.schedule == "constant":
-        return peak
-    progress = min(1.0, (step - warmup) / max(1, training.steps - 1 - warmup))
-    fall = progress if training.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
-    return peak * (1 - fall * (1 - final))
+def _equip(model: nn.Module, training: Training) -> None:
+    """Recompute and compile the network's units. Inside of what a strategy hangs on them, so their names stay."""
+    for module in model.modules():
+        if isinstance(module, units(model)):
+            if training.compile:
+                module.forward = torch.compile(module.forward)
+            if training.checkpoint_activations:
+                module.forward = _recomputed(module.forward)
 
 
-def _accelerator(ranks: Ranks, strategy: str) -> Accelerator:
-    PartialState(cpu=ranks.device.type == "cpu", backend=torch.distributed.get_backend())
-    accelerator = Accelerator(
-        cpu=ranks.device.type == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    expected = _EXPECTED[strategy, ranks.device.type]
-    if accelerator.distributed_type is not expected:
-        raise RuntimeError(f"asked for {strategy} ({expected}), Accelerate gave {accelerator.distributed_type}")
-    return accelerator
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
 
 
-def make_optimizers(model: nn.Module, training: Training) -> dict[str, torch.optim.Optimizer]:
-    """The recipe's optimizers by name.
-
-    `adamw` (Loshchilov & Hutter 2019) takes everything, or with `muon` what Muon is not made for: embeddings, heads,
-    norms, biases and kernels. `muon` (Jordan et al. 2024) takes the matrices between hidden layers; its updates are
-    scaled to AdamW's size (Liu et al. 2025, section 2.2), so that both share one learning rate.
-    """
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    # Learned positions are tables too.
-    tables |= {id(p) for m in model.modules() if isinstance(m, nn.ParameterList) for p in m.parameters()}
-    decayed = {id(p) for p in weights if p.dim() >= 2 and id(p) not in tables}
-    hidden = _hidden_matrices(model) if training.optimizer == "muon" else []
-    taken = {id(p) for p in hidden}
-    rest = [p for p in weights if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if id(p) in decayed], "weight_decay": training.weight_decay},
-        {"params": [p for p in rest if id(p) not in decayed], "weight_decay": 0.0},
-    ]
-    lr, decay = training.learning_rate, training.weight_decay
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "adamw": torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=training.betas, fused=True)
-    }
-    if hidden:
-        optimizers["muon"] = torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    return optimizers
+def _structure(model: nn.Module) -> nn.Module:
+    """A copy without values, hooks and shards, to be filled by `Engine.whole`."""
+    hollow: dict[int, Any] = {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
+    hollow |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, hollow)
 
 
-def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of the linear layers inside the blocks of a network.
-
-    Raises:
-        UserError: it has none.
-    """
-    blocks = getattr(model, "blocks", nn.ModuleList())
-    found = [
-        parameter
-        for block in blocks
-        for module in block.modules()
-        if isinstance(module, nn.Linear)
-        for parameter in module.parameters()
-        if parameter.dim() == 2
-    ]
-    if not found:
-        raise UserError(
-            "muon needs linear layers in blocks, this network has none", where="training.optimizer", mend="use adamw"
-        )
-    return found
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, tensor)

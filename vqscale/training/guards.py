@@ -38,6 +38,24 @@ def require_finite(loss: float, gradient_norm: float, step: int) -> None:
         )
 
 
+def require_progress(skipped: int, allowed: int, step: int) -> None:
+    """Stop a run that only skips.
+
+    Args:
+        skipped: steps in a row, the last one among them, whose gradient was not finite.
+        allowed: how many of them are borne.
+        step: finished steps.
+
+    Raises:
+        FloatingPointError: it was one more.
+    """
+    if skipped > allowed:
+        raise FloatingPointError(
+            f"step {step}: the last {skipped} steps were skipped, since their gradient was not finite, and {allowed} "
+            f"are borne here; lower the learning rate or use fp32"
+        )
+
+
 def _digest(book: Codebook) -> str:
     digest = hashlib.sha256()
     for buffer in (book.codes, book.counts, book.sums):

@@ -56,11 +56,12 @@ class PriorTask(Task):
         """Nats a code on held-out codes, and bits of a whole sample, with the class given."""
         sums = torch.zeros(1 + len(self._levels), dtype=torch.float64)
         count = 0
-        for fields in self._held_out():
-            losses = self._nats(self._model, fields, self._classes(fields))
-            size = len(fields["label"])
-            sums += size * torch.stack([value.double().cpu() for value in losses.values()])
-            count += size
+        with self.engine.evaluated() as network:
+            for fields in self._held_out():
+                losses = self._nats(network, fields, self._classes(fields))
+                size = len(fields["label"])
+                sums += size * torch.stack([value.double().cpu() for value in losses.values()])
+                count += size
         sums = torch.cat([sums, torch.tensor([count], dtype=torch.float64)]).to(self.engine.ranks.device)
         *values, total = self.engine.ranks.sum(sums).tolist()
         names = ["nats_per_code", *(f"nats_per_code_{name}" for name in self._levels)]
@@ -68,12 +69,12 @@ class PriorTask(Task):
         figures["bits_per_sample"] = figures["nats_per_code"] * self._model.length / math.log(2)
         return figures
 
-    def pictures(self, step: int, tracker: Tracker) -> None:
+    def pictures(self, step: int, tracker: Tracker | None) -> None:
         """Samples, a row a class."""
         if self._draw:
-            self._model.eval()
-            tracker.picture(step, "samples", self._draw(self._model))
-            self._model.train()
+            with self.engine.evaluated() as network:
+                if tracker:
+                    tracker.picture(step, "samples", self._draw(network))  # type: ignore[arg-type]
 
     def _nats(self, network: torch.nn.Module, fields: CodeFields, classes: Tensor) -> dict[str, Tensor]:
         codes = [fields[name].long() for name in self._levels]

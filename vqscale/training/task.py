@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from vqscale.training.engine import Engine
+from vqscale.training.pieces import Piece
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
 
@@ -18,11 +19,11 @@ class Task(ABC):
     engine: Engine
 
     def before_step(self, batch: DeviceBatch) -> None:
-        """Called before each step's forward."""
+        """Called before each step's forwards, with all of this rank's samples."""
 
     @abstractmethod
     def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:
-        """Forward of a batch: scalars by name, `total` is what is minimised."""
+        """Forward of a micro-batch, of which a step may have several: scalars by name, `total` is minimised."""
 
     def after_step(self) -> None:
         """Called once after each successful optimizer step."""
@@ -31,8 +32,12 @@ class Task(ABC):
         """Further figures of the last step, equal on all ranks."""
         return {}
 
+    def pieces(self) -> list[Piece]:
+        """What a checkpoint holds besides the engine's pieces and lies over the ranks as the weights do."""
+        return []
+
     def extra_state(self) -> Mapping[str, Tensor]:
-        """What a checkpoint holds besides network and optimizers, by name; rank 0's is saved."""
+        """What a checkpoint holds besides all pieces, by name; whole on every rank, rank 0's is saved."""
         return {}
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
@@ -45,5 +50,5 @@ class Task(ABC):
     def validate(self) -> dict[str, float]:
         """Figures over the held-out data."""
 
-    def pictures(self, step: int, tracker: Tracker) -> None:
-        """Draw into TensorBoard; called on rank 0 alone, so no collective may be used."""
+    def pictures(self, step: int, tracker: Tracker | None) -> None:
+        """Draw into TensorBoard. `tracker` is None on all ranks but 0: they take part in collectives alone."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from vqscale.models.vqvae import VQVAE, Output
 from vqscale.seeds import mix
 from vqscale.training.adversary import Adversary
 from vqscale.training.averaging import AveragedWeights
-from vqscale.training.engine import Engine, learning_rate
+from vqscale.training.engine import Engine
 from vqscale.training.guards import compare_codebooks
+from vqscale.training.optimizers import learning_rate
+from vqscale.training.pieces import Piece
 from vqscale.training.task import Task
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
@@ -66,7 +68,7 @@ class TokenizerTask(Task):
             where = "tokenizer.losses.perceptual.weights"
             self._perceptual = load_lpips([paths] if isinstance(paths, str) else paths, where).to(device)
         self._adversary = Adversary(losses.adversarial, engine, fixed.shape[1], seed) if losses.adversarial else None
-        self._averaged = AveragedWeights(self._model, settings.ema_decay) if settings.ema_decay else None
+        self._averaged = AveragedWeights(engine.weights, settings.ema_decay) if settings.ema_decay else None
         self._statistics: list[Statistics] = []
         self._levels: list[LevelFigures] = []
         self._step = self._updates = 0
@@ -79,6 +81,7 @@ class TokenizerTask(Task):
         self._ready |= batch.step == 0
         self._require_state()
         self._step, self._statistics = batch.step, []
+        self._pixels.forget()
         self._updates = batch.step - self._settings.quantizer.continuous_steps
         if self._adversary:
             self._adversary.begin()
@@ -91,7 +94,7 @@ class TokenizerTask(Task):
         with self.engine.autocast():
             output: Output = self.engine.model(images, self._donors(batch), quantized=self._quantized)
         self._collect(output.levels)
-        self._pixels.add(self._step, output.images.detach().float(), images)
+        self._pixels.see(output.images.detach().float(), images)
         fidelity, figures = self._judge(output, images)
         commitments = [level.commitment for level in output.levels]
         total = fidelity + self._settings.quantizer.commitment * sum(commitments, torch.zeros_like(fidelity))
@@ -101,6 +104,7 @@ class TokenizerTask(Task):
     def after_step(self) -> None:
         """The one codebook update of the step, then those of the discriminator and the averaged weights."""
         rate = learning_rate(self._settings.training, self._step)
+        self._pixels.keep(self._step)
         if self._quantized:
             books: list[Codebook] = list(self._model.codebooks)  # type: ignore[arg-type]
             self._levels = update_codebooks(books, self._statistics, self.engine.ranks.sum, self._updates, rate)
@@ -129,21 +133,24 @@ class TokenizerTask(Task):
         """PSNR and MSE (images in [0, 1]) over the held-out images, a mean over images; LPIPS if it is trained on."""
         names = ["mse", "psnr", *(["lpips"] if self._perceptual else [])]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)
-        with self._judged_weights():
+        with self._judged() as network:
             for images in self._held_out():
-                measured = self._measure(from_uint8(images, self.engine.ranks.device))
+                measured = self._measure(network, from_uint8(images, self.engine.ranks.device))
                 sums += torch.stack([*(values.sum() for values in measured), torch.tensor(len(images)).double()])
         *values, count = self.engine.ranks.sum(sums.to(self.engine.ranks.device)).tolist()
         return {name: value / count for name, value in zip(names, values, strict=True)}
 
     @torch.no_grad()
-    def pictures(self, step: int, tracker: Tracker) -> None:
+    def pictures(self, step: int, tracker: Tracker | None) -> None:
         """The fixed images beside their reconstructions, their code grids, and how often codes are used."""
+        with self._judged() as network:
+            if tracker:
+                self._draw(network, step, tracker)
+
+    def _draw(self, network: VQVAE, step: int, tracker: Tracker) -> None:
         pixels = from_uint8(self._fixed, self.engine.ranks.device)
-        self._model.eval()
-        with self.engine.autocast(), self._judged_weights():
-            output = self._model(pixels, quantized=self._quantized)
-        self._model.train()
+        with self.engine.autocast():
+            output: Output = network(pixels, quantized=self._quantized)
         pairs = np.stack([self._fixed, to_uint8(output.images)], axis=1)
         tracker.picture(step, "images/input_and_reconstruction", tile(pairs.reshape(-1, *pairs.shape[2:]), columns=8))
         for name, level in zip(self._sizes, output.levels, strict=False):
@@ -152,18 +159,22 @@ class TokenizerTask(Task):
         for name, figures in zip(self._sizes, self._levels, strict=False):
             tracker.histogram(step, f"{name}/assignments", figures.counts.cpu().numpy())
 
+    def pieces(self) -> list[Piece]:
+        """The averaged weights."""
+        return self._averaged.pieces() if self._averaged else []
+
     def extra_state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside network and optimizer; the same on all ranks."""
-        parts = [part.state() for part in (self._window, self._averaged, self._adversary) if part]
+        """What a checkpoint keeps beside network, optimizer and average; the same on all ranks."""
+        parts = [part.state() for part in (self._window, self._adversary) if part]
         return {name: value for part in parts for name, value in part.items()}
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `extra_state` gave; figures over a window begin anew where it is missing.
 
         Raises:
-            UserError: the checkpoint was trained without the running average, or without the discriminator.
+            UserError: the checkpoint was trained without the discriminator.
         """
-        for part in (self._window, self._averaged, self._adversary):
+        for part in (self._window, self._adversary):
             if part:
                 part.load(state)
         self._ready = True
@@ -186,12 +197,10 @@ class TokenizerTask(Task):
         quantizer = self._settings.quantizer
         images = from_uint8(batch.fields["image"], self.engine.ranks.device)
         iterations = quantizer.kmeans_iterations if quantizer.init == "kmeans" else 0
-        # The batch may be the first of several: then codes are drawn from what all ranks hold of it.
-        held = torch.tensor(sorted(place for part in self.engine.ranks.gather(batch.index.tolist()) for place in part))
-        places = torch.searchsorted(held.to(batch.index.device), batch.index)
-        donors = Donors(places, len(held), mix(self._seed, batch.step))
-        with torch.no_grad(), self.engine.autocast():
-            self._model.initialise_codebooks(images, donors, self.engine.ranks.sum, iterations)
+        with torch.no_grad(), self.engine.whole() as network, self.engine.autocast():
+            network.initialise_codebooks(  # type: ignore[operator]
+                images, self._donors(batch), self.engine.ranks.sum, iterations
+            )
 
     def _collect(self, levels: list[Quantized]) -> None:
         seen = [level.statistics for level in levels if level.statistics is not None]
@@ -217,10 +226,10 @@ class TokenizerTask(Task):
             total = total + losses.perceptual.weight * figures["perceptual"]
         return total, figures
 
-    def _measure(self, pixels: Tensor) -> list[Tensor]:
+    def _measure(self, network: VQVAE, pixels: Tensor) -> list[Tensor]:
         """fp64 [B] on the CPU: error, PSNR and LPIPS of each image's reconstruction."""
         with self.engine.autocast():
-            rebuilt = self._model(pixels, quantized=self._quantized).images.float().clamp(-1, 1)
+            rebuilt = network(pixels, quantized=self._quantized).images.float().clamp(-1, 1)
         mse = ((rebuilt - pixels) / 2).square().flatten(1).mean(dim=1).double().cpu()
         measured = [mse, -10 * mse.clamp(min=1e-10).log10()]
         if self._perceptual:
@@ -228,9 +237,13 @@ class TokenizerTask(Task):
                 measured.append(self._perceptual(rebuilt, pixels).double().cpu())
         return measured
 
-    def _judged_weights(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _judged(self) -> Iterator[VQVAE]:
+        """The network to judge, whole, in evaluation: with the averaged weights if there are any; collective."""
         self._require_state()
-        return self._averaged.applied() if self._averaged else nullcontext()
+        averaged = self._averaged.applied() if self._averaged else nullcontext()
+        with averaged, self.engine.evaluated() as network:
+            yield network  # type: ignore[misc]
 
     def _watch(self, levels: Mapping[str, Mapping[str, float]]) -> None:
         """Warn, once each time it begins, of a level that collapses."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqscale.data.loader import Batch, Loader
+from vqscale.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,23 @@ class DeviceBatch:
     """`image` uint8 [B, S, S, 3], or codes uint16 [B, side, side] by level; `label` int64 [B]."""
     index: Tensor
     """int64 [B]: place of each sample in the global batch."""
+
+    def split(self, size: int | None) -> list[DeviceBatch]:
+        """Micro-batches of `size` samples, in order; None: the batch as it is.
+
+        Raises:
+            UserError: they cannot have the same size.
+        """
+        held = len(self.index)
+        if size is None or size == held:
+            return [self]
+        if held % size:
+            raise UserError(f"{size} does not divide the {held} samples of a rank", where="training.micro_batch")
+        parts = [slice(start, start + size) for start in range(0, held, size)]
+        return [
+            DeviceBatch(self.step, {name: values[part] for name, values in self.fields.items()}, self.index[part])
+            for part in parts
+        ]
 
 
 class DeviceBatches:

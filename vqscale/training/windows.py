@@ -122,19 +122,24 @@ class PixelWindow:
     """
 
     def __init__(self, steps: int, device: torch.device) -> None:
-        self._steps, self._last = steps, -1
+        self._steps = steps
         # A row a step. Columns: batches, and sums over them of mean error, mean, and mean square.
         self._rows = torch.zeros(steps, 4, dtype=torch.float64, device=device)
+        self._current = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def forget(self) -> None:
+        """Begin a step; what was seen of an earlier one and not kept is lost."""
+        self._current.zero_()
 
     @torch.no_grad()
-    def add(self, step: int, rebuilt: Tensor, images: Tensor) -> None:
+    def see(self, rebuilt: Tensor, images: Tensor) -> None:
         """Take in a batch, of which a step may have several; fp32 [B, 3, S, S]."""
-        row = self._rows[step % self._steps]
-        if step != self._last:
-            row.zero_()
-            self._last = step
         error, mean, square = F.mse_loss(rebuilt, images), images.mean(), images.square().mean()
-        row += torch.stack([torch.ones_like(mean), error, mean, square]).double()
+        self._current += torch.stack([torch.ones_like(mean), error, mean, square]).double()
+
+    def keep(self, step: int) -> None:
+        """What was seen since `forget` belongs to the window, as step `step`."""
+        self._rows[step % self._steps] = self._current
 
     def normalised_error(self, sum_over_ranks: SumOverRanks) -> float:
         """Mean squared error over the variance of the same images; one small all-reduce."""

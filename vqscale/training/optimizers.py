@@ -1,0 +1,85 @@
+"""The recipe's optimizers and the course of their learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.config.recipe import Training
+from vqscale.errors import UserError
+
+
+def learning_rate(training: Training, step: int) -> float:
+    """Learning rate of step `step` (from 0): linear warm-up, then the schedule down to its final fraction."""
+    peak, warmup, final = training.learning_rate, training.warmup, training.final_learning_rate
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if training.schedule == "constant":
+        return peak
+    progress = min(1.0, (step - warmup) / max(1, training.steps - 1 - warmup))
+    fall = progress if training.schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return peak * (1 - fall * (1 - final))
+
+
+def make_optimizers(model: nn.Module, training: Training) -> dict[str, torch.optim.Optimizer]:
+    """The recipe's optimizers by name.
+
+    `adamw` (Loshchilov & Hutter 2019) takes everything, or with `muon` what Muon is not made for: embeddings, heads,
+    norms, biases and kernels. `muon` (Jordan et al. 2024) takes the matrices between hidden layers; its updates are
+    scaled to AdamW's size (Liu et al. 2025, section 2.2), so that both share one learning rate.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    # Learned positions are tables too.
+    tables |= {id(p) for m in model.modules() if isinstance(m, nn.ParameterList) for p in m.parameters()}
+    decayed = {id(p) for p in weights if p.dim() >= 2 and id(p) not in tables}
+    hidden = _hidden_matrices(model) if training.optimizer == "muon" else []
+    taken = {id(p) for p in hidden}
+    rest = [p for p in weights if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if id(p) in decayed], "weight_decay": training.weight_decay},
+        {"params": [p for p in rest if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    lr, decay = training.learning_rate, training.weight_decay
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "adamw": torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=training.betas, fused=True)
+    }
+    if hidden:
+        optimizers["muon"] = torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return optimizers
+
+
+def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of the linear layers inside the blocks of a network.
+
+    Raises:
+        UserError: it has none.
+    """
+    blocks = getattr(model, "blocks", nn.ModuleList())
+    found = [
+        parameter
+        for block in blocks
+        for module in block.modules()
+        if isinstance(module, nn.Linear)
+        for parameter in module.parameters()
+        if parameter.dim() == 2
+    ]
+    if not found:
+        raise UserError(
+            "muon needs linear layers in blocks, this network has none", where="training.optimizer", mend="use adamw"
+        )
+    return found
+
+
+def fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What one of the optimizers here knows of a parameter before its first step.
+
+    Moments lie in memory as the parameter does: fused AdamW walks all of them by address.
+    """
+    zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    if isinstance(optimizer, torch.optim.Muon):
+        return {"momentum_buffer": zeros}
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step, "exp_avg": zeros, "exp_avg_sq": torch.zeros_like(zeros)}
