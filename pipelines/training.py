@@ -14,9 +14,11 @@ from vqscale.config.recipe import Training
 from vqscale.data.loader import Loader
 from vqscale.data.order import StreamOrder
 from vqscale.data.source import Source
+from vqscale.files import read_json
 from vqscale.quarantine import Quarantine
+from vqscale.training.checkpoints.keeper import Checkpoints
 from vqscale.training.data_watch import DataWatch
-from vqscale.training.loop import Task, resume, train
+from vqscale.training.loop import Task, train
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatches, pinned
 
@@ -38,8 +40,9 @@ def train_stage(
         Steps, parameters, bad samples and the last validation's figures.
     """
     recipe, ranks = stage.recipe, stage.ranks
-    data, folder = recipe.data, stage.layout.checkpoints(stage.name)
-    start, notes = resume(task, folder)
+    data, where = recipe.data, stage.layout.checkpoints(recipe, stage.name)
+    checkpoints = Checkpoints(task.engine, where, ranks.device, seed=recipe.seed, made_by=_origin(stage))
+    start, notes = checkpoints.resume(task)
     size = sum(parameter.numel() for parameter in task.engine.bare.parameters())
     stage.say(f"{size:,} parameters, {ranks.world} ranks on {ranks.device.type}, from step {start}", *notes)
     order = StreamOrder(counts, seed=recipe.seed, streams=data.streams, packet=data.packet, shuffle=data.shuffle)
@@ -47,9 +50,13 @@ def train_stage(
     tracker = Tracker(stage.layout.tensorboard / stage.name, events, start) if events else None
     if tracker and not start:
         tracker.text("recipe", dump_yaml(recipe))
+    if tracker:
+        for note in notes:
+            tracker.event("resume", start, note=note)
     closing_tracker = closing(tracker) if tracker else nullcontext()
     with (
         closing_tracker,
+        checkpoints,
         Loader(
             source,
             order,
@@ -69,6 +76,20 @@ def train_stage(
         watch = DataWatch(ranks, data.error_budget, Quarantine(stage.layout.quarantine(stage.name)), source.store)
         batches = DeviceBatches(loader, ranks.device)
         figures = train(
-            task, training, batches, start=start, seed=recipe.seed, folder=folder, watch=watch, tracker=tracker
+            task,
+            training,
+            batches,
+            start=start,
+            seed=recipe.seed,
+            checkpoints=checkpoints,
+            watch=watch,
+            tracker=tracker,
         )
     return {"steps": training.steps, "parameters": size, "bad_samples": watch.total, **figures}
+
+
+def _origin(stage: Stage) -> dict[str, str]:
+    """What a checkpoint says of where it comes from."""
+    code = read_json(stage.layout.code / "identity.json") or {}
+    known = {"recipe": stage.recipe.name, "run": stage.layout.id, "stage": stage.name}
+    return known | {key: str(code[key]) for key in ("commit", "sources_sha256") if code.get(key)}

@@ -17,7 +17,7 @@ from pipelines import generate, pack
 from pipelines.stage import Stage
 from tests.recipes import tiny_recipe, write_recipe
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import Recipe
+from vqscale.config.recipe import Recipe, Training
 from vqscale.data.codes import (
     CodeBlock,
     CodeRecord,
@@ -36,10 +36,12 @@ from vqscale.data.shards import open_shards
 from vqscale.data.source import Source
 from vqscale.quarantine import Quarantine
 from vqscale.training.build import build_prior, build_tokenizer, grid_shapes
+from vqscale.training.checkpoints.keeper import Checkpoints
 from vqscale.training.data_watch import DataWatch
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.engine import Engine
-from vqscale.training.loop import Task, resume, train
+from vqscale.training.loop import Task, train
+from vqscale.training.pieces import Piece, whole
 from vqscale.training.prior_task import PriorTask
 from vqscale.training.tokenizer_task import TokenizerTask
 from vqscale.training.transfer import DeviceBatch, DeviceBatches, tensors
@@ -115,6 +117,7 @@ class Recorder:
     def __init__(self) -> None:
         self.lines: dict[int, dict[str, float]] = {}
         self.shown: list[str] = []
+        self.events: list[dict[str, Any]] = []
 
     def figures(self, step: int, figures: Mapping[str, float], *, rate: float | None = None) -> None:
         self.lines[step] = dict(figures)
@@ -126,6 +129,9 @@ class Recorder:
         assert image.dtype == np.uint8
         assert image.ndim == 3
         self.shown.append(name)
+
+    def event(self, kind: str, step: int, **facts: Any) -> None:
+        self.events.append({"event": kind, "step": step, **facts})
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
         self.shown.append(name)
@@ -175,31 +181,28 @@ class Experiment:
             self.ranks, self.recipe.data.error_budget, Quarantine(folder / "quarantine.jsonl"), self.source.store
         )
 
+    def checkpoints(self, folder: Path) -> Checkpoints:
+        return Checkpoints(self.engine, folder, self.ranks.device, seed=self.recipe.seed)
+
     def run(self, folder: Path) -> dict[str, float]:
         """Resume from `folder` and train to the end."""
-        start, _ = resume(self.task, folder)
-        with self.loader(start) as loader:
+        checkpoints = self.checkpoints(folder)
+        start, _ = checkpoints.resume(self.task)
+        with checkpoints, self.loader(start) as loader:
             return train(
                 self.task,
                 self.engine.training,
                 DeviceBatches(loader, self.ranks.device),
                 start=start,
                 seed=self.recipe.seed,
-                folder=folder,
+                checkpoints=checkpoints,
                 watch=self.watch(folder),
                 tracker=self.recorder if self.ranks.first else None,  # type: ignore[arg-type]
             )
 
     def state(self) -> State:
         """Weights, codebooks and the optimizer's tensors, in the order of their elements."""
-        model = {name: value.numpy().copy() for name, value in self.engine.bare.state_dict().items()}
-        moments = {
-            f"{optimizer}.{i}.{key}": value.numpy().copy()
-            for optimizer, state in self.engine.optimizer_states().items()
-            for i, entry in state["state"].items()
-            for key, value in entry.items()
-        }
-        return model | moments
+        return {piece.name.removeprefix("model/"): piece.local.numpy().copy() for piece in self.engine.pieces()}
 
 
 def tokenizer_experiment(ranks: Ranks, run: Path, recipe: Recipe, weights: int = 0) -> Experiment:
@@ -235,6 +238,49 @@ def prior_experiment(ranks: Ranks, codes: Path, recipe: Recipe, weights: int = 0
     engine = Engine(network, recipe.prior.training, ranks)
     task = PriorTask(engine, recipe.prior, ["top", "bottom"], recipe.seed, read_held_out)
     return Experiment(ranks, recipe, task, source, manifest.counts)
+
+
+class Fixed:
+    """An engine of `Checkpoints` with pieces that are given to it."""
+
+    strategy = "ddp"
+
+    def __init__(self, pieces: list[Piece], **training: Any) -> None:
+        settings: dict[str, Any] = {"steps": 9, "global_batch": 4, "learning_rate": 1.0, "keep": 9}
+        self.training = Training(**(settings | training))
+        self._pieces = pieces
+
+    def pieces(self) -> list[Piece]:
+        return self._pieces
+
+    def materialise_optimizer(self) -> None:
+        pass
+
+    def loaded(self) -> None:
+        pass
+
+
+class Kept:
+    """A task of `Checkpoints` that keeps some tensors."""
+
+    def __init__(self, extra: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.extra = dict(extra or {})
+
+    def pieces(self) -> list[Piece]:
+        return []
+
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        return self.extra
+
+    def load_extra_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.extra = dict(state)
+
+
+def save_network(network: torch.nn.Module, folder: Path, step: int) -> None:
+    """A checkpoint of a network alone, as one rank saves it."""
+    pieces = [whole(f"model/{name}", value) for name, value in network.state_dict().items()]
+    with pytest.MonkeyPatch.context() as patch, one_process(patch) as ranks:
+        Checkpoints(Fixed(pieces), folder, ranks.device, seed=0).save(Kept(), step, final=True)
 
 
 def code_shards(folder: Path, shards: int = 12, samples: int = 20, seed: int = 0) -> Manifest:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -20,8 +18,8 @@ from torch import Tensor, nn
 
 from vqscale.config.recipe import Training
 from vqscale.errors import UserError
-from vqscale.training.checkpoint import load_optimizer
 from vqscale.training.distributed import Ranks
+from vqscale.training.pieces import Piece
 
 _EXPECTED = {("ddp", "cpu"): DistributedType.MULTI_CPU, ("ddp", "cuda"): DistributedType.MULTI_GPU}
 
@@ -37,7 +35,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, training: Training, ranks: Ranks, strategy: str = "ddp") -> None:
-        self.training, self.ranks, self.bare = training, ranks, model
+        self.training, self.ranks, self.bare, self.strategy = training, ranks, model, strategy
         self._accelerator = _accelerator(ranks, strategy)
         model.to(ranks.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -78,24 +76,28 @@ class Engine:
             optimizer.zero_grad()
         return norm
 
-    def optimizer_states(self) -> dict[str, dict[str, Any]]:
-        """State of each optimizer by name, for a checkpoint."""
-        return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
+    def pieces(self) -> list[Piece]:
+        """What a checkpoint holds of the network and the optimizers, as this rank holds it: all of it, under DDP."""
+        found = {f"model/{name}": value for name, value in self.bare.state_dict().items()}
+        names = {parameter: name for name, parameter in self.bare.named_parameters()}
+        for label, optimizer in self._optimizers.items():
+            for parameter, entries in optimizer.state.items():
+                found |= {f"optimizer/{label}/{key}/{names[parameter]}": value for key, value in entries.items()}
+        return [Piece(name, tuple(value.shape), 0, value.detach()) for name, value in found.items()]
 
-    def load_optimizers(self, states: Mapping[str, dict[str, Any]]) -> None:
-        """Take over the states of a checkpoint.
+    def materialise_optimizer(self) -> None:
+        """Make the optimizers' tensors, which there are not before the first step: by one that moves nothing."""
+        for optimizer in self._optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
 
-        Raises:
-            UserError: it was written with another optimizer.
-        """
-        if set(states) != set(self._optimizers):
-            raise UserError(
-                f"the checkpoint's optimizers are {', '.join(states)}, the recipe's {', '.join(self._optimizers)}",
-                where="training.optimizer",
-                mend="resume with the settings it was trained with",
-            )
-        for name, optimizer in self._optimizers.items():
-            load_optimizer(optimizer, states[name])
+    def loaded(self) -> None:
+        """Called when the pieces have got the values of a checkpoint; the ranks are made equal bit by bit."""
+        self.broadcast()
 
 
 def learning_rate(training: Training, step: int) -> float:

@@ -6,7 +6,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from vqscale.config.recipe import Training
 from vqscale.seeds import mix
-from vqscale.training import checkpoint
-from vqscale.training.checkpoint import Checkpoint
+from vqscale.training.checkpoints.keeper import Checkpoints
 from vqscale.training.data_watch import Counted, DataWatch
 from vqscale.training.engine import Engine, learning_rate
 from vqscale.training.guards import require_finite
+from vqscale.training.pieces import Piece
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
 
@@ -42,8 +41,12 @@ class Task(ABC):
         """Further figures of the last step, equal on all ranks."""
         return {}
 
+    def pieces(self) -> list[Piece]:
+        """What a checkpoint holds besides the engine's pieces and lies over the ranks as the weights do."""
+        return []
+
     def extra_state(self) -> Mapping[str, Tensor]:
-        """What a checkpoint holds besides network and optimizers, by name; rank 0's is saved."""
+        """What a checkpoint holds besides network and optimizers, by name; equal on all ranks."""
         return {}
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
@@ -80,22 +83,6 @@ class _Window:
     steps: int = 0
 
 
-def resume(task: Task, folder: Path) -> tuple[int, list[str]]:
-    """Load the newest valid checkpoint, chosen on rank 0; returns its step (0: none) and what was passed over."""
-    engine = task.engine
-    found, passed_over = checkpoint.newest(folder) if engine.ranks.first else (None, [])
-    # Other ranks must not look for themselves: they could find another one.
-    choice = engine.ranks.gather((str(found.path), found.step) if found else None)[0]
-    if choice is None:
-        return 0, passed_over
-    chosen = Checkpoint(Path(choice[0]), choice[1])
-    checkpoint.load_into(engine.bare, chosen)
-    engine.load_optimizers(chosen.optimizers())
-    task.load_extra_state(chosen.extra())
-    engine.broadcast()
-    return chosen.step, passed_over
-
-
 def train(
     task: Task,
     training: Training,
@@ -103,7 +90,7 @@ def train(
     *,
     start: int,
     seed: int,
-    folder: Path,
+    checkpoints: Checkpoints,
     watch: DataWatch,
     tracker: Tracker | None,
 ) -> dict[str, float]:
@@ -115,7 +102,7 @@ def train(
         loader: endless batches, the first one belongs to step `start`.
         start: finished steps.
         seed: the run's seed.
-        folder: where checkpoints go.
+        checkpoints: saves the training; the last save has ended when this returns.
         watch: judges the data.
         tracker: on rank 0; None elsewhere.
     """
@@ -148,7 +135,8 @@ def train(
         if done % training.checkpoint_every == 0 or last:
             # Whatever was not logged: a checkpoint of weights that are not numbers would push out the good ones.
             require_finite(float(losses["total"].detach()), float(norm), done)
-            _save(task, folder, done, training.keep)
+            checkpoints.save(task, done, tracker, final=last)
+        checkpoints.poll(tracker)
     return validation
 
 
@@ -197,10 +185,3 @@ def _validate(task: Task, done: int, tracker: Tracker | None) -> dict[str, float
     if tracker:
         tracker.scalars(done, {f"validation/{name}": value for name, value in figures.items()})
     return figures
-
-
-def _save(task: Task, folder: Path, step: int, keep: int) -> None:
-    engine, extra = task.engine, task.extra_state()
-    if engine.ranks.first:
-        checkpoint.save(folder, step, engine.bare.state_dict(), engine.optimizer_states(), keep, extra)
-    engine.ranks.barrier()

@@ -80,6 +80,7 @@ class TokenizerTask(Task):
         self._require_state()
         self._step, self._statistics = batch.step, []
         self._updates = batch.step - self._settings.quantizer.continuous_steps
+        self._pixels.forget()
         if self._adversary:
             self._adversary.begin()
         if self._updates == 0 and self._settings.quantizer.init != "random":
@@ -91,7 +92,7 @@ class TokenizerTask(Task):
         with self.engine.autocast():
             output: Output = self.engine.model(images, self._donors(batch), quantized=self._quantized)
         self._collect(output.levels)
-        self._pixels.add(self._step, output.images.detach().float(), images)
+        self._pixels.see(output.images.detach().float(), images)
         fidelity, figures = self._judge(output, images)
         commitments = [level.commitment for level in output.levels]
         total = fidelity + self._settings.quantizer.commitment * sum(commitments, torch.zeros_like(fidelity))
@@ -101,6 +102,7 @@ class TokenizerTask(Task):
     def after_step(self) -> None:
         """The one codebook update of the step, then those of the discriminator and the averaged weights."""
         rate = learning_rate(self._settings.training, self._step)
+        self._pixels.keep(self._step)
         if self._quantized:
             books: list[Codebook] = list(self._model.codebooks)  # type: ignore[arg-type]
             self._levels = update_codebooks(books, self._statistics, self.engine.ranks.sum, self._updates, rate)
@@ -153,8 +155,9 @@ class TokenizerTask(Task):
             tracker.histogram(step, f"{name}/assignments", figures.counts.cpu().numpy())
 
     def extra_state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside network and optimizer; the same on all ranks."""
+        """What a checkpoint keeps beside network and optimizer; the same on all ranks. One small all-reduce."""
         parts = [part.state() for part in (self._window, self._averaged, self._adversary) if part]
+        parts.append(self._pixels.state(self.engine.ranks.sum))
         return {name: value for part in parts for name, value in part.items()}
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
@@ -166,6 +169,7 @@ class TokenizerTask(Task):
         for part in (self._window, self._averaged, self._adversary):
             if part:
                 part.load(state)
+        self._pixels.load(state, self.engine.ranks.first)
         self._ready = True
 
     @property

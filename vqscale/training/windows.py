@@ -114,7 +114,7 @@ def _collapse(name: str, figures: Mapping[str, Mapping[str, float]], size: int) 
 
 
 class PixelWindow:
-    """Squared error and variance of the images of the last steps; a resumed training begins a new one.
+    """Squared error and variance of the images of the last steps.
 
     Args:
         steps: length of the window.
@@ -122,19 +122,37 @@ class PixelWindow:
     """
 
     def __init__(self, steps: int, device: torch.device) -> None:
-        self._steps, self._last = steps, -1
+        self._steps = steps
         # A row a step. Columns: batches, and sums over them of mean error, mean, and mean square.
         self._rows = torch.zeros(steps, 4, dtype=torch.float64, device=device)
+        self._current = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def forget(self) -> None:
+        """Begin a step; what was seen of an earlier one and not kept is lost."""
+        self._current.zero_()
 
     @torch.no_grad()
-    def add(self, step: int, rebuilt: Tensor, images: Tensor) -> None:
+    def see(self, rebuilt: Tensor, images: Tensor) -> None:
         """Take in a batch, of which a step may have several; fp32 [B, 3, S, S]."""
-        row = self._rows[step % self._steps]
-        if step != self._last:
-            row.zero_()
-            self._last = step
         error, mean, square = F.mse_loss(rebuilt, images), images.mean(), images.square().mean()
-        row += torch.stack([torch.ones_like(mean), error, mean, square]).double()
+        self._current += torch.stack([torch.ones_like(mean), error, mean, square]).double()
+
+    def keep(self, step: int) -> None:
+        """What was seen since `forget` belongs to the window, as step `step`."""
+        self._rows[step % self._steps] = self._current
+
+    def state(self, sum_over_ranks: SumOverRanks) -> dict[str, Tensor]:
+        """The window over all ranks, for a checkpoint; one small all-reduce."""
+        return {f"{_PREFIX}pixels": sum_over_ranks(self._rows.clone())}
+
+    def load(self, state: Mapping[str, Tensor], first: bool) -> None:
+        """Take over what `state` gave, on the `first` rank alone, since the ranks' windows add up.
+
+        A window of another length, or none, begins anew.
+        """
+        rows = state.get(f"{_PREFIX}pixels")
+        if rows is not None and rows.shape == self._rows.shape:
+            self._rows.copy_(rows if first else torch.zeros_like(rows))
 
     def normalised_error(self, sum_over_ranks: SumOverRanks) -> float:
         """Mean squared error over the variance of the same images; one small all-reduce."""
