@@ -141,11 +141,12 @@ def load_profile(on: str) -> Profile:
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with its data folders made absolute, as seen from the current directory; URLs stay."""
+    """The recipe with its folders made absolute, as seen from the current directory; URLs stay."""
     data = recipe.data
     places: dict[str, Any] = {name: _absolute(getattr(data, name)) for name in ("train", "validation")}
     places["remote"] = data.remote.model_copy(update={"cache": _absolute(data.remote.cache)})
-    return recipe.model_copy(update={"data": data.model_copy(update=places)})
+    resources = recipe.resources.model_copy(update={"checkpoints": _absolute(recipe.resources.checkpoints)})
+    return recipe.model_copy(update={"data": data.model_copy(update=places), "resources": resources})
 
 
 def select_stages(recipe: Recipe, text: str | None, layout: RunLayout | None = None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from launcher.state import RunState
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml
 from vqscale.errors import UserError
-from vqscale.files import read_json, write_bytes, write_json
+from vqscale.files import write_bytes, write_json
 
 
 def create(plan: Plan) -> RunLayout:
@@ -43,11 +43,6 @@ def create(plan: Plan) -> RunLayout:
     registry.register(run_id, layout.root, created)
     _link_latest(layout.root)
     return layout
-
-
-def run_id(layout: RunLayout) -> str:
-    """Id of a run, under which the index knows it."""
-    return str(read_json(layout.info)["id"])
 
 
 def _make(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,25 @@ from vqscale.config.recipe import Training
 from vqscale.data.loader import Loader
 from vqscale.data.order import StreamOrder
 from vqscale.data.source import Source
+from vqscale.files import read_json
 from vqscale.quarantine import Quarantine
+from vqscale.training.checkpoints.keeper import Checkpoints
 from vqscale.training.data_watch import DataWatch
-from vqscale.training.loop import Loop, resume
+from vqscale.training.guards import DivergedError
+from vqscale.training.loop import Loop
 from vqscale.training.task import Task
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatches, pinned
-from vqscale.training.vigil import vigil
+from vqscale.training.vigil import Vigil, vigil
 
 
 def train_stage(
     stage: Stage, task: Task, source: Source, counts: Sequence[int], training: Training, unit: str
 ) -> dict[str, Any]:
     """Train over shards in the canonical order; goes on from the newest valid checkpoint.
+
+    A training that diverges is rolled back to its newest checkpoint, once: whatever a machine got wrong does not happen
+    again, and what lies in data and settings does.
 
     Args:
         stage: the stage that trains.
@@ -38,46 +45,101 @@ def train_stage(
 
     Returns:
         Steps, parameters, bad samples and the last validation's figures.
+
+    Raises:
+        PreemptedError: the stage was asked to stop, and what it has done is saved.
+        DivergedError: it diverged, and again after it was rolled back.
     """
     recipe, ranks = stage.recipe, stage.ranks
-    data, folder = recipe.data, stage.layout.checkpoints(stage.name)
-    start, notes = resume(task, folder)
-    size = task.engine.size
-    stage.say(f"{size:,} parameters, {ranks.world} ranks on {ranks.device.type}, from step {start}", *notes)
-    order = StreamOrder(counts, seed=recipe.seed, streams=data.streams, packet=data.packet, shuffle=data.shuffle)
-    events = stage.events(unit, training.steps)
-    tracker = Tracker(stage.layout.tensorboard / stage.name, events, start) if events else None
-    if tracker and not start:
-        tracker.text("recipe", dump_yaml(recipe))
-    closing_tracker = closing(tracker) if tracker else nullcontext()
-    with (
-        closing_tracker,
-        vigil(ranks, stage.watchdog(), stage.faults, stage.lead_s) as watching,
-        Loader(
-            source,
+    where = stage.layout.checkpoints(recipe, stage.name)
+    checkpoints = Checkpoints(
+        task.engine, where, ranks.device, seed=recipe.seed, made_by=_origin(stage), faults=stage.faults
+    )
+    with vigil(ranks, stage.watchdog(), stage.faults, stage.lead_s) as watching, checkpoints:
+        start, notes = checkpoints.resume(task)
+        head = f"{task.engine.size:,} parameters, {ranks.world} ranks on {ranks.device.type}"
+        stage.say(f"{head}, from step {start}", *notes)
+        trained = _Training(stage, task, source, counts, training, unit, checkpoints, watching)
+        try:
+            return trained.run(start, notes)
+        except DivergedError as error:
+            checkpoints.finish()
+            start, notes = checkpoints.resume(task)
+            if not start:
+                raise
+            line = f"rolled back to step {start}: {error}"
+            stage.say(f"warning: {line}", *notes)
+            return trained.run(start, [line, *notes])
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A stage's training, which may have to begin twice."""
+
+    stage: Stage
+    task: Task
+    source: Source
+    counts: Sequence[int]
+    training: Training
+    unit: str
+    checkpoints: Checkpoints
+    watching: Vigil
+
+    def run(self, start: int, notes: list[str]) -> dict[str, Any]:
+        """From a step to the end, with a loader and a tracker that begin there."""
+        stage, recipe, ranks = self.stage, self.stage.recipe, self.stage.ranks
+        tracker = self._tracker(start, notes)
+        with closing(tracker) if tracker else nullcontext(), self._loader(start) as loader:
+            quarantine = Quarantine(stage.layout.quarantine(stage.name))
+            watch = DataWatch(ranks, recipe.data.error_budget, quarantine, self.source.store)
+            loop = Loop(
+                *(self.task, self.training, DeviceBatches(loader, ranks.device)),
+                checkpoints=self.checkpoints,
+                watch=watch,
+                vigil=self.watching,
+                tracker=tracker,
+                seed=recipe.seed,
+            )
+            figures = loop.run(start)
+        facts = {"steps": self.training.steps, "parameters": self.task.engine.size, "bad_samples": watch.total}
+        return {**facts, **figures}
+
+    def _tracker(self, start: int, notes: list[str]) -> Tracker | None:
+        stage = self.stage
+        events = stage.events(self.unit, self.training.steps)
+        if events is None:
+            return None
+        tracker = Tracker(stage.layout.tensorboard / stage.name, events, start)
+        if not start:
+            tracker.text("recipe", dump_yaml(stage.recipe))
+        for note in notes:
+            tracker.event("resume", start, note=note)
+        return tracker
+
+    def _loader(self, start: int) -> Loader:
+        recipe, ranks, data = self.stage.recipe, self.stage.ranks, self.stage.recipe.data
+        order = StreamOrder(
+            self.counts, seed=recipe.seed, streams=data.streams, packet=data.packet, shuffle=data.shuffle
+        )
+        return Loader(
+            self.source,
             order,
             rank=ranks.rank,
             world=ranks.world,
-            global_batch=training.global_batch,
+            global_batch=self.training.global_batch,
             threads=data.threads,
             start_step=start,
-            error_budget=1.0,  # judged below, over all ranks at once
-            flip=data.flip and "image" in source.spec,
+            error_budget=1.0,  # judged by the watch, over all ranks at once
+            flip=data.flip and "image" in self.source.spec,
             seed=recipe.seed,
             openers=data.openers,
             ahead=int(data.ahead_mb * 2**20),
             allocate=pinned if ranks.device.type == "cuda" else np.empty,
-        ) as loader,
-    ):
-        watch = DataWatch(ranks, data.error_budget, Quarantine(stage.layout.quarantine(stage.name)), source.store)
-        batches = DeviceBatches(loader, ranks.device)
-        loop = Loop(
-            *(task, training, batches),
-            folder=folder,
-            watch=watch,
-            vigil=watching,
-            tracker=tracker,
-            seed=recipe.seed,
         )
-        figures = loop.run(start)
-    return {"steps": training.steps, "parameters": size, "bad_samples": watch.total, **figures}
+
+
+def _origin(stage: Stage) -> dict[str, str]:
+    """What a checkpoint says of where it comes from."""
+    code = read_json(stage.layout.code / "identity.json") or {}
+    known = {"recipe": stage.recipe.name, "run": stage.layout.id, "stage": stage.name}
+    return known | {key: str(code[key]) for key in ("commit", "sources_sha256") if code.get(key)}

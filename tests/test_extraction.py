@@ -14,7 +14,7 @@ import torch
 from pipelines import extract_codes, train_prior
 from tests.ranks import RanksFailedError, run_ranks
 from tests.recipes import write_recipe
-from tests.training_helpers import clock_run, stage_of
+from tests.training_helpers import clock_run, save_network, stage_of
 from vqscale.config.layout import RunLayout
 from vqscale.data import clocks
 from vqscale.data.bad import BadCount
@@ -28,7 +28,6 @@ from vqscale.export import load_tokenizer
 from vqscale.files import read_json
 from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Donors
-from vqscale.training import checkpoint
 from vqscale.training.build import build_tokenizer
 from vqscale.training.distributed import process_group
 
@@ -44,8 +43,7 @@ def save_tokenizer(run: Path, seed: int, step: int = 8) -> None:
     images, _ = clocks.draw(0, 64, recipe.data.image_size, seed)
     pixels, donors = from_uint8(images, torch.device("cpu")), Donors(torch.arange(64), 64, seed)
     network.initialise_codebooks(pixels, donors, lambda tensor: tensor)
-    folder = RunLayout(run).checkpoints("tokenizer")
-    checkpoint.save(folder, step, {f"model/{name}": value for name, value in network.state_dict().items()}, keep=1)
+    save_network(network, RunLayout(run).root / "checkpoints" / "tokenizer", step)
 
 
 def extract(run: Path) -> dict[str, Any]:

@@ -32,13 +32,14 @@ MAY_IMPORT = {
     # The three at the bottom. The recipe's checker reads manifests, which import neither numpy nor torch.
     "vqscale.config": {"vqscale.data"},
     "vqscale.storage": set(),
+    "vqscale.checkpoint": {"vqscale.storage"},
     "vqscale.data": {"vqscale.storage"},
     "vqscale.models": set(),
-    "vqscale.training": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.storage"},
+    "vqscale.training": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.storage", "vqscale.checkpoint"},
     "vqscale.evaluation": {"vqscale.config", "vqscale.data", "vqscale.models"},
     "vqscale.sampling": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.export"},
     "vqscale.export": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.training"},
-    "launcher": {"cluster", "vqscale.config"},
+    "launcher": {"cluster", "vqscale.config", "vqscale.checkpoint"},
     "cluster": set(),
     "pipelines": {"vqscale"},
     "benchmarks": {"vqscale"},
@@ -54,7 +55,7 @@ MAY_IMPORT_FROM_OUTSIDE = {
 """Room → third-party packages; rooms that are not named may import any that the project depends on."""
 
 _HEAVY = {"torch", "accelerate", "safetensors", "tensorboard"}
-NEVER = {"vqscale.data": _HEAVY, "vqscale.storage": _HEAVY}
+NEVER = {"vqscale.data": _HEAVY, "vqscale.storage": _HEAVY, "vqscale.checkpoint": _HEAVY}
 BUT = {("vqscale.data.resize", "torch")}
 """Its kernel for resizing uint8 images; imported when an image of another size is met."""
 
@@ -166,7 +167,9 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_the_users_side_starts_without_torch() -> None:
-    light = [name for name in modules() if room_of(name) in ("launcher", "cluster", "vqscale.config")]
+    light = [
+        name for name in modules() if room_of(name) in ("launcher", "cluster", "vqscale.config", "vqscale.checkpoint")
+    ]
     names = [name for name in light if not name.endswith("__main__")]
     loaded = loaded_after("".join(f"import {name}\n" for name in names))
     assert not {"torch", "numpy", "accelerate", "webdataset", "fsspec", "PIL"} & loaded

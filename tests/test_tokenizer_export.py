@@ -34,7 +34,7 @@ def train(ranks: Ranks, root: Path, **overrides: Any) -> tuple[Experiment, Train
     made = tokenizer_experiment(ranks, run, RunLayout(run).read_recipe())
     for convolution in made.engine.bare.before_quantizing:
         convolution.bias.data += OFFSET
-    made.run(RunLayout(run).checkpoints("tokenizer"))
+    made.run(RunLayout(run).root / "checkpoints" / "tokenizer")
     return made, load_tokenizer(run)
 
 

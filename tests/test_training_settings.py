@@ -23,9 +23,10 @@ from tests.training_helpers import (
     prior_experiment,
     tokenizer_experiment,
 )
+from vqscale.checkpoint.folder import open_stored
 from vqscale.config.recipe import Training
 from vqscale.models.quantizer import Codebook
-from vqscale.training import checkpoint
+from vqscale.training.checkpoints.reader import Checkpoint, newest
 from vqscale.training.distributed import Ranks
 from vqscale.training.optimizers import learning_rate, make_optimizers
 
@@ -124,7 +125,7 @@ def test_unquantized_steps_leave_the_codebooks_alone(alone: Ranks, run: Path, tm
     settings = {"tokenizer__quantizer__continuous_steps": 3, "tokenizer__training__checkpoint_every": 2}
     made = tokenizer(alone, run, **settings)
     made.run(tmp_path)
-    early = checkpoint.Checkpoint(tmp_path / "step-00000002", 2).model()
+    early = Checkpoint(open_stored(tmp_path, 2)).tensors("model/")
     assert (early["codebooks.0.counts"] == 1).all()
     assert torch.equal(early["codebooks.0.codes"], early["codebooks.0.sums"])
     assert not (made.engine.bare.codebooks[0].counts == 1).any()
@@ -266,7 +267,7 @@ def test_a_checkpoint_of_no_numbers_is_never_committed(alone: Ranks, run: Path, 
     made = tokenizer(alone, run, **{f"tokenizer__training__{key}": value for key, value in settings.items()})
     with pytest.raises(FloatingPointError):
         made.run(tmp_path)
-    assert checkpoint.newest(tmp_path) == (None, [])
+    assert newest(tmp_path) == (None, [])
 
 
 def test_class_dropout(alone: Ranks, codes: Path) -> None:

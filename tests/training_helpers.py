@@ -17,7 +17,7 @@ from pipelines import generate, pack
 from pipelines.stage import Stage
 from tests.recipes import tiny_recipe, write_recipe
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import Recipe
+from vqscale.config.recipe import Recipe, Training
 from vqscale.data.codes import (
     CodeBlock,
     CodeRecord,
@@ -37,11 +37,12 @@ from vqscale.data.source import Source
 from vqscale.faults import NO_FAULTS, Faults
 from vqscale.quarantine import Quarantine
 from vqscale.training.build import build_prior, build_tokenizer, grid_shapes
+from vqscale.training.checkpoints.keeper import Checkpoints
 from vqscale.training.data_watch import DataWatch
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.engine import Engine
-from vqscale.training.loop import Loop, resume
-from vqscale.training.pieces import assemble
+from vqscale.training.loop import Loop
+from vqscale.training.pieces import Piece, assemble, whole
 from vqscale.training.prior_task import PriorTask
 from vqscale.training.task import Task
 from vqscale.training.tokenizer_task import TokenizerTask
@@ -120,6 +121,7 @@ class Recorder:
     def __init__(self) -> None:
         self.lines: dict[int, dict[str, float]] = {}
         self.shown: list[str] = []
+        self.events: list[dict[str, Any]] = []
 
     def figures(self, step: int, figures: Mapping[str, float], *, rate: float | None = None) -> None:
         self.lines[step] = dict(figures)
@@ -131,6 +133,9 @@ class Recorder:
         assert image.dtype == np.uint8
         assert image.ndim == 3
         self.shown.append(name)
+
+    def event(self, kind: str, step: int, **facts: Any) -> None:
+        self.events.append({"event": kind, "step": step, **facts})
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
         self.shown.append(name)
@@ -184,14 +189,18 @@ class Experiment:
             self.ranks, self.recipe.data.error_budget, Quarantine(folder / "quarantine.jsonl"), self.source.store
         )
 
+    def checkpoints(self, folder: Path, faults: Faults = NO_FAULTS) -> Checkpoints:
+        return Checkpoints(self.engine, folder, self.ranks.device, seed=self.recipe.seed, faults=faults)
+
     def run(self, folder: Path, *, faults: Faults = NO_FAULTS, tracked: bool = True) -> dict[str, float]:
         """Resume from `folder` and train to the end."""
-        start, _ = resume(self.task, folder)
+        checkpoints = self.checkpoints(folder, faults)
+        start, _ = checkpoints.resume(self.task)
         watchdog = Watchdog(folder, self.ranks.rank, 3600, end=_never)
-        with self.loader(start) as loader, vigil(self.ranks, watchdog, faults) as watching:
+        with checkpoints, self.loader(start) as loader, vigil(self.ranks, watchdog, faults) as watching:
             loop = Loop(
                 *(self.task, self.engine.training, DeviceBatches(loader, self.ranks.device)),
-                folder=folder,
+                checkpoints=checkpoints,
                 watch=self.watch(folder),
                 vigil=watching,
                 tracker=self.recorder if self.ranks.first and tracked else None,  # type: ignore[arg-type]
@@ -238,6 +247,49 @@ def prior_experiment(ranks: Ranks, codes: Path, recipe: Recipe, weights: int = 0
     engine = Engine(network, recipe.prior.training, ranks, recipe.resources.strategy)
     task = PriorTask(engine, recipe.prior, ["top", "bottom"], recipe.seed, read_held_out)
     return Experiment(ranks, recipe, task, source, manifest.counts)
+
+
+class Fixed:
+    """An engine of `Checkpoints` with pieces that are given to it."""
+
+    strategy = "ddp"
+
+    def __init__(self, pieces: list[Piece], **training: Any) -> None:
+        settings: dict[str, Any] = {"steps": 9, "global_batch": 4, "learning_rate": 1.0, "keep": 9}
+        self.training = Training(**(settings | training))
+        self._pieces = pieces
+
+    def pieces(self) -> list[Piece]:
+        return self._pieces
+
+    def materialise_optimizer(self) -> None:
+        pass
+
+    def loaded(self) -> None:
+        pass
+
+
+class Kept:
+    """A task of `Checkpoints` that keeps some tensors."""
+
+    def __init__(self, extra: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.extra = dict(extra or {})
+
+    def pieces(self) -> list[Piece]:
+        return []
+
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        return self.extra
+
+    def load_extra_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.extra = dict(state)
+
+
+def save_network(network: torch.nn.Module, folder: Path, step: int) -> None:
+    """A checkpoint of a network alone, as one rank saves it."""
+    pieces = [whole(f"model/{name}", value) for name, value in network.state_dict().items()]
+    with pytest.MonkeyPatch.context() as patch, one_process(patch) as ranks:
+        Checkpoints(Fixed(pieces), folder, ranks.device, seed=0).save(Kept(), step, final=True)
 
 
 def code_shards(folder: Path, shards: int = 12, samples: int = 20, seed: int = 0) -> Manifest:

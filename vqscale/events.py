@@ -42,6 +42,20 @@ class EventLog:
         done = step - first
         eta = (now - began) / done * (self._total - step) if done > 0 else None
         line = {"time": now, **self._head, "step": step, "rate": rate, "eta_s": eta, **figures}
+        self._write(line)
+
+    def note(self, kind: str, step: int, **facts: Any) -> None:
+        """Record what happened beside the progress, such as a `checkpoint`; not what `last_event` shows.
+
+        Args:
+            kind: what happened.
+            step: finished steps that it belongs to.
+            facts: plain values.
+        """
+        head = {"stage": self._head["stage"], "attempt": self._head["attempt"]}
+        self._write({"time": time.time(), **head, "event": kind, "step": step, **facts})
+
+    def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -51,7 +65,7 @@ class EventLog:
 
 
 def last_event(path: Path) -> dict[str, Any] | None:
-    """The newest whole line of an events file; None when there is none. Reads the file's end only."""
+    """The newest whole line of progress in an events file; None when there is none. Reads the file's end only."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)
@@ -59,4 +73,10 @@ def last_event(path: Path) -> dict[str, Any] | None:
             lines = file.read().split(b"\n")[:-1]  # what stands behind the last newline is not finished
     except FileNotFoundError:
         return None
-    return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None
+    for line in reversed(lines):
+        if not line.startswith(b"{"):
+            return None
+        found: dict[str, Any] = json.loads(line)
+        if "event" not in found:
+            return found
+    return None

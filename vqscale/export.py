@@ -17,8 +17,10 @@ from vqscale.errors import UserError
 from vqscale.models.pixels import from_uint8, to_uint8
 from vqscale.models.transformer import Transformer
 from vqscale.models.vqvae import VQVAE
-from vqscale.training import checkpoint
+from vqscale.training.averaging import apply_average
 from vqscale.training.build import build_prior, build_tokenizer, grid_shapes
+from vqscale.training.checkpoints.reader import load_network, require
+from vqscale.training.pieces import EXTRA
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class TrainedTokenizer:
     """Level names, the finest first."""
     image_size: int
     fingerprint: str
-    """sha256 of the weights; code shards carry it."""
+    """Hash of the weights and codebooks (`Checkpoint.fingerprint`); code shards carry it."""
     device: torch.device
     bf16: bool = False
     """Whether the networks run under bf16 autocast. As in training, so that both pick identical codes."""
@@ -67,14 +69,16 @@ def load_tokenizer(run: str | Path, device: str | torch.device = "cpu") -> Train
     """
     layout = RunLayout(Path(run))
     recipe = layout.read_recipe()
-    found = checkpoint.require(layout.checkpoints("tokenizer"), "tokenizer")
+    found = require(layout.checkpoints(recipe, "tokenizer"), "tokenizer")
     network = build_tokenizer(recipe.tokenizer)
-    checkpoint.load_into(network, found)
+    fingerprint = load_network(network, found)
+    if recipe.tokenizer.ema_decay:
+        apply_average(network, found.tensors(f"{EXTRA}/"))
     network.to(device)
     network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     names = tuple(level.name for level in recipe.tokenizer.levels)
     bf16 = recipe.tokenizer.training.precision == "bf16"
-    return TrainedTokenizer(network, names, recipe.data.image_size, found.fingerprint(), torch.device(device), bf16)
+    return TrainedTokenizer(network, names, recipe.data.image_size, fingerprint, torch.device(device), bf16)
 
 
 def load_prior(run: str | Path, device: str | torch.device = "cpu") -> Transformer:
@@ -85,9 +89,9 @@ def load_prior(run: str | Path, device: str | torch.device = "cpu") -> Transform
     """
     layout = RunLayout(Path(run))
     recipe = layout.read_recipe()
-    found = checkpoint.require(layout.checkpoints("prior"), "prior")
+    found = require(layout.checkpoints(recipe, "prior"), "prior")
     network = build_prior(recipe.prior, grid_shapes(recipe), len(class_names(layout, recipe)))
-    checkpoint.load_into(network, found)
+    load_network(network, found)
     return network.to(device).eval()
 
 

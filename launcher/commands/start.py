@@ -13,7 +13,7 @@ from launcher.backends import backend_for
 from launcher.plan import Plan, make_plan
 from launcher.registry import choose_directory
 from launcher.report import print_report
-from launcher.rundir import create, run_id
+from launcher.rundir import create
 from launcher.status import RunStatus
 from launcher.watch import follow
 from vqscale.config.layout import RunLayout
@@ -54,7 +54,7 @@ def quickstart(arguments: argparse.Namespace) -> int:
     layout = create(made)
     backend = backend_for(made.job.profile)
     backend.submit(layout)
-    print(f"run {run_id(layout)} in {layout.root}", flush=True)
+    print(f"run {layout.id} in {layout.root}", flush=True)
     _warn(made)
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
@@ -71,7 +71,7 @@ def follow_or_detach(layout: RunLayout) -> int:
     try:
         status = follow(layout)
     except KeyboardInterrupt:
-        run = run_id(layout)
+        run = layout.id
         print(f"\n{run} goes on; vqscale status {run} --watch shows it, vqscale cancel {run} ends it")
         return 0
     return _conclude(layout, status)
@@ -91,7 +91,7 @@ def _conclude(layout: RunLayout, status: RunStatus) -> int:
 
 
 def _announce(made: Plan, layout: RunLayout, arguments: argparse.Namespace) -> None:
-    run = run_id(layout)
+    run = layout.id
     if arguments.json:
         facts = {"id": run, "path": str(layout.root), "started": not arguments.prepare_only}
         print(json.dumps({**facts, "warnings": list(made.warnings)}, indent=2))

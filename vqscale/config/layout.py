@@ -15,7 +15,7 @@ RUN/
   stages/STAGE/attempt-NNN/   agent.log, ranks/ (logs by rank), hang/ (stacks, if it hung)
   images/{train,validation}/  generated class folders (stage generate)
   shards/{train,validation}/  image shards (stage pack)
-  checkpoints/STAGE/          committed checkpoints
+  checkpoints/STAGE/          committed checkpoints, where the recipe names no other place
   codes/{train,validation}/   code shards
   samples/                    PNG files and sheet.png
   tensorboard/STAGE/          event files
@@ -29,6 +29,7 @@ from pathlib import Path
 
 from vqscale.config.load import load_recipe
 from vqscale.config.recipe import Recipe, Shards
+from vqscale.files import read_json
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class RunLayout:
     def info(self) -> Path:
         """Name, creation time, command line, host."""
         return self.root / "run.json"
+
+    @property
+    def id(self) -> str:
+        """The run's name in the index; that of its directory, where nobody has put it there."""
+        return str((read_json(self.info) or {}).get("id", self.root.name))
 
     @property
     def code(self) -> Path:
@@ -109,9 +115,10 @@ class RunLayout:
         """Generated class folders."""
         return self.root / "images" / split
 
-    def checkpoints(self, stage: str) -> Path:
-        """Committed checkpoints of a stage."""
-        return self.root / "checkpoints" / stage
+    def checkpoints(self, recipe: Recipe, stage: str) -> str:
+        """Committed checkpoints of a stage: a folder of this run, or one below `resources.checkpoints`, maybe a URL."""
+        place = recipe.resources.checkpoints
+        return f"{place.rstrip('/')}/{self.id}/{stage}" if place else str(self.root / "checkpoints" / stage)
 
     def codes(self, split: str) -> Path:
         """Code shards of a split."""

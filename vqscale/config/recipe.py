@@ -135,6 +135,8 @@ class Training(Section):
     """Steps between two checkpoints; the last step always writes one."""
     keep: Positive = 2
     """Checkpoints that are kept; older ones are removed after a newer one is committed."""
+    checkpoint_async: bool = True
+    """Write checkpoints in the background; training waits only while each rank copies its share into memory."""
     hash_every: Positive = 50
     """Steps between two comparisons of the codebooks' hash across ranks (tokenizer only)."""
 
@@ -261,6 +263,8 @@ class Resources(Section):
     hang_s: Positive = 300
     """Longest silence of a rank in training, in seconds. Then all ranks leave their stacks in the run directory and
     the stage ends, to be started again where `max_restarts` allows."""
+    checkpoints: str = ""
+    """Folder or URL (`s3://bucket/folder`) for checkpoints, one folder a run in it; empty keeps them in the run."""
     timeout_s: Positive = 600
     """Longest wait in a collective, in seconds, before a stage is stopped."""
 

@@ -76,6 +76,27 @@ def read_bytes(url: str | Path) -> bytes:
         return path.read_bytes()
 
 
+def read_range(url: str | Path, start: int, stop: int) -> Buffer | bytearray:
+    """The bytes of a file from `start` up to `stop`.
+
+    Raises:
+        UserError: it is absent, cannot be read, or ends before.
+    """
+    path = local_path(url)
+    if path is None:
+        return remote.read_range(url, start, stop)
+    buffer = bytearray(stop - start)
+    with _explained(url), path.open("rb", buffering=0) as file:
+        file.seek(start)
+        filled = 0
+        while filled < len(buffer):  # one call reads 2 GiB at most
+            count = file.readinto(memoryview(buffer)[filled:])
+            if not count:
+                raise OSError(f"it ends at byte {start + filled}, {stop} were expected")
+            filled += count
+    return buffer
+
+
 def write_bytes(url: str | Path, data: bytes) -> None:
     """Write a whole file so that no reader sees a part of it; object stores commit when the upload ends."""
     path = local_path(url)

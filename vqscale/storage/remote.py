@@ -129,10 +129,38 @@ def read_remote(
     return buffer
 
 
+def read_range(url: str | Path, start: int, stop: int, access: Access = DEFAULT) -> mmap.mmap | bytes:
+    """The bytes of a remote file from `start` up to `stop`, in memory.
+
+    Raises:
+        UserError: as `look` and `copy_remote`; also where the file ends before `stop`.
+    """
+    found = look(url, access)
+    if stop > (found.size or 0):
+        raise UserError(f"has {found.size} bytes, {stop} were expected", where=shown(url), mend="copy it again")
+    if start >= stop:
+        return b""
+    buffer = mmap.mmap(-1, stop - start, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def write(offset: int, data: bytes) -> None:
+        if offset < start:  # a server without ranges has sent the whole file
+            offset, data = start, data[start - offset :]
+        data = data[: stop - offset]
+        buffer[offset - start : offset - start + len(data)] = data
+
+    copy_remote(url, found, write, access, span=(start, stop))
+    return buffer
+
+
 def copy_remote(
-    url: str | Path, found: Found, write: Write, access: Access = DEFAULT, on_retry: OnRetry | None = None
+    url: str | Path,
+    found: Found,
+    write: Write,
+    access: Access = DEFAULT,
+    on_retry: OnRetry | None = None,
+    span: tuple[int, int] | None = None,
 ) -> None:
-    """Read a whole remote file and hand it on in pieces, in any order, each byte once or more.
+    """Read a remote file and hand it on in pieces, in any order, each byte once or more.
 
     Args:
         url: the file.
@@ -140,12 +168,13 @@ def copy_remote(
         write: takes the pieces.
         access: how patiently.
         on_retry: called before another try.
+        span: first byte, and the one behind the last, that are needed; all by default.
 
     Raises:
         UserError: it cannot be read, or was changed meanwhile.
     """
     try:
-        _Copy(url, found.size or 0, write, access, on_retry).run()
+        _Copy(url, found.size or 0, write, access, on_retry).run(*(span or (0, found.size or 0)))
     except UserError as fault:
         raise _better(fault, url, found, access) from None
     if _changed(url, found, access, on_retry):
@@ -207,13 +236,13 @@ class _Copy:
         self._whole = False  # a server without ranges has sent all of it
         self._halted = threading.Event()
 
-    def run(self) -> None:
-        """Read all of it."""
-        edges = [*range(0, self._size, self._access.block), self._size]
-        if not self._ranges_known and self._size > LEAST:
+    def run(self, first: int, stop: int) -> None:
+        """Read all from the byte `first` up to `stop`."""
+        edges = [*range(first, stop, self._access.block), stop]
+        if not self._ranges_known and stop - first > LEAST:
             # Only an answer tells whether an HTTP server knows ranges: the first one comes alone.
-            self._span(0, LEAST)
-            edges[0] = LEAST
+            self._span(first, first + LEAST)
+            edges[0] += LEAST
         spans = [] if self._whole else list(pairwise(edges))
         if len(spans) > 1 and asynchronous(self._system):
             self._side_by_side(spans)

@@ -10,6 +10,10 @@ from vqscale.models.quantizer import Codebook
 from vqscale.training.distributed import Ranks
 
 
+class DivergedError(FloatingPointError):
+    """Too many steps in a row had a gradient that is not finite. Every rank raises it."""
+
+
 class CodebookMismatchError(RuntimeError):
     """The codebooks of two ranks are no longer bit-identical."""
 
@@ -47,10 +51,10 @@ def require_progress(skipped: int, allowed: int, step: int) -> None:
         step: finished steps.
 
     Raises:
-        FloatingPointError: it was one more.
+        DivergedError: it was one more.
     """
     if skipped > allowed:
-        raise FloatingPointError(
+        raise DivergedError(
             f"step {step}: the last {skipped} steps were skipped, since their gradient was not finite, and {allowed} "
             f"are borne here; lower the learning rate or use fp32"
         )

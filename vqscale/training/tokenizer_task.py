@@ -164,8 +164,9 @@ class TokenizerTask(Task):
         return self._averaged.pieces() if self._averaged else []
 
     def extra_state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside network, optimizer and average; the same on all ranks."""
+        """What a checkpoint keeps beside all pieces, the same on all ranks; one small all-reduce."""
         parts = [part.state() for part in (self._window, self._adversary) if part]
+        parts.append(self._pixels.state(self.engine.ranks.sum))
         return {name: value for part in parts for name, value in part.items()}
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
@@ -177,6 +178,7 @@ class TokenizerTask(Task):
         for part in (self._window, self._adversary):
             if part:
                 part.load(state)
+        self._pixels.load(state, self.engine.ranks.first)
         self._ready = True
 
     @property

@@ -44,6 +44,10 @@ class Tracker:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
 
+    def event(self, kind: str, step: int, **facts: Any) -> None:
+        """A line in the stage's events about something beside the progress."""
+        self._events.note(kind, step, **facts)
+
     def picture(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
         """An image uint8 [H, W, 3]."""
         self._writer.add_image(name, image, step, dataformats="HWC")

@@ -114,7 +114,7 @@ def _collapse(name: str, figures: Mapping[str, Mapping[str, float]], size: int) 
 
 
 class PixelWindow:
-    """Squared error and variance of the images of the last steps; a resumed training begins a new one.
+    """Squared error and variance of the images of the last steps.
 
     Args:
         steps: length of the window.
@@ -140,6 +140,19 @@ class PixelWindow:
     def keep(self, step: int) -> None:
         """What was seen since `forget` belongs to the window, as step `step`."""
         self._rows[step % self._steps] = self._current
+
+    def state(self, sum_over_ranks: SumOverRanks) -> dict[str, Tensor]:
+        """The window over all ranks, for a checkpoint; one small all-reduce."""
+        return {f"{_PREFIX}pixels": sum_over_ranks(self._rows.clone())}
+
+    def load(self, state: Mapping[str, Tensor], first: bool) -> None:
+        """Take over what `state` gave, on the `first` rank alone, since the ranks' windows add up.
+
+        A window of another length, or none, begins anew.
+        """
+        rows = state.get(f"{_PREFIX}pixels")
+        if rows is not None and rows.shape == self._rows.shape:
+            self._rows.copy_(rows if first else torch.zeros_like(rows))
 
     def normalised_error(self, sum_over_ranks: SumOverRanks) -> float:
         """Mean squared error over the variance of the same images; one small all-reduce."""

@@ -1,0 +1,60 @@
+"""Whether a checkpoint belongs to a recipe; if not, the first tensor that differs is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vqscale.checkpoint.folder import Stored
+from vqscale.errors import UserError
+from vqscale.training.pieces import EXTRA
+
+Entry = tuple[tuple[int, ...], str]
+"""Shape and dtype of a whole tensor."""
+
+_MEND = "resume with the settings it was trained with, or start a new run"
+
+
+def require_fit(stored: Stored, wanted: Mapping[str, Entry]) -> None:
+    """Compare names, shapes and dtypes with the parts of a checkpoint (`model`, `optimizer`) that occur in `wanted`.
+
+    What a task keeps besides (`extra`) has to be there where it is wanted; more of it may be there.
+
+    Raises:
+        UserError: names the first tensor that differs.
+    """
+    parts = {name.partition("/")[0] for name in wanted} - {EXTRA}
+    there = {
+        name: (tuple(record.shape), record.dtype)
+        for name, record in stored.manifest.tensors.items()
+        if name.partition("/")[0] in parts or name in wanted
+    }
+    for name in sorted(there.keys() | wanted.keys()):
+        if there.get(name) != wanted.get(name):
+            what = f"{name} is {_shown(there.get(name))} in it and {_shown(wanted.get(name))} by the recipe"
+            raise UserError(f"does not fit the recipe ({what})", where=stored.url, mend=_MEND)
+
+
+def require_seed(stored: Stored, state: Mapping[str, Any], seed: int) -> None:
+    """All randomness and the data order follow from the seed: with another one it would be no continuation.
+
+    Raises:
+        UserError: the training had another seed.
+    """
+    if state.get("seed") != seed:
+        raise UserError(
+            f"was trained with seed {state.get('seed')}, the recipe has {seed}", where=stored.url, mend=_MEND
+        )
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line about each setting of the optimisation that is another one than when the checkpoint was written."""
+    return [
+        f"goes on with another training.{name}: {before.get(name)} before, {value} now"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+
+
+def _shown(entry: Entry | None) -> str:
+    return f"{entry[1]} {list(entry[0])}" if entry else "absent"

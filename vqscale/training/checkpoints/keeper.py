@@ -1,0 +1,366 @@
+"""The checkpoints of one training: saved beside it, found again, and what became of each is said.
+
+A save has three parts. The ranks agree: on who writes what, and that there is room. Each copies its share (`Staging`);
+that is all that training waits for. The rest is done by a thread: writing, hashing, and the commit, for which the ranks
+need each other once more. It talks over a process group of its own (`Group`), and no other save begins before it has
+ended, so neither training's collectives nor those of two saves can be mixed up.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from vqscale import storage
+from vqscale.checkpoint import folder
+from vqscale.checkpoint.commit import Attempt
+from vqscale.checkpoint.folder import Stored
+from vqscale.checkpoint.manifest import FaultError
+from vqscale.config.recipe import Training
+from vqscale.errors import UserError
+from vqscale.faults import NO_FAULTS, Faults
+from vqscale.training.checkpoints.background import Background
+from vqscale.training.checkpoints.fitting import Entry, changed_settings, require_fit, require_seed
+from vqscale.training.checkpoints.group import Group
+from vqscale.training.checkpoints.held import Held, hold
+from vqscale.training.checkpoints.reader import Checkpoint, HeldPlanner, Reader
+from vqscale.training.checkpoints.staging import Layout, Plan, StagedPlanner, Staging, layout_of, make_plan
+from vqscale.training.checkpoints.writer import Record, Writer
+from vqscale.training.pieces import EXTRA, Piece, whole
+
+_SPARE = 16 << 20
+"""Bytes that a disk must have left beside a checkpoint, for heads, manifest and logs."""
+
+
+class Engine(Protocol):
+    """What is saved, as the engine gives it."""
+
+    training: Training
+    strategy: str
+
+    def pieces(self) -> list[Piece]:
+        """What this rank holds of the network and the optimizers."""
+
+    def materialise_optimizer(self) -> None:
+        """Make the optimizers' tensors, which there are not before the first step."""
+
+    def loaded(self) -> None:
+        """Called when the pieces have got their values."""
+
+
+class Task(Protocol):
+    """What a task keeps besides."""
+
+    def pieces(self) -> list[Piece]:
+        """What lies over the ranks as the weights do."""
+
+    def extra_state(self) -> Mapping[str, Tensor]:
+        """The rest: whole tensors by name, equal on all ranks."""
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `extra_state` gave."""
+
+
+class Journal(Protocol):
+    """Where it is said what became of a save: on rank 0 a `Tracker`."""
+
+    def scalars(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures for TensorBoard."""
+
+    def event(self, kind: str, step: int, **facts: Any) -> None:
+        """A line in the events."""
+
+
+class CheckpointError(RuntimeError):
+    """A save failed for another reason than its storage; a fault of the program, with the ranks' tracebacks."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a save; the same on all ranks, but for the times."""
+
+    step: int
+    fault: str = ""
+    """Why there is no checkpoint; empty when it was committed."""
+    stall_s: float = 0.0
+    """Seconds that this rank's training waited for it."""
+    write_s: float = 0.0
+    """Seconds from staging to the commit."""
+    bytes: int = 0
+    """Of all ranks' tensors."""
+    warning: str = ""
+    """What else went wrong."""
+
+
+class Checkpoints:
+    """Saves a training and brings it back; every method runs on every rank, and `save` and `resume` are collective.
+
+    Leave it by `with`: then a save that is under way is waited for. Saves need a process group to exist.
+
+    Args:
+        engine: what is trained.
+        where: folder or URL of the stage's checkpoints.
+        device: of the tensors.
+        seed: the run's.
+        made_by: what people want to know of the origin, such as the recipe's name.
+        faults: what is to go wrong on demand.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        where: str | Path,
+        device: torch.device,
+        *,
+        seed: int,
+        made_by: Mapping[str, str] | None = None,
+        faults: Faults = NO_FAULTS,
+    ) -> None:
+        self._engine, self._where, self._seed, self._faults = engine, str(where), seed, faults
+        self._made_by = {"torch": torch.__version__, **(made_by or {})}
+        self._group, self._staging = Group(), Staging(device)
+        self._background: Background[Outcome] = Background()
+        self._planned: tuple[Layout, Plan] | None = None
+        self.failed = 0
+        """Saves that left no checkpoint."""
+        self.longest_s = 0.0
+        """Seconds of the longest save so far, from the request to the commit."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A training that fails still wants the checkpoint that is on its way; one that is killed has no time.
+        if self._background.busy and (error is None or isinstance(error, Exception)):
+            self._report(self._background.wait(), None)
+
+    def save(self, task: Task, step: int, journal: Journal | None = None, *, final: bool = False) -> None:
+        """Save behind step `step`; when it returns, training may go on and change everything.
+
+        A save that its storage does not take (no room, no network) is reported and counted, and training goes on.
+
+        Args:
+            task: for what it keeps besides.
+            step: finished steps.
+            journal: on rank 0.
+            final: nothing comes after it: it is waited for, and has to succeed.
+
+        Raises:
+            UserError: the final one could not be written.
+            CheckpointError: the last save failed by a fault of the program.
+        """
+        began = time.perf_counter()
+        self.finish(journal)
+        self._faults.at("before-save", step)
+        state = hold([*self._engine.pieces(), *task.pieces(), *_extra_pieces(task)])
+        plan = self._plan(state)
+        token, refusal = self._agree(plan.total)
+        if refusal:
+            self._conclude(Outcome(step, refusal), journal, final)
+            return
+        file = self._staging.fill(plan, state)
+        stalled = time.perf_counter() - began
+        attempt = Attempt(self._where, step, token)
+        if self._engine.training.checkpoint_async and not final:
+            self._background.start(lambda: self._write(attempt, plan, file, stalled))
+        else:
+            outcome = self._write(attempt, plan, file, stalled)
+            self._conclude(replace(outcome, stall_s=time.perf_counter() - began), journal, final)
+
+    def poll(self, journal: Journal | None = None) -> None:
+        """Report a save that has ended meanwhile; between any two steps, not collective.
+
+        Raises:
+            CheckpointError: it failed by a fault of the program.
+        """
+        if self._background.ended:
+            self.finish(journal)
+
+    def finish(self, journal: Journal | None = None) -> None:
+        """Wait for the save that is under way, and report it.
+
+        Raises:
+            CheckpointError: it failed by a fault of the program.
+        """
+        if self._background.busy:
+            self._report(self._background.wait(), journal)
+
+    def resume(self, task: Task) -> tuple[int, list[str]]:
+        """Load the newest valid checkpoint; collective.
+
+        Rank 0 looks which ones there are; the ranks share the checking of the files. All of them go by what all found.
+
+        Returns:
+            Its step (0: there is none), and lines about what was passed over or has changed.
+
+        Raises:
+            UserError: it does not fit the recipe, or cannot be reached.
+        """
+        stored, notes = self._choose()
+        if stored is None:
+            return 0, notes
+        chosen, training = Checkpoint(stored), self._engine.training
+        saved = self._group.first_says(chosen.state)
+        require_seed(stored, saved, self._seed)
+        self._engine.materialise_optimizer()
+        filled = self._load(stored, task)
+        self._engine.loaded()
+        task.load_extra_state(chosen.tensors(f"{EXTRA}/", but=filled))
+        return chosen.step, notes + changed_settings(saved.get("training", {}), training.model_dump(mode="json"))
+
+    def _plan(self, state: dict[str, Held]) -> Plan:
+        """The plan of the save before, unless a rank holds something else now."""
+        layout = layout_of(state)
+        if self._planned is None or any(self._group.gather(self._planned[0] != layout)):
+            self._planned = layout, make_plan(state, self._group)
+        return self._planned[1]
+
+    def _agree(self, size: int) -> tuple[str, str]:
+        """Rank 0's token for a save of so many bytes, and why there will be none, if a rank has a reason."""
+        answers = self._group.gather((secrets.token_hex(4), _no_room(self._where, size)))
+        return answers[0][0], next((refusal for _, refusal in answers if refusal), "")
+
+    def _write(self, attempt: Attempt, plan: Plan, file: memoryview, stalled: float) -> Outcome:
+        """Write, commit, and let old ones go; in the thread. All ranks come to the same end."""
+        began = time.perf_counter()
+        record = Record(self._group.world, self._engine.strategy, self._made_by, self._state(attempt.step))
+        outcome = Outcome(attempt.step, stall_s=stalled, bytes=plan.total)
+        try:
+            dcp.save(
+                {},  # the planner has all of it
+                storage_writer=Writer(attempt, self._group.rank, plan, record, self._faults),
+                planner=StagedPlanner(plan, file),
+                process_group=self._group.process_group,
+            )
+        except CheckpointException as error:
+            if self._group.first:
+                attempt.abandon()
+            return replace(outcome, fault=_storage_fault(error))
+        self._faults.at("after-save", attempt.step)
+        warning = self._retire(attempt.step) if self._group.first else ""
+        write_s = time.perf_counter() - began
+        self.longest_s = max(self.longest_s, stalled + write_s)
+        return replace(outcome, write_s=write_s, warning=warning)
+
+    def _retire(self, step: int) -> str:
+        try:
+            folder.retire(self._where, step, self._engine.training.keep)
+        except (OSError, UserError) as error:
+            return f"old checkpoints could not be removed ({error})"
+        return ""
+
+    def _state(self, step: int) -> dict[str, Any]:
+        training = self._engine.training
+        # Neither generators nor loaders have a state of their own: dropout, restarts, donors and the data order are
+        # functions of the seed and the step (`vqscale.seeds`, `vqscale.data.order`).
+        return {
+            "step": step,
+            "seed": self._seed,
+            "position": step * training.global_batch,
+            "training": training.model_dump(mode="json"),
+        }
+
+    def _conclude(self, outcome: Outcome, journal: Journal | None, final: bool) -> None:
+        self._report(outcome, journal)
+        if final and outcome.fault:
+            raise UserError(
+                f"the checkpoint of the last step {outcome.step} could not be written ({outcome.fault})",
+                where=self._where,
+                mend="mend the storage, then `vqscale requeue` the run: it goes on from the checkpoint before",
+            )
+
+    def _report(self, outcome: Outcome, journal: Journal | None) -> None:
+        self.failed += bool(outcome.fault)
+        for line in filter(None, (outcome.fault and f"no checkpoint: {outcome.fault}", outcome.warning)):
+            if self._group.first:
+                print(f"warning: step {outcome.step}: {line}", flush=True)
+        if journal is None:
+            return
+        times = {"stall_s": outcome.stall_s, "write_s": outcome.write_s}
+        figures = {f"checkpoint/{name}": value for name, value in times.items()} if not outcome.fault else {}
+        journal.scalars(outcome.step, figures | {"checkpoint/failed": float(self.failed)})
+        facts: dict[str, Any] = {"committed": not outcome.fault, "bytes": outcome.bytes, **times}
+        if outcome.fault or outcome.warning:
+            facts["fault"] = outcome.fault or outcome.warning
+        journal.event("checkpoint", outcome.step, **facts)
+
+    def _choose(self) -> tuple[Stored | None, list[str]]:
+        notes: list[str] = []
+        for step in self._group.first_says(lambda: folder.steps(self._where)):
+            found, fault = self._group.first_says(lambda step=step: _open(self._where, step))  # type: ignore[misc]
+            if found is not None:
+                fault = next(filter(None, self._group.each(lambda found=found: self._check(found))), "")  # type: ignore[misc]
+                if not fault:
+                    return found, notes
+            notes.append(folder.passed_over(self._where, step, fault))
+        return None, notes
+
+    def _check(self, stored: Stored) -> str:
+        """What is wrong with this rank's share of the files."""
+        mine = list(stored.manifest.files)[self._group.rank :: self._group.world]
+        return next((fault for name in mine if (fault := folder.file_fault(stored, name))), "")
+
+    def _load(self, stored: Stored, task: Task) -> set[str]:
+        """Fill the pieces; returns the names of their tensors, over all ranks."""
+        state = hold([*self._engine.pieces(), *task.pieces()])
+        mine: dict[str, Entry] = {name: (held.shape, held.dtype) for name, held in state.items()}
+        wanted = {name: entry for part in self._group.gather(mine) for name, entry in part.items()}
+        require_fit(stored, wanted)
+        group = self._group.process_group
+        try:
+            dcp.load(state, storage_reader=Reader(stored), planner=HeldPlanner(), process_group=group)
+        except CheckpointException as error:
+            fault = _storage_fault(error)
+            raise UserError(f"cannot be loaded ({fault})", where=stored.url) from None
+        for held in state.values():
+            held.settle()
+        return set(wanted)
+
+
+def _extra_pieces(task: Task) -> list[Piece]:
+    return [whole(f"{EXTRA}/{name}", tensor) for name, tensor in task.extra_state().items()]
+
+
+def _open(where: str, step: int) -> tuple[Stored | None, str]:
+    try:
+        return folder.open_stored(where, step), ""
+    except FaultError as fault:
+        return None, str(fault)
+
+
+def _no_room(where: str, size: int) -> str:
+    """Why a checkpoint of so many bytes would not fit; empty when it does, and for URLs, whose room nobody knows."""
+    path = storage.local_path(where)
+    if path is None:
+        return ""
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    free, needed = shutil.disk_usage(there).free, size + _SPARE
+    return "" if free >= needed else f"{needed >> 20} MiB are needed, {free >> 20} MiB are free in {there}"
+
+
+def _storage_fault(error: CheckpointException) -> str:
+    """What the storage said, on the first rank on which it failed.
+
+    Raises:
+        CheckpointError: something else failed.
+    """
+    for rank, (fault, _) in sorted(error.failures.items()):
+        if not isinstance(fault, (OSError, UserError)):
+            raise CheckpointError(str(error)) from None
+        text = os.strerror(fault.errno) if isinstance(fault, OSError) and fault.errno else str(fault)
+        return f"rank {rank}: {text}"
+    raise CheckpointError(str(error)) from None
