@@ -185,7 +185,8 @@ class Drill:
     def _resumed(self, layout: RunLayout) -> tuple[int, ...]:
         first: dict[int, int] = {}
         for event in _events(layout, self.stage):
-            first.setdefault(event["attempt"], event["step"] - 1)
+            if "event" not in event:  # a line of progress
+                first.setdefault(event["attempt"], event["step"] - 1)
         return tuple(step for attempt, step in first.items() if attempt > 1)
 
 

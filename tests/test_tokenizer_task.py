@@ -19,7 +19,6 @@ from tests.training_helpers import Experiment, State, clock_run, one_process, to
 from vqscale.errors import UserError
 from vqscale.models.lpips import STAGES
 from vqscale.models.pixels import from_uint8
-from vqscale.training import checkpoint
 from vqscale.training.adversary import Adversary
 from vqscale.training.averaging import AveragedWeights, apply_average
 from vqscale.training.build import build_tokenizer
@@ -407,20 +406,17 @@ def test_the_average_is_applied_and_taken_back_bit_by_bit() -> None:
     assert all(map(torch.equal, network.parameters(), changed))
 
 
-def take_over(made: Experiment, found: checkpoint.Checkpoint) -> None:
-    found.fill([*made.engine.pieces(), *made.task.pieces()])
-    made.task.load_extra_state(found.extra())
-
-
 def test_a_resume_without_the_state_is_refused(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    plain = tokenizer(alone, run)
+    plain.engine.materialise_optimizer()
+    plain.checkpoints(tmp_path).save(plain.task, 1, final=True)
     for settings in ({"tokenizer__ema_decay": 0.9}, {"l__adversarial": ADVERSARIAL}):
         made = tokenizer(alone, run, **settings)
         for use in (lambda made=made: made.task.before_step(made.batches(2)[1]), made.task.validate):
             with pytest.raises(UserError, match="resumed without the state of `ema_decay`"):
                 use()
-        found = checkpoint.save(tmp_path, 1, {p.name: p.local for p in made.engine.pieces()}, 1)
-        with pytest.raises(UserError, match=r"the checkpoint has no|extra/average\.\S+ is missing"):
-            take_over(made, found)
+        with pytest.raises(UserError, match=r"the checkpoint has no|extra/average\.\S+ is absent in it"):
+            made.checkpoints(tmp_path).resume(made.task)
 
 
 def test_stopped_and_resumed_is_bit_identical(alone: Ranks, run: Path, tmp_path: Path) -> None:
