@@ -21,7 +21,14 @@ class Variable:
 
 
 def agent_arguments(
-    *, rdzv_id: str, processes: int, max_restarts: int, nodes: int = 1, least_nodes: int = 0, endpoint: str = ""
+    *,
+    rdzv_id: str,
+    processes: int,
+    max_restarts: int,
+    nodes: int = 1,
+    least_nodes: int = 0,
+    endpoint: str = "",
+    holds_store: bool | None = None,
 ) -> tuple[str, ...]:
     """Arguments of `python -m torch.distributed.run` on one node.
 
@@ -34,6 +41,8 @@ def agent_arguments(
         nodes: number of nodes.
         least_nodes: go on with so many when others are lost; 0 needs all of them.
         endpoint: `host:port` that all nodes reach; needed for more than one.
+        holds_store: whether this node holds the store in which the nodes meet. All others end when it is lost. None
+            lets torch decide by the endpoint's address.
 
     Raises:
         ValueError: several nodes without an endpoint. Localhost would leave each node waiting for itself.
@@ -42,12 +51,13 @@ def agent_arguments(
         raise ValueError(f"a rendezvous of {nodes} nodes needs an endpoint (host:port) that all of them reach")
     loopback = () if endpoint else ("--local-addr", "127.0.0.1")
     # A lost node is noticed after three missed seconds instead of three times five, and not waited for longer.
-    quick = ("--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3") if least_nodes else ()
+    settings = ["keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3"] if least_nodes else []
+    settings += [f"is_host={int(holds_store)}"] if holds_store is not None else []
     asked = f"{least_nodes}:{nodes}" if least_nodes else str(nodes)
     return (
         *("--nnodes", asked, "--nproc-per-node", str(processes), "--max-restarts", str(max_restarts)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint or "127.0.0.1:0", "--rdzv-id", rdzv_id),
-        *quick,
+        *(("--rdzv-conf", ",".join(settings)) if settings else ()),
         *("--signals-to-handle", ",".join(FORWARDED)),
         *loopback,
     )

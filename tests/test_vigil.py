@@ -53,6 +53,7 @@ def test_ranks_agree_on_the_step_at_which_they_stop() -> None:
 def test_a_silent_rank_leaves_stacks_and_a_note(tmp_path: Path) -> None:
     ended = threading.Event()
     with Watchdog(tmp_path, rank=1, limit_s=0.2, end=ended.set) as watchdog:
+        watchdog.beat("own part", 6)
         watchdog.beat("collective", 7)
         assert ended.wait(30)
     note = json.loads((tmp_path / "hang/rank-00001.json").read_text())
@@ -70,6 +71,15 @@ def test_all_ranks_dump_when_one_is_over_time(tmp_path: Path) -> None:
     ):
         assert all(event.wait(30) for event in ended)
     assert sorted(path.name for path in (tmp_path / "hang").glob("rank-*")) == ["rank-00000.json", "rank-00001.json"]
+
+
+def test_the_start_may_take_four_times_as_long(tmp_path: Path) -> None:
+    ended = threading.Event()
+    with Watchdog(tmp_path, 0, limit_s=0.3, end=ended.set) as watchdog:
+        watchdog.beat("own part", 20)
+        assert ended.wait(30)
+    note = json.loads((tmp_path / "hang/rank-00000.json").read_text())
+    assert note["silent_s"] >= 1.2
 
 
 def test_signs_of_life_keep_the_watchdog_quiet(tmp_path: Path) -> None:

@@ -261,8 +261,8 @@ class Resources(Section):
     max_restarts: Annotated[int, Field(ge=0)] = 0
     """How often the elastic agent restarts failed processes of a stage; they resume from the last checkpoint."""
     hang_s: Positive = 300
-    """Longest silence of a rank in training, in seconds. Then all ranks leave their stacks in the run directory and
-    the stage ends, to be started again where `max_restarts` allows."""
+    """Longest silence of a rank in training, in seconds (four times that in the first step). Then all ranks leave
+    their stacks in the run directory and the stage ends, to be started again where `max_restarts` allows."""
     checkpoints: str = ""
     """Folder or URL (`s3://bucket/folder`) for checkpoints, one folder a run in it; empty keeps them in the run."""
     timeout_s: Positive = 600

@@ -24,6 +24,7 @@ EXIT_HANG = 75
 """Exit code of a rank that hung, or waited for one that did (sysexits' temporary failure)."""
 
 _LOOK_S = 0.5
+_START = 4  # times as long a silence is borne until the second step: kernels are compiled, workers started
 _OTHERS_S = 3.0  # that other ranks are given to notice the note and dump
 
 
@@ -33,7 +34,7 @@ class Watchdog:
     Args:
         folder: where notes and dumps go, the same on all ranks (`RunLayout.attempt`).
         rank: this rank.
-        limit_s: longest silence.
+        limit_s: longest silence; four times as long until the second step, since the first one starts everything up.
         end: called when the time is over and all ranks had time to dump; has to end the process, and not in an orderly
             way: the main thread hangs, and so would everything that waits for it.
     """
@@ -42,6 +43,8 @@ class Watchdog:
         self._folder, self._rank, self._limit = folder / "hang", rank, limit_s
         self._end = end
         self._last = (time.monotonic(), "start", 0)
+        self._first: int | None = None
+        self._patience = _START
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="vqscale-watchdog", daemon=True)
 
@@ -57,13 +60,16 @@ class Watchdog:
         self._thread.join()
 
     def beat(self, doing: str, step: int) -> None:
-        """A sign of life: what begins now, at which step. Costs no more than an assignment."""
+        """A sign of life: what begins now, at which step. Costs next to nothing."""
+        if self._patience > 1:
+            self._first = step if self._first is None else self._first
+            self._patience = 1 if step > self._first else _START
         self._last = (time.monotonic(), doing, step)
 
     def _look(self) -> None:
         while not self._over.wait(_LOOK_S):
             silent = time.monotonic() - self._last[0]
-            if silent > self._limit or self._noted():
+            if silent > self._limit * self._patience or self._noted():
                 self._dump(silent)
                 return
 
