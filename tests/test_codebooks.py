@@ -367,9 +367,18 @@ def test_pixel_window_is_the_error_over_the_variance() -> None:
     window = PixelWindow(2, CPU)
     batches = [torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
     pairs = list(zip(batches[::2], batches[1::2], strict=True))
-    for step, (rebuilt, images) in zip((0, 1, 1, 2), pairs, strict=True):  # step 1 has two batches, step 2 replaces 0
-        window.add(step, rebuilt, images)
+    for step, seen in enumerate((pairs[:1], pairs[1:3], pairs[3:])):  # step 1 has two batches, step 2 replaces 0
+        window.see(*pairs[0])
+        window.forget()  # that step failed
+        for rebuilt, images in seen:
+            window.see(rebuilt, images)
+        window.keep(step)
     rebuilt, images = (torch.cat([pair[side] for pair in pairs[1:]]) for side in (0, 1))
     expected = F.mse_loss(rebuilt, images) / images.var(correction=0)
     assert window.normalised_error(alone) == pytest.approx(float(expected), rel=1e-5)
     assert window.normalised_error(lambda t: 2 * t) == pytest.approx(float(expected), rel=1e-5)  # two equal ranks
+    first, second = PixelWindow(2, CPU), PixelWindow(2, CPU)
+    for rank, loaded in enumerate((first, second)):
+        loaded.load(window.state(lambda t: 2 * t), first=rank == 0)
+    both = first.state(alone)["window.pixels"] + second.state(alone)["window.pixels"]
+    assert torch.equal(both, 2 * window.state(alone)["window.pixels"]), "the ranks' windows add up, as before"
