@@ -1,4 +1,4 @@
-"""`vqscale checkpoints`: which a run has, whether they are whole, and fewer of them. Reads and removes without torch."""
+"""`vqscale checkpoints`: which a run has, whether they are whole, and fewer of them; without torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ls(options: argparse.Namespace, layout: RunLayout) -> int:
 
 
 def verify(options: argparse.Namespace, layout: RunLayout) -> int:
-    """Read every checkpoint and compare sizes, sha256 and tensors with its manifest. Exit code 1 when one is damaged."""
+    """Read every checkpoint and compare it with its manifest; exit code 1 when one is damaged."""
     found = []
     for stage, where in _places(options, layout):
         for step in folder.steps(where):
@@ -90,10 +90,8 @@ def _places(options: argparse.Namespace, layout: RunLayout) -> list[tuple[str, s
     """Stage and place of its checkpoints, of the stages that are asked for."""
     recipe = layout.read_recipe()
     if options.stage and options.stage not in TRAINED:
-        hint = did_you_mean(options.stage, TRAINED)
-        raise UserError(
-            f"no stage '{options.stage}' has checkpoints", where="--stage", mend=hint + " or ".join(TRAINED)
-        )
+        mend = f"{did_you_mean(options.stage, TRAINED)}{' or '.join(TRAINED)}"
+        raise UserError(f"no stage '{options.stage}' has checkpoints", where="--stage", mend=mend)
     return [(stage, layout.checkpoints(recipe, stage)) for stage in TRAINED if options.stage in (None, stage)]
 
 
