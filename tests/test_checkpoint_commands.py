@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,7 +13,6 @@ from launcher import registry
 from launcher.cli import main
 from launcher.plan import absolute_paths
 from tests.checkpoint_helpers import bits, keeper, save, tensors, zeros
-from tests.object_store import ObjectStore
 from tests.recipes import tiny_recipe, write_recipe
 from tests.training_helpers import Kept, one_process
 from vqscale import storage
@@ -22,6 +21,9 @@ from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.files import write_json
 from vqscale.training.checkpoints.reader import newest, require
+
+if TYPE_CHECKING:  # the plugin is imported by pytest
+    from tests.object_store import ObjectStore
 
 pytest_plugins = ("tests.object_store",)
 

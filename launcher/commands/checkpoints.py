@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launcher.registry import resolve
-from vqscale import storage
 from vqscale.arguments import OneLineParser, choose_command, did_you_mean
 from vqscale.checkpoint import folder
 from vqscale.checkpoint.manifest import FaultError
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import TRAINED
 from vqscale.errors import UserError
+from vqscale.masking import shown
 
 EXIT_FAULTS = 1
 """Exit code of `verify` when a checkpoint is damaged, and of `prune` when a stage has no valid one."""
@@ -96,7 +96,7 @@ def _places(options: argparse.Namespace, layout: RunLayout) -> list[tuple[str, s
 
 
 def _entry(where: str, stage: str, step: int) -> dict[str, Any]:
-    entry: dict[str, Any] = {"stage": stage, "step": step, "url": storage.shown(folder.step_url(where, step))}
+    entry: dict[str, Any] = {"stage": stage, "step": step, "url": shown(folder.step_url(where, step))}
     try:
         manifest = folder.open_stored(where, step).manifest
     except FaultError as fault:
