@@ -7,7 +7,8 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -114,3 +115,16 @@ def _busy_seconds() -> float:
     """Seconds that all cores together have worked since the machine was started, for processes of any user."""
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch with so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from benchmarks import quantizer_gpu, quantizer_workspace
 from benchmarks.harness import Bench
+from benchmarks.machine import threads
 from benchmarks.quantizer_check import check_codes, check_statistics
 from benchmarks.quantizer_peers import Faiss, VectorQuantizePytorch, as_rows, find
 from benchmarks.result import at_least
@@ -71,17 +71,6 @@ def run(bench: Bench) -> None:
             measure(bench, size, make_problem(size, batch))
         workspace(bench)
     quantizer_gpu.run(bench)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Torch with so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make_problem(size: int, batch: int) -> Problem:

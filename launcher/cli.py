@@ -44,6 +44,9 @@ def build_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     return parser, made
 
 
+_WITH_COMMANDS_OF_THEIR_OWN = ("data", "bench", "checkpoints")
+"""Their options, --help included, are read by what stands behind them."""
+
 Add = Callable[[str, str, str, str], OneLineParser]
 
 
@@ -150,6 +153,13 @@ def _add_other(add: Add) -> None:
         "vqscale bench loader --data photos.tar",
     )
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    checkpoints = add(
+        "checkpoints",
+        "checkpoints:checkpoints",
+        "list, verify and prune the checkpoints of a run (vqscale checkpoints --help)",
+        "vqscale checkpoints ls latest",
+    )
+    checkpoints.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     add("schema", "other:schema", "print the JSON Schema of recipes", "vqscale schema > recipe.schema.json")
 
 
@@ -190,8 +200,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser, commands = build_parser()
     name = choose_command(parser, commands, argv)
-    if name in ("data", "bench"):  # their options, --help included, belong to the programs behind them
-        return argparse.Namespace(handler=f"other:{name}", arguments=list(argv[1:]))
+    handler = commands[name].get_default("handler")
+    if name in _WITH_COMMANDS_OF_THEIR_OWN:
+        return argparse.Namespace(handler=handler, arguments=list(argv[1:]))
     return commands[name].parse(argv[1:])
 
 

@@ -377,3 +377,8 @@ def test_pixel_window_is_the_error_over_the_variance() -> None:
     expected = F.mse_loss(rebuilt, images) / images.var(correction=0)
     assert window.normalised_error(alone) == pytest.approx(float(expected), rel=1e-5)
     assert window.normalised_error(lambda t: 2 * t) == pytest.approx(float(expected), rel=1e-5)  # two equal ranks
+    first, second = PixelWindow(2, CPU), PixelWindow(2, CPU)
+    for rank, loaded in enumerate((first, second)):
+        loaded.load(window.state(lambda t: 2 * t), first=rank == 0)
+    both = first.state(alone)["window.pixels"] + second.state(alone)["window.pixels"]
+    assert torch.equal(both, 2 * window.state(alone)["window.pixels"]), "the ranks' windows add up, as before"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +114,20 @@ def test_a_server_without_ranges_sends_it_once(site: Site) -> None:
     site.ranges = False
     assert remote.read_remote(site.url, QUICK)[:] == DATA
     assert [line for line in site.asked if line.startswith("GET")] == ["GET 0-65535"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_part_of_a_file(ranges: bool, site: Site, tmp_path: Path) -> None:
+    """By URL, whether the server knows ranges or not, and on a disk."""
+    site.ranges = ranges
+    (tmp_path / "file").write_bytes(DATA)
+    for start, stop in ((0, 8), (5, 5), (1, 100), (70_000, 270_001), (len(DATA) - 1, len(DATA)), (0, len(DATA))):
+        for url in (site.url, tmp_path / "file"):
+            assert storage.read_range(url, start, stop)[:] == DATA[start:stop]
+    for url in (site.url, tmp_path / "file"):
+        with pytest.raises(UserError, match="were expected"):
+            storage.read_range(url, 7, len(DATA) + 1)
+    assert remote.read_range(site.url, 50_000, 290_000, QUICK)[:] == DATA[50_000:290_000]
 
 
 @pytest.mark.fault

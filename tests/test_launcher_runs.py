@@ -137,7 +137,9 @@ def test_status_says_when_sources_disagree(home: Path) -> None:
 
 def test_status_reads_events_of_this_attempt(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout = new_run(home, "mine")
-    EventLog(layout.events("generate"), "generate", 1, "images/s", 10).log(5, rate=1234.0, loss=0.125)
+    events = EventLog(layout.events("generate"), "generate", 1, "images/s", 10)
+    events.log(5, rate=1234.0, loss=0.125)
+    events.note("checkpoint", 5, committed=True)  # is no progress
     state = RunState.read(layout)
     state.begin("generate", 2)
     state.write(layout)

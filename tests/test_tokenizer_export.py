@@ -15,6 +15,7 @@ from vqscale.config.layout import RunLayout
 from vqscale.export import TrainedTokenizer, load_tokenizer
 from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Codebook
+from vqscale.training.checkpoints.reader import content_hash, require
 from vqscale.training.distributed import Ranks
 
 OFFSET = 5.0
@@ -100,3 +101,19 @@ def test_decoding_gives_the_reconstruction_that_is_validated(alone: Ranks, tmp_p
     with torch.no_grad():
         error = ((loaded.decode(loaded.encode(images)).astype(np.float64) - images).reshape(len(images), -1) / 255) ** 2
         assert made.task.validate()["mse"] == pytest.approx(error.mean(), rel=1e-2)  # that one is rounded to uint8
+
+
+def test_the_averaged_weights_are_exported(alone: Ranks, tmp_path: Path) -> None:
+    """What validation judged is what encodes; and both of them make the fingerprint."""
+    _, loaded = train(alone, tmp_path, tokenizer__ema_decay=0.9)
+    recipe = RunLayout(tmp_path / "run").read_recipe()
+    checkpoint = require(RunLayout(tmp_path / "run").checkpoints(recipe, "tokenizer"), "tokenizer")
+    average = checkpoint.tensors("extra/average.")
+    assert {name for name, _ in loaded.network.named_parameters()} == set(average)
+    for name, parameter in loaded.network.named_parameters():
+        assert torch.equal(parameter, average[name])
+    plain = checkpoint.tensors("model/")
+    assert not torch.equal(plain["to_pixels.weight"], average["to_pixels.weight"])
+    assert torch.equal(loaded.network.codebooks[0].codes, plain["codebooks.0.codes"])
+    assert loaded.fingerprint == checkpoint.fingerprint() == content_hash(plain, average)
+    assert loaded.fingerprint != content_hash(plain, {})

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from vqscale.checkpoint.folder import remove, step_name, step_url, unfinished
 from vqscale.checkpoint.manifest import MANIFEST, FileRecord, Manifest
 from vqscale.errors import UserError
 
-_BLOCK = 32 << 20  # bytes that are hashed and written in one go
+_BLOCK = 32 << 20  # bytes that are written in one go
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,14 @@ class Attempt:
             remove(self.where, self.step)
 
     def write(self, name: str, data: bytes | memoryview) -> FileRecord:
-        """Write and sync one file, and hash it meanwhile."""
-        digest = hashlib.sha256()
-        if self._beside:
-            _write(self._beside / name, memoryview(data), digest)
-        else:
-            digest.update(data)
-            storage.write_bytes(storage.join(step_url(self.where, self.step), name), bytes(data))
-        return FileRecord(bytes=len(data), sha256=digest.hexdigest())
+        """Write and sync one file, and hash it meanwhile: what is hashed is the memory, not what a disk made of it."""
+        with ThreadPoolExecutor(1) as pool:
+            digest = pool.submit(hashlib.sha256, data)
+            if self._beside:
+                _write(self._beside / name, memoryview(data))
+            else:
+                storage.write_bytes(storage.join(step_url(self.where, self.step), name), bytes(data))
+        return FileRecord(bytes=len(data), sha256=digest.result().hexdigest())
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest, and give the checkpoint its name."""
@@ -92,13 +93,10 @@ def _put_in_place(beside: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write(path: Path, data: memoryview, digest: hashlib._Hash) -> None:
+def _write(path: Path, data: memoryview) -> None:
     with path.open("wb", buffering=0) as file:
-        for start in range(0, len(data), _BLOCK):
-            block = data[start : start + _BLOCK]
-            digest.update(block)
-            while len(block):
-                block = block[file.write(block) :]
+        while len(data):
+            data = data[file.write(data[:_BLOCK]) :]
         os.fsync(file.fileno())
 
 

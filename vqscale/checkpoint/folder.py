@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,13 +189,8 @@ def remove(where: str | Path, step: int) -> None:
         UserError: it cannot be removed.
     """
     url = step_url(where, step)
-    path = storage.local_path(url)
     storage.remove(storage.join(url, MANIFEST))
-    if path is not None:
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    for name in storage.list_names(url) or []:
-        storage.remove(storage.join(url, name))
+    storage.remove_folder(url)
 
 
 def retire(where: str | Path, step: int, keep: int) -> list[int]:

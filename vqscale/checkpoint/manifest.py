@@ -5,6 +5,7 @@ Whoever reads one trusts nothing in it: names, numbers and their agreement are c
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -95,6 +96,8 @@ class TensorRecord(_Record):
 class Manifest(_Record):
     """What a checkpoint holds."""
 
+    sha256: str = ""
+    """Hash of all the rest, so that no byte of it can change unseen; `encode` computes it."""
     format: Literal["vqscale-checkpoint/1"] = FORMAT
     """Version of the format."""
     step: Annotated[int, Field(ge=0, lt=10**12)]
@@ -126,7 +129,9 @@ class Manifest(_Record):
 
     def encode(self) -> bytes:
         """As it stands in `manifest.json`; equal manifests give equal bytes."""
-        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+        tree = self.model_dump(mode="json", exclude={"sha256"})
+        digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+        return (json.dumps({"sha256": digest, **tree}, indent=1, sort_keys=True) + "\n").encode()
 
     @model_validator(mode="after")
     def _fits_its_files(self) -> Self:
@@ -153,11 +158,14 @@ def parse(data: bytes) -> Manifest:
         FaultError: it is none.
     """
     try:
-        return Manifest.model_validate_json(data)
+        found = Manifest.model_validate_json(data)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in fault["loc"])
         raise FaultError(_line(f"{MANIFEST} is not valid ({where}{': ' if where else ''}{fault['msg']})")) from None
+    if found.encode() != data:
+        raise FaultError(f"{MANIFEST} is not as it was written")
+    return found
 
 
 def parse_state(data: bytes) -> dict[str, Any]:

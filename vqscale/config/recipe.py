@@ -20,6 +20,9 @@ Shards = str | tuple[str, ...]
 STAGES = ("generate", "pack", "tokenizer", "extract", "prior", "sample", "evaluate")
 """All stages, in the order in which data flows through them."""
 
+TRAINED = ("tokenizer", "prior")
+"""Those that train, and so have checkpoints."""
+
 
 class Clocks(Section):
     """Draw analog clock faces instead of reading a data set; the class label is the hour."""

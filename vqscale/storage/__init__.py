@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,6 +116,16 @@ def remove(url: str | Path) -> None:
         return
     with _explained(url):
         path.unlink(missing_ok=True)
+
+
+def remove_folder(url: str | Path) -> None:
+    """Remove a folder with all that is in it; nothing happens when there is none."""
+    path = local_path(url)
+    if path is None:
+        remote.remove_folder_remote(url)
+    elif path.exists():
+        with _explained(url):
+            shutil.rmtree(path)
 
 
 def open_shard(url: str | Path) -> Buffer:

@@ -30,7 +30,7 @@ from vqscale.storage.access import (
     request,
     retried,
 )
-from vqscale.storage.faults import WrongLengthError, kind, shown
+from vqscale.storage.faults import WrongLengthError, absent, kind, shown
 
 Write = Callable[[int, bytes], None]
 """Takes an offset in bytes and what stands there; called from several threads."""
@@ -222,6 +222,25 @@ def remove_remote(url: str | Path, access: Access = DEFAULT) -> None:
     """
     if find(url, access) is not None:
         ask(url, "rm_file", access)
+
+
+def remove_folder_remote(url: str | Path, access: Access = DEFAULT) -> None:
+    """Remove a folder with all that is in it; nothing happens when there is none.
+
+    Raises:
+        UserError: it cannot be removed.
+    """
+
+    def call() -> None:
+        system, name = filesystem(url, access)
+        system.invalidate_cache()
+        try:
+            request(system, "rm", name, recursive=True, limit_s=access.timeout_s)
+        except FileNotFoundError as error:
+            if not absent(error):
+                raise
+
+    retried(call, url, access)
 
 
 class _Copy:
