@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vqscale.config.tokenizer import Adversarial
 from vqscale.errors import UserError
 from vqscale.models.convnets import Widths
-from vqscale.models.discriminator import PatchDiscriminator, smallest_image
+from vqscale.models.discriminator import PatchDiscriminator
 from vqscale.models.losses import (
     PIXEL_LOSSES,
     adaptive_weight,
@@ -98,7 +99,7 @@ def test_carry_has_the_value_and_the_gradient_it_is_given() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_discriminator_judges_patches(layers: int) -> None:
-    side = smallest_image(layers)
+    side = Adversarial(start=0, layers=layers).smallest_image
     network = PatchDiscriminator(4, layers)
     assert network(images(2, side)).shape == (2, 1, 1, 1)
     larger = 4 * side

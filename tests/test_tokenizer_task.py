@@ -335,12 +335,6 @@ def test_the_discriminator_waits_for_its_start_and_then_learns(alone: Ranks, run
     assert [step for step, line in made.recorder.lines.items() if "loss/adversarial" in line] == [3]
 
 
-def test_too_small_images_are_refused(alone: Ranks, run: Path) -> None:
-    expected = r"tokenizer.losses.adversarial.layers: 3 layers need images of 24 pixels, not 16; use fewer"
-    with pytest.raises(UserError, match=expected):
-        tokenizer(alone, run, l__adversarial=ADVERSARIAL | {"layers": 3})
-
-
 def test_discriminator_and_optimizer_are_saved(alone: Ranks, run: Path) -> None:
     """Restored into fresh ones, the next step is the same bit by bit."""
     made = tokenizer(alone, run, l__adversarial=ADVERSARIAL, tokenizer__ema_decay=0.9)
@@ -454,50 +448,7 @@ def test_spread_weights_are_not_averaged() -> None:
         AveragedWeights(network, 0.9)
 
 
-# --- a level that collapses
-
-
-def collapsing(ranks: Ranks, run: Path, *, restarts: bool) -> Experiment:
-    """A large commitment holds the top's latents in the few clusters that they lie in when the codes are set."""
-    levels = [{"name": name, "downsample": 2, "codes": 64, "dim": 16} for name in ("bottom", "top")]
-    return tokenizer(
-        ranks,
-        run,
-        tokenizer__levels=levels,
-        tokenizer__quantizer={
-            "commitment": 2.0,
-            "restart_below": 0.1,
-            "restarts": restarts,
-            "window": 30,
-            "collapse_below": 0.1,
-        },
-        t__steps=100,
-        t__learning_rate=5e-3,
-        t__global_batch=16,
-        t__log_every=50,
-    )
-
-
-def test_restarts_keep_a_top_level_that_collapses_without_them(
-    alone: Ranks, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lost = collapsing(alone, run, restarts=False)
-    lost.run(tmp_path / "lost")
-    last, said = lost.recorder.lines[100], capsys.readouterr().out
-    assert last["top/perplexity"] < 0.1 * 64
-    assert last["bottom/used"] > 0.5
-    warnings = [line for line in said.splitlines() if line.startswith("warning: step ")]
-    assert len(warnings) == 1  # once, though it goes on
-    assert "level 'top' is collapsing: perplexity" in warnings[0]
-    assert "while 'bottom' uses" in warnings[0]
-    assert list(task_of(lost).warnings) == ["top"]
-    kept = collapsing(alone, run, restarts=True)
-    kept.run(tmp_path / "kept")
-    last = kept.recorder.lines[100]
-    assert min(last["top/used"], last["bottom/used"]) > 0.8
-    assert last["top/perplexity"] > 0.3 * 64
-    assert not capsys.readouterr().out
-    assert task_of(kept).warnings == {}
+# --- warnings
 
 
 def test_no_warning_where_none_is_wanted(alone: Ranks, run: Path, tmp_path: Path, capsys: Any) -> None:

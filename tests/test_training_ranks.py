@@ -218,6 +218,7 @@ def plain_loop(run: Path, recipe: Recipe, steps: int) -> tuple[State, State]:
     model: VQVAE = build_tokenizer(recipe.tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), betas=training.betas, weight_decay=0.0)
     first: State = {}
+    beta, share = [0.25, 0.25], recipe.tokenizer.quantizer.relief_below
     with made.loader() as loader:
         for step, batch in zip(range(steps), loader, strict=False):
             images = from_uint8(batch.fields["image"], torch.device("cpu"))
@@ -225,7 +226,8 @@ def plain_loop(run: Path, recipe: Recipe, steps: int) -> tuple[State, State]:
             if not step:
                 model.initialise_codebooks(images, donors, lambda tensor: tensor)
             output = model(images, donors)
-            loss = F.mse_loss(output.images, images) + 0.25 * sum(level.commitment for level in output.levels)
+            pulls = [weight * level.commitment for weight, level in zip(beta, output.levels, strict=True)]
+            loss = F.mse_loss(output.images, images) + sum(pulls)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -233,7 +235,10 @@ def plain_loop(run: Path, recipe: Recipe, steps: int) -> tuple[State, State]:
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 4)
             optimizer.step()
             statistics = [level.statistics for level in output.levels]
-            update_codebooks(list(model.codebooks), statistics, lambda tensor: tensor, step)  # type: ignore[arg-type]
+            figures = update_codebooks(list(model.codebooks), statistics, lambda tensor: tensor, step)  # type: ignore[arg-type]
+            usable = [min(16.0, float(level.counts.sum())) for level in figures]
+            used = [float(level.perplexity) / codes for level, codes in zip(figures, usable, strict=True)]
+            beta = [0.25 * min(1.0, part / share) for part in used]
     return first, {name: value.numpy() for name, value in model.state_dict().items()}
 
 

@@ -101,6 +101,7 @@ def test_the_same_again_is_the_same(alone: Ranks, run: Path, tmp_path: Path) -> 
         ("tokenizer__quantizer__restarts", False),
         ("tokenizer__quantizer__restart_below", 0.01),
         ("tokenizer__quantizer__max_restarts", 1),
+        ("tokenizer__quantizer__relief_below", 1.0),
         ("tokenizer__training__learning_rate", 2e-2),
         ("tokenizer__training__warmup", 3),
         ("tokenizer__training__schedule", "cosine"),

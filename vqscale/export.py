@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from vqscale.models.pixels import from_uint8, to_uint8
 from vqscale.models.transformer import Transformer
 from vqscale.models.vqvae import VQVAE
 from vqscale.training import checkpoint
+from vqscale.training.averaging import apply_average
 from vqscale.training.build import build_prior, build_tokenizer, grid_shapes
 
 
@@ -30,7 +32,7 @@ class TrainedTokenizer:
     """Level names, the finest first."""
     image_size: int
     fingerprint: str
-    """sha256 of the weights; code shards carry it."""
+    """sha256 of what the codes depend on: weights, codebooks and running average; code shards carry it."""
     device: torch.device
     bf16: bool = False
     """Whether the networks run under bf16 autocast. As in training, so that both pick identical codes."""
@@ -60,7 +62,7 @@ class TrainedTokenizer:
 
 
 def load_tokenizer(run: str | Path, device: str | torch.device = "cpu") -> TrainedTokenizer:
-    """The tokenizer of a run directory, from its newest valid checkpoint.
+    """The tokenizer of a run directory, from its newest valid checkpoint; with the averaged weights if it has them.
 
     Raises:
         UserError: no run, or no trained tokenizer in it.
@@ -70,11 +72,23 @@ def load_tokenizer(run: str | Path, device: str | torch.device = "cpu") -> Train
     found = checkpoint.require(layout.checkpoints("tokenizer"), "tokenizer")
     network = build_tokenizer(recipe.tokenizer)
     checkpoint.load_into(network, found)
+    fingerprint = found.fingerprint()
+    if recipe.tokenizer.ema_decay:
+        apply_average(network, found.extra())
+        fingerprint = _with_weights(fingerprint, network)
     network.to(device)
     network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     names = tuple(level.name for level in recipe.tokenizer.levels)
     bf16 = recipe.tokenizer.training.precision == "bf16"
-    return TrainedTokenizer(network, names, recipe.data.image_size, found.fingerprint(), torch.device(device), bf16)
+    return TrainedTokenizer(network, names, recipe.data.image_size, fingerprint, torch.device(device), bf16)
+
+
+def _with_weights(fingerprint: str, network: VQVAE) -> str:
+    """The checkpoint's own knows nothing of the average, which changes the codes."""
+    digest = hashlib.sha256(fingerprint.encode())
+    for parameter in network.parameters():
+        digest.update(parameter.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_prior(run: str | Path, device: str | torch.device = "cpu") -> Transformer:
