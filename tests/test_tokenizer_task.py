@@ -189,8 +189,17 @@ def test_the_window_is_as_long_as_said(alone: Ranks, run: Path, tmp_path: Path) 
 def test_settings_reach_the_codebook_of_every_level() -> None:
     quantizer = {"decay": 0.7, "restart_below": 0.2, "max_restarts": 5}
     for learning in ("ema", "gradient"):
-        settings = tiny_recipe(tokenizer__quantizer=quantizer | {"learning": learning}).tokenizer
-        for book in build_tokenizer(settings).codebooks:
+        levels = [
+            {"name": "bottom", "downsample": 4, "codes": 16, "dim": 8},
+            {"name": "top", "downsample": 2, "codes": 24, "dim": 6},
+        ]
+        settings = tiny_recipe(
+            tokenizer__levels=levels, tokenizer__quantizer=quantizer | {"learning": learning}
+        ).tokenizer
+        network = build_tokenizer(settings)
+        assert [shape.factor for shape in network.shapes] == [4, 2]
+        assert [tuple(book.codes.shape) for book in network.codebooks] == [(16, 8), (24, 6)]
+        for book in network.codebooks:
             assert (book.decay, book.restart_below, book.max_restarts) == (0.7, 0.2, 5)
             assert getattr(book, "betas", (0.9, 0.95)) == settings.training.betas
 

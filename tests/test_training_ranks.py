@@ -32,6 +32,7 @@ from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Donors, update_codebooks
 from vqscale.models.vqvae import VQVAE
 from vqscale.seeds import mix
+from vqscale.training import checkpoint
 from vqscale.training import engine as engine_module
 from vqscale.training.build import build_tokenizer
 from vqscale.training.distributed import process_group
@@ -261,6 +262,16 @@ def test_resumed_at_another_number_of_ranks(tokenizers: Trained) -> None:
     expected = tokenizers.ranks[1][0].curves["loss/total"][HALF:]
     np.testing.assert_allclose(first.curves["loss/total"], expected, rtol=2e-4)
     assert_close(first.state, tokenizers.ranks[1][0].state, rtol=1e-2, atol=2e-3)
+
+
+def test_a_checkpoint_of_two_ranks_is_that_of_the_bare_network(tokenizers: Trained) -> None:
+    """Loaded strictly, without a process group."""
+    found = checkpoint.newest(tokenizers.checkpoints(2))[0]
+    assert found is not None
+    network = build_tokenizer(tokenizer_recipe().tokenizer)
+    checkpoint.load_into(network, found)
+    for name, value in network.state_dict().items():
+        assert np.array_equal(value.numpy(), tokenizers.ranks[2][0].state[name]), name
 
 
 def test_nothing_left_to_train_still_reports(tokenizers: Trained) -> None:

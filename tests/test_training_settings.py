@@ -28,7 +28,7 @@ from vqscale.models.quantizer import Codebook
 from vqscale.training import checkpoint
 from vqscale.training.distributed import Ranks
 from vqscale.training.engine import learning_rate, make_optimizers
-from vqscale.training.loop import train
+from vqscale.training.loop import resume, train
 from vqscale.training.transfer import DeviceBatches
 
 STEPS = 4
@@ -243,17 +243,20 @@ def test_evaluation_and_pictures_change_nothing(alone: Ranks, run: Path, codes: 
 
 
 def test_validation_is_that_of_the_held_out_images(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    """A mean over images: a mean of the batches' means would give the images of the short last one too much weight."""
     from vqscale.evaluation.metrics import mse, psnr
     from vqscale.models.pixels import from_uint8, to_uint8
 
-    made = tokenizer(alone, run)
+    made = tokenizer(alone, run, evaluate__batch=15)  # the sixteenth is alone
     figures = made.run(tmp_path)
     made.engine.bare.eval()
     images = np.concatenate(list(made.task._held_out()))  # type: ignore[attr-defined]
     with torch.no_grad():
         rebuilt = to_uint8(made.engine.bare(from_uint8(images, torch.device("cpu"))).images)
     assert len(images) == 16
-    assert figures["mse"] == pytest.approx(mse(images, rebuilt).mean(), rel=1e-2)  # that one is rounded to uint8
+    errors = mse(images, rebuilt)
+    assert figures["mse"] == pytest.approx(errors.mean(), rel=1e-2)  # that one is rounded to uint8
+    assert (errors[:15].mean() + errors[15]) / 2 != pytest.approx(errors.mean(), rel=2e-2)
     assert figures["psnr"] == pytest.approx(psnr(mse(images, rebuilt)).mean(), rel=1e-2)
 
 
@@ -295,6 +298,18 @@ def test_a_skipped_update_is_skipped_everywhere(alone: Ranks, run: Path, tmp_pat
     made.task.after_step = lambda: None  # type: ignore[method-assign]
     made.task.losses(made.batches(1, STEPS)[0])
     assert not differs(made.state(), before)
+
+
+def test_a_resumed_run_takes_the_recipes_settings(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    """What was changed in the recipe acts; the checkpoint has the state alone."""
+    tokenizer(alone, run).run(tmp_path)
+    changes = {"betas": [0.7, 0.8], "weight_decay": 0.3}
+    settings = {f"tokenizer__training__{key}": value for key, value in changes.items()}
+    changed = tokenizer(alone, run, **settings)
+    assert resume(changed.task, tmp_path)[0] == STEPS
+    groups = changed.engine._optimizers["adamw"].param_groups
+    assert {tuple(group["betas"]) for group in groups} == {(0.7, 0.8)}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
 
 
 def test_loop_needs_no_tracker(alone: Ranks, run: Path, tmp_path: Path) -> None:

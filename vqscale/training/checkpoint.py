@@ -193,7 +193,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     Fused AdamW on the CPU walks parameter, gradient and moments by address: moments that are stored contiguously
     would belong to other weights of a channels_last kernel.
     """
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)  # settings are the recipe's, not the checkpoint's
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
