@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tests.recipes import tiny_recipe
 from tests.training_helpers import Experiment, State, clock_run, one_process, tokenizer_experiment
 from vqscale.errors import UserError
-from vqscale.models.lpips import STAGES
+from vqscale.models.lpips import STAGES, load_lpips
 from vqscale.models.pixels import from_uint8
 from vqscale.training.adversary import Adversary
 from vqscale.training.averaging import AveragedWeights, apply_average
@@ -295,17 +295,23 @@ def flat(network: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
-@pytest.mark.parametrize("adaptive", [True, False])
-def test_the_adversarial_term_is_that_of_a_direct_computation(alone: Ranks, run: Path, adaptive: bool) -> None:
-    """Every gradient of tokenizer and discriminator by autograd through the whole."""
-    settings = ADVERSARIAL | {"weight": 0.7, "adaptive": adaptive}
-    made = tokenizer(alone, run, l__adversarial=settings, l__reconstruction_weight=3.0)
+@pytest.mark.parametrize(("adaptive", "perceptual"), [(True, False), (False, False), (True, True)])
+def test_the_adversarial_term_is_that_of_a_direct_computation(
+    alone: Ranks, run: Path, lpips_weights: str, adaptive: bool, perceptual: bool
+) -> None:
+    """Every gradient of tokenizer and discriminator, and the weight of VQGAN's equation 7, by autograd."""
+    settings: dict[str, Any] = {"l__adversarial": ADVERSARIAL | {"weight": 0.7, "adaptive": adaptive}}
+    if perceptual:
+        settings["l__perceptual"] = {"weights": lpips_weights, "weight": 2.0}
+    made = tokenizer(alone, run, **settings, l__reconstruction_weight=3.0)
     model, network, batch = made.engine.bare, adversary_of(made).network, made.batches(1)[0]
     made.task.before_step(batch)
     images = from_uint8(batch.fields["image"], CPU)
 
     output = model(images)
     own = 3.0 * F.mse_loss(output.images, images)
+    if perceptual:
+        own = own + 2.0 * load_lpips([lpips_weights], "")(output.images, images).mean()
     other = -network(output.images).mean()
     last = model.to_pixels.weight
     pulls = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (own, other)]
