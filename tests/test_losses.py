@@ -244,3 +244,16 @@ def test_faulty_weights_are_refused_in_one_line(weights: dict[str, Tensor], tmp_
     assert "holds a Tensor" in fault(tmp_path / "tensor.pth")
     for name in ("text.pth", "text.safetensors", "malicious.pth", "malicious-zip.pth"):
         assert "neither safetensors nor tensors" in fault(tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_that_were_cut_off_are_refused_in_one_line(zipped: bool, tmp_path: Path) -> None:
+    """A download that broke off; torchvision's files have the format before zip."""
+    whole, cut = tmp_path / "whole.pth", tmp_path / "cut.pth"
+    torch.save({"a": torch.zeros(3), "b": torch.ones(2)}, whole, _use_new_zipfile_serialization=zipped)
+    content = whole.read_bytes()
+    for length in range(0, len(content) - 1, max(1, len(content) // 150)):
+        cut.write_bytes(content[:length])
+        with pytest.raises(UserError, match=f"^{WHERE}: .*cut.pth (is neither|holds a)") as caught:
+            load_lpips([str(cut)], WHERE)
+        assert "\n" not in str(caught.value)

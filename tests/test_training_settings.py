@@ -291,12 +291,19 @@ def test_class_dropout(alone: Ranks, codes: Path) -> None:
 
 
 def test_a_skipped_update_is_skipped_everywhere(alone: Ranks, run: Path, tmp_path: Path) -> None:
-    """The codebooks move in `after_step` alone: a step that fails before it leaves them."""
-    made = tokenizer(alone, run)
-    made.run(tmp_path / "first")
-    before = made.state()
-    made.task.after_step = lambda: None  # type: ignore[method-assign]
-    made.task.losses(made.batches(1, STEPS)[0])
+    """The codebooks move behind the optimizer's step: where that fails, forward and backward have changed nothing."""
+    made = tokenizer(alone, run, tokenizer__quantizer__init="random")
+    before, failed = made.state(), []
+
+    def overflow(loss: torch.Tensor, step: int) -> torch.Tensor:
+        failed.append(step)
+        loss.backward()
+        raise FloatingPointError("overflow")
+
+    made.engine.optimise = overflow  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match="overflow"):
+        made.run(tmp_path)
+    assert failed == [0]
     assert not differs(made.state(), before)
 
 
