@@ -111,6 +111,8 @@ def _array(field: dict[str, Any], name: str) -> str:
     item = _type(field["items"], f"{name}.N")
     if "minItems" not in field:
         return f"list: {item}"
+    if "maxItems" not in field:
+        return f"list of {field['minItems']} or more: {item}"
     return f"list of {field['minItems']} to {field['maxItems']}: {item}"
 
 

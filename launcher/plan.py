@@ -18,7 +18,7 @@ from launcher.registry import choose_directory
 from vqscale.config.inputs import check_inputs
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml, load_model, load_recipe
-from vqscale.config.recipe import Recipe, Shards
+from vqscale.config.recipe import Recipe, Shards, Tokenizer
 from vqscale.errors import UserError
 from vqscale.faults import VARIABLE, parse_faults
 from vqscale.files import read_json
@@ -141,12 +141,13 @@ def load_profile(on: str) -> Profile:
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with its folders made absolute, as seen from the current directory; URLs stay."""
+    """The recipe with the files and folders that it names made absolute, as seen from here; URLs stay."""
     data = recipe.data
     places: dict[str, Any] = {name: _absolute(getattr(data, name)) for name in ("train", "validation")}
     places["remote"] = data.remote.model_copy(update={"cache": _absolute(data.remote.cache)})
     resources = recipe.resources.model_copy(update={"checkpoints": _absolute(recipe.resources.checkpoints)})
-    return recipe.model_copy(update={"data": data.model_copy(update=places), "resources": resources})
+    changed = {"data": data.model_copy(update=places), "resources": resources}
+    return recipe.model_copy(update={**changed, "tokenizer": _with_absolute_weights(recipe.tokenizer)})
 
 
 def select_stages(recipe: Recipe, text: str | None, layout: RunLayout | None = None) -> tuple[str, ...]:
@@ -184,6 +185,15 @@ def _absolute(text: Shards) -> Shards:
     if not isinstance(text, str):
         return tuple(str(_absolute(one)) for one in text)
     return text if not text or "://" in text else str(Path(text).expanduser().absolute())
+
+
+def _with_absolute_weights(tokenizer: Tokenizer) -> Tokenizer:
+    """Stages run in another directory."""
+    losses = tokenizer.losses
+    if not losses.perceptual:
+        return tokenizer
+    perceptual = losses.perceptual.model_copy(update={"weights": _absolute(losses.perceptual.weights)})
+    return tokenizer.model_copy(update={"losses": losses.model_copy(update={"perceptual": perceptual})})
 
 
 def _resources(job: Job) -> str:

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vqscale.models.codebooks import GradientCodebook, UnitCodebook, UnitGradientCodebook, lloyd
 from vqscale.models.quantizer import Codebook, Donors, LevelFigures, Statistics, update_codebooks
+from vqscale.training.guards import CodebookMismatchError, compare_codebooks
 from vqscale.training.windows import CodeWindow, PixelWindow
 
 torch.set_num_threads(1)  # what is computed is small: more threads would wait for each other
@@ -131,6 +132,48 @@ def test_a_restarted_code_has_fresh_moments_and_stays_put(kind: type[Codebook]) 
     placed = book.codes[2].clone()
     update_codebooks([book], [book(of(book, 51), everyone(51)).statistics], alone, rate=1e-2)
     assert (book.codes[2] - placed).abs().max() < 1.5e-2  # a first step of Adam is as long as the rate
+
+
+@pytest.mark.parametrize("kind", GRADIENT)
+def test_both_gradients_of_equation_3_are_those_of_the_whole_loss(kind: type[Codebook]) -> None:
+    """Reconstruction + |sg[z] - e|² + beta |z - sg[e]|² in one graph: what reaches the latents, and what the codes."""
+    book, beta, decode = make(kind), 0.25, torch.randn(D, 3, generator=torch.Generator().manual_seed(1))
+    z, same = of(book).requires_grad_(), of(book).requires_grad_()
+    e = book.codes.clone().requires_grad_()
+    rows = same.permute(0, 2, 3, 1).reshape(-1, D)
+    found = book(z, everyone())
+    placed = (F.normalize(e) if kind in UNIT else e)[found.codes.flatten()]
+    through = rows + (placed - rows).detach()
+    whole = (through @ decode).square().mean() + F.mse_loss(placed, rows.detach())
+    (whole + beta * F.mse_loss(rows, placed.detach())).backward()
+    ours = found.latents.permute(0, 2, 3, 1).reshape(-1, D)
+    ((ours @ decode).square().mean() + beta * found.commitment).backward()
+    torch.testing.assert_close(z.grad, same.grad)
+    torch.testing.assert_close(book.gradient(found.statistics.counts, found.statistics.sums), e.grad)
+
+
+def test_ranks_are_compared_by_all_that_a_codebook_keeps() -> None:
+    """Moments that differ make codes differ later, when nobody can say why."""
+
+    class Two:
+        """This rank and another one, which comes first."""
+
+        def __init__(self, other: dict[str, str]) -> None:
+            self.other = other
+
+        def gather(self, mine: dict[str, str]) -> list[dict[str, str]]:
+            return [self.other or mine, mine]
+
+    sent: list[dict[str, str]] = []
+    book = make(GradientCodebook)
+    ranks = Two({})
+    ranks.gather = lambda mine: sent.append(mine) or [mine]  # type: ignore[method-assign, func-returns-value]
+    compare_codebooks({"top": book}, ranks, 1)  # type: ignore[arg-type]
+    for name in dict(book.named_buffers()):
+        changed = copy.deepcopy(book)
+        changed.get_buffer(name).view(-1)[0] += 1e-6
+        with pytest.raises(CodebookMismatchError, match="step 7: the codebook of level 'top' on rank 1"):
+            compare_codebooks({"top": changed}, Two(sent[0]), 7)  # type: ignore[arg-type]
 
 
 # --- unit length
@@ -361,6 +404,20 @@ def test_a_small_batch_is_no_collapse() -> None:
         window.add(step, [level([float((7 * step) % 512 <= code < (7 * step) % 512 + 4) for code in range(512)])])
     assert window.figures()["top"]["batch_perplexity"] < 0.05 * 512
     assert window.collapsed(window.figures(), 0.05) == {}
+
+
+def test_the_latest_use_is_the_last_batchs_share_of_the_codes_that_it_could_use() -> None:
+    window = CodeWindow({"top": 64}, 3, CPU)
+    assert window.latest() == [1.0]  # nothing is known yet
+    window.add(0, [level([1.0] * 64)])
+    window.add(1, [level([25.0] * 16 + [0.0] * 48)])
+    assert float(window.latest()[0]) == pytest.approx(0.25)
+    window.add(2, [level([1.0] * 4 + [0.0] * 60)])  # four vectors on four codes
+    assert float(window.latest()[0]) == pytest.approx(1.0)
+    window.add(3, [level([25.0] * 16 + [0.0] * 48)])
+    other = CodeWindow({"top": 64}, 3, CPU)
+    other.load({name: value.clone() for name, value in window.state().items()})
+    assert other.latest() == window.latest()
 
 
 def test_pixel_window_is_the_error_over_the_variance() -> None:

@@ -35,6 +35,21 @@ def test_good_shards_pass(shards: dict[str, str]):
     assert check_inputs(recipe(**shards)) == []
 
 
+def test_weights_that_are_missing_are_said_before_anything_starts(shards: dict[str, str], tmp_path: Path):
+    plain = recipe(**shards, image_size=16)
+    there, absent = tmp_path / "there.pth", tmp_path / "absent.pth"
+    there.write_bytes(b"")
+    for paths, faulty in (([str(there)], False), ([str(there), str(absent)], True)):
+        tree = plain.model_dump()
+        tree["tokenizer"]["losses"]["perceptual"] = {"weights": paths}
+        found = Recipe.model_validate(tree)
+        if faulty:
+            with pytest.raises(UserError, match=f"^tokenizer.losses.perceptual.weights: no file {absent}"):
+                check_inputs(found)
+        else:
+            check_inputs(found)
+
+
 def test_stored_size_is_a_warning(shards: dict[str, str]):
     warnings = check_inputs(recipe(**shards, image_size=16))
     assert len(warnings) == 2

@@ -281,6 +281,18 @@ def test_files_and_tests_that_are_named_exist(document: str) -> None:
         assert f"def {name}(" in text_of(f"tests/{file}"), f"{document} names {file}::{name}"
 
 
+def test_every_known_fault_has_a_test_or_a_reason() -> None:
+    """The table of docs/pitfalls.md is whole, and all of its tests are named so that the test above looks them up."""
+    page = text_of("docs/pitfalls.md")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert sorted(int(row[0]) for row in rows) == list(range(1, 42))
+    for number, fault, here, test in rows:
+        assert min(len(fault), len(here)) > 20, number
+        assert re.search(r"`test_\w+\.py::test_\w+`", test) or test.startswith("None: "), f"fault {number}: {test}"
+    whole = re.findall(r"`test_\w+\.py::test_\w+`", page)
+    assert page.count("test_") == 2 * len(whole), "a test is named by its file and its name"
+
+
 def test_readme_is_short_and_links_every_page() -> None:
     assert len(text_of("README.md").splitlines()) <= 200
     linked = {link.partition("#")[0] for link in links("README.md")}

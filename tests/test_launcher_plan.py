@@ -129,6 +129,16 @@ def test_data_folders_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert resolved.data.validation == "s3://bucket/val"
 
 
+def test_weights_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Stages run in another directory than the one in which the recipe was submitted."""
+    monkeypatch.chdir(tmp_path)
+    for given, expected in (("a.pth", str(tmp_path / "a.pth")), (["a", "/b"], (str(tmp_path / "a"), "/b"))):
+        recipe = tiny_recipe(tokenizer__losses={"perceptual": {"weights": given}})
+        perceptual = absolute_paths(recipe).tokenizer.losses.perceptual
+        assert perceptual is not None
+        assert perceptual.weights == expected
+
+
 def test_profiles(tmp_path: Path) -> None:
     assert load_profile("local").backend == "local"
     with pytest.raises(LookupError, match="did you mean 'local'"):

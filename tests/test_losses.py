@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vqscale.config.tokenizer import Adversarial
 from vqscale.errors import UserError
 from vqscale.models.convnets import Widths
-from vqscale.models.discriminator import PatchDiscriminator, smallest_image
+from vqscale.models.discriminator import PatchDiscriminator
 from vqscale.models.losses import (
     PIXEL_LOSSES,
     adaptive_weight,
@@ -98,7 +99,7 @@ def test_carry_has_the_value_and_the_gradient_it_is_given() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_discriminator_judges_patches(layers: int) -> None:
-    side = smallest_image(layers)
+    side = Adversarial(start=0, layers=layers).smallest_image
     network = PatchDiscriminator(4, layers)
     assert network(images(2, side)).shape == (2, 1, 1, 1)
     larger = 4 * side
@@ -243,3 +244,16 @@ def test_faulty_weights_are_refused_in_one_line(weights: dict[str, Tensor], tmp_
     assert "holds a Tensor" in fault(tmp_path / "tensor.pth")
     for name in ("text.pth", "text.safetensors", "malicious.pth", "malicious-zip.pth"):
         assert "neither safetensors nor tensors" in fault(tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_that_were_cut_off_are_refused_in_one_line(zipped: bool, tmp_path: Path) -> None:
+    """A download that broke off; torchvision's files have the format before zip."""
+    whole, cut = tmp_path / "whole.pth", tmp_path / "cut.pth"
+    torch.save({"a": torch.zeros(3), "b": torch.ones(2)}, whole, _use_new_zipfile_serialization=zipped)
+    content = whole.read_bytes()
+    for length in range(0, len(content) - 1, max(1, len(content) // 150)):
+        cut.write_bytes(content[:length])
+        with pytest.raises(UserError, match=f"^{WHERE}: .*cut.pth (is neither|holds a)") as caught:
+            load_lpips([str(cut)], WHERE)
+        assert "\n" not in str(caught.value)

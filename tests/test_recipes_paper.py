@@ -29,12 +29,41 @@ def test_grids_and_codebooks(name: str) -> None:
     assert (quantizer.decay, quantizer.commitment, quantizer.learning) == (0.99, 0.25, "ema")
 
 
-@pytest.mark.parametrize(("name", "steps"), [("imagenet256", 2_207_444), ("ffhq1024", 304_741)])
-def test_settings_of_the_vqvae2_paper(name: str, steps: int) -> None:
-    tokenizer = recipe(name).tokenizer
-    assert (tokenizer.hidden, tokenizer.residual_blocks, tokenizer.residual_hidden) == (128, 2, 64)
-    assert (tokenizer.training.global_batch, tokenizer.training.steps) == (128, steps)
-    assert tokenizer.losses.reconstruction == "mse"
+# Razavi et al. 2019, appendix, the table of hyper parameters of encoder and decoder for ImageNet-256 and FFHQ-1024:
+# input size, latent layers, beta, batch size, hidden and residual units, layers, codebook size and dimension, steps.
+# The decay, 0.99, stands in section 2.1 below equation 3; the loss, a squared error, is equation 2.
+VQVAE2 = {
+    "imagenet256": (256, (64, 32), 0.25, 128, 128, 64, 2, 512, 64, 2_207_444),
+    "ffhq1024": (1024, (128, 64, 32), 0.25, 128, 128, 64, 2, 512, 64, 304_741),
+}
+
+
+@pytest.mark.parametrize("name", VQVAE2)
+def test_settings_of_the_vqvae2_paper(name: str) -> None:
+    found = recipe(name)
+    tokenizer, training = found.tokenizer, found.tokenizer.training
+    books = {(level.codes, level.dim, level.project) for level in tokenizer.levels}
+    assert len(books) == 1
+    codes, dim, projected = books.pop()
+    widths = tokenizer.hidden, tokenizer.residual_hidden, tokenizer.residual_blocks
+    ours = (
+        found.data.image_size,
+        found.grids,
+        tokenizer.quantizer.commitment,
+        training.global_batch,
+        *widths,
+        codes,
+        dim,
+    )
+    assert (*ours, training.steps) == VQVAE2[name]
+    assert projected is None
+    assert all(level.hidden is level.residual_blocks is level.residual_hidden is None for level in tokenizer.levels)
+    assert (tokenizer.quantizer.decay, tokenizer.quantizer.learning) == (0.99, "ema")
+    assert tokenizer.quantizer.distance == "euclidean"
+    losses = tokenizer.losses
+    assert (losses.reconstruction, losses.reconstruction_weight) == ("mse", 1.0)
+    assert losses.perceptual is losses.adversarial is None
+    assert (training.optimizer, training.weight_decay, training.schedule) == ("adamw", 0.0, "constant")  # Adam, then
 
 
 def test_settings_of_sonnets_example() -> None:
@@ -42,6 +71,7 @@ def test_settings_of_sonnets_example() -> None:
     training = tokenizer.training
     assert (tokenizer.hidden, tokenizer.residual_blocks, tokenizer.residual_hidden) == (128, 2, 32)
     assert (training.global_batch, training.steps, training.learning_rate) == (32, 10_000, 3e-4)
+    assert tokenizer.quantizer.relief_below == 0  # its loss, exactly
     assert (training.schedule, training.clip, training.weight_decay, training.betas) == ("constant", 0, 0, (0.9, 0.999))
     # Its loss is divided by the variance of images in [-0.5, 0.5]; in [-1, 1] the squared error is four times that.
     assert tokenizer.losses.reconstruction_weight == pytest.approx(1 / (4 * 0.06327), rel=1e-3)

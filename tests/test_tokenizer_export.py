@@ -60,14 +60,15 @@ def held_out(made: Experiment) -> np.ndarray:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("average", [0.0, 0.9])
 @pytest.mark.parametrize(
     "quantizer", [{}, {"distance": "cosine"}, {"learning": "gradient"}], ids=["ema", "cosine", "gradient"]
 )
 def test_extraction_finds_the_codes_of_validation(
-    precision: str, quantizer: dict[str, Any], alone: Ranks, tmp_path: Path
+    precision: str, average: float, quantizer: dict[str, Any], alone: Ranks, tmp_path: Path
 ) -> None:
     settings = {"tokenizer__training__precision": precision, "tokenizer__quantizer": quantizer}
-    made, loaded = train(alone, tmp_path, **settings)
+    made, loaded = train(alone, tmp_path, **settings, tokenizer__ema_decay=average)
     book, images = made.engine.bare.codebooks[0], held_out(made)
     assert isinstance(book, Codebook)
     if not quantizer:
@@ -95,8 +96,22 @@ def test_extraction_finds_the_codes_of_a_training_step(precision: str, alone: Ra
         assert np.array_equal(loaded.encode(batch.fields["image"].numpy())[name], level.codes.numpy())
 
 
-def test_decoding_gives_the_reconstruction_that_is_validated(alone: Ranks, tmp_path: Path) -> None:
-    made, loaded = train(alone, tmp_path)
+def test_the_average_is_loaded_and_named_by_the_fingerprint(alone: Ranks, tmp_path: Path) -> None:
+    """The same plain weights and codebooks with three averages, one of which is none."""
+    found = {
+        average: train(alone, tmp_path / str(average), tokenizer__ema_decay=average)[1] for average in (0.0, 0.1, 0.9)
+    }
+    weights = [next(loaded.network.parameters()) for loaded in found.values()]
+    assert not any(torch.equal(one, other) for one, other in zip(weights, [*weights[1:], weights[0]], strict=True))
+    books = [loaded.network.codebooks[0].codes for loaded in found.values()]
+    assert torch.equal(books[0], books[1])
+    assert torch.equal(books[0], books[2])
+    assert len({loaded.fingerprint for loaded in found.values()}) == 3
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_decoding_gives_the_reconstruction_that_is_validated(average: float, alone: Ranks, tmp_path: Path) -> None:
+    made, loaded = train(alone, tmp_path, tokenizer__ema_decay=average)
     images = held_out(made)
     with torch.no_grad():
         error = ((loaded.decode(loaded.encode(images)).astype(np.float64) - images).reshape(len(images), -1) / 255) ** 2

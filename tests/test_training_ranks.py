@@ -34,6 +34,7 @@ from vqscale.models.vqvae import VQVAE
 from vqscale.seeds import mix
 from vqscale.training import strategies
 from vqscale.training.build import build_tokenizer
+from vqscale.training.checkpoints.reader import load_network, require
 from vqscale.training.distributed import process_group
 from vqscale.training.guards import CodebookMismatchError
 
@@ -220,6 +221,7 @@ def plain_loop(run: Path, recipe: Recipe, steps: int) -> tuple[State, State]:
     model: VQVAE = build_tokenizer(recipe.tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), betas=training.betas, weight_decay=0.0)
     first: State = {}
+    beta, share = [0.25, 0.25], recipe.tokenizer.quantizer.relief_below
     with made.loader() as loader:
         for step, batch in zip(range(steps), loader, strict=False):
             images = from_uint8(batch.fields["image"], torch.device("cpu"))
@@ -227,7 +229,8 @@ def plain_loop(run: Path, recipe: Recipe, steps: int) -> tuple[State, State]:
             if not step:
                 model.initialise_codebooks(images, donors, lambda tensor: tensor)
             output = model(images, donors)
-            loss = F.mse_loss(output.images, images) + 0.25 * sum(level.commitment for level in output.levels)
+            pulls = [weight * level.commitment for weight, level in zip(beta, output.levels, strict=True)]
+            loss = F.mse_loss(output.images, images) + sum(pulls)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -235,7 +238,10 @@ def plain_loop(run: Path, recipe: Recipe, steps: int) -> tuple[State, State]:
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 4)
             optimizer.step()
             statistics = [level.statistics for level in output.levels]
-            update_codebooks(list(model.codebooks), statistics, lambda tensor: tensor, step)  # type: ignore[arg-type]
+            figures = update_codebooks(list(model.codebooks), statistics, lambda tensor: tensor, step)  # type: ignore[arg-type]
+            usable = [min(16.0, float(level.counts.sum())) for level in figures]
+            used = [float(level.perplexity) / codes for level, codes in zip(figures, usable, strict=True)]
+            beta = [0.25 * min(1.0, part / share) for part in used]
     return first, {name: value.numpy() for name, value in model.state_dict().items()}
 
 
@@ -258,6 +264,14 @@ def test_resumed_at_another_number_of_ranks(tokenizers: Trained) -> None:
     expected = tokenizers.ranks[1][0].curves["loss/total"][HALF:]
     np.testing.assert_allclose(first.curves["loss/total"], expected, rtol=2e-4)
     assert_close(first.state, tokenizers.ranks[1][0].state, rtol=1e-2, atol=2e-3)
+
+
+def test_a_checkpoint_of_two_ranks_is_that_of_the_bare_network(tokenizers: Trained) -> None:
+    """Loaded strictly, without a process group."""
+    network = build_tokenizer(tokenizer_recipe().tokenizer)
+    load_network(network, require(tokenizers.checkpoints(2), "tokenizer"))
+    for name, value in network.state_dict().items():
+        assert np.array_equal(value.numpy(), tokenizers.ranks[2][0].state[name]), name
 
 
 def test_nothing_left_to_train_still_reports(tokenizers: Trained) -> None:

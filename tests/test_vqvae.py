@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vqscale.models.codebooks import UnitCodebook
 from vqscale.models.convnets import Widths
-from vqscale.models.quantizer import Codebook, Donors
+from vqscale.models.quantizer import Codebook, Donors, update_codebooks
 from vqscale.models.vqvae import VQVAE, LevelShape
 
 torch.set_num_threads(1)  # what is computed is small: more threads would wait for each other
@@ -95,6 +95,23 @@ def test_unit_levels_search_the_largest_cosine() -> None:
         found = model.encode(x)[level]
         best = cosine.amax(dim=1)
         torch.testing.assert_close(cosine.gather(1, found[:, None])[:, 0], best)
+
+
+def test_nothing_in_the_network_talks_to_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective inside the forward hangs as soon as one rank goes through it alone, as in an evaluation."""
+
+    def refuse(*given: object, **options: object) -> None:
+        raise AssertionError("asks for other ranks")
+
+    for name in ("all_reduce", "all_gather", "broadcast", "barrier", "get_rank", "get_world_size", "is_initialized"):
+        monkeypatch.setattr(torch.distributed, name, refuse)
+    model = varied()
+    output = model(images(), Donors(torch.arange(6), 6, 0))
+    (output.images.square().mean() + sum(level.commitment for level in output.levels)).backward()
+    model.eval().decode(model.encode(images()))
+    statistics, sums = [level.statistics for level in output.levels], []
+    update_codebooks(list(model.codebooks), statistics, lambda tensor: sums.append(tensor) or tensor)  # type: ignore[arg-type, func-returns-value]
+    assert len(sums) == 1  # through the one function that it is given
 
 
 def test_features_are_what_the_last_layer_sees() -> None:

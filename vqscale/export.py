@@ -62,7 +62,7 @@ class TrainedTokenizer:
 
 
 def load_tokenizer(run: str | Path, device: str | torch.device = "cpu") -> TrainedTokenizer:
-    """The tokenizer of a run directory, from its newest valid checkpoint.
+    """The tokenizer of a run directory, from its newest valid checkpoint; with the averaged weights if it has them.
 
     Raises:
         UserError: no run, or no trained tokenizer in it.

@@ -1,8 +1,9 @@
-"""What a recipe reads, checked before anything starts: manifests, shard files, enough for the streams."""
+"""What a recipe reads, checked before anything starts: manifests, shard files, enough for the streams, weights."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 from vqscale.config.recipe import Clocks, Recipe, Shards
 from vqscale.data.manifest import IMAGES, Manifest, check_streams
@@ -11,7 +12,7 @@ from vqscale.errors import UserError
 
 
 def check_inputs(recipe: Recipe) -> list[str]:
-    """Check the data that a recipe names, by manifests and file sizes alone.
+    """Check the data that a recipe names, by manifests and file sizes alone, and that weights are there.
 
     Args:
         recipe: a valid recipe.
@@ -20,8 +21,9 @@ def check_inputs(recipe: Recipe) -> list[str]:
         Warnings, one line each.
 
     Raises:
-        UserError: missing or unfit shards; names key or file, and the mend.
+        UserError: missing or unfit shards, or missing weights; names key or file, and the mend.
     """
+    _check_weights(recipe)
     data = recipe.data
     if data.clocks:
         counts = _clock_counts(data.clocks)
@@ -41,6 +43,18 @@ def check_inputs(recipe: Recipe) -> list[str]:
         )
     check_streams(train.counts, streams=data.streams, packet=data.packet, where=train.spec)
     return [line for shards in (train, validation) for line in _size_warnings(shards, data.image_size)]
+
+
+def _check_weights(recipe: Recipe) -> None:
+    perceptual = recipe.tokenizer.losses.perceptual
+    if perceptual:
+        for path in perceptual.paths:
+            if not Path(path).is_file():
+                raise UserError(
+                    f"no file {path}",
+                    where="tokenizer.losses.perceptual.weights",
+                    mend="name a file with the weights of VGG16 and LPIPS",
+                )
 
 
 def _read(spec: Shards) -> ShardSet:

@@ -339,6 +339,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _losses_see_the_images(self) -> Self:
+        losses, size = self.tokenizer.losses, self.data.image_size
+        terms = {"adversarial": losses.adversarial, "perceptual": losses.perceptual}
+        for name, term in terms.items():
+            if term and size < term.smallest_image:
+                mend = "use fewer layers" if name == "adversarial" else "leave it out"
+                raise ValueError(
+                    f"tokenizer.losses.{name} needs images of {term.smallest_image} pixels, data.image_size is {size}; "
+                    f"{mend}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _batches_divide(self) -> Self:
         ranks, packet = self.resources.processes, self.data.packet
         if self.data.streams % ranks:

@@ -62,21 +62,34 @@ class Quantizer(Section):
     """A code is dead when its EMA count falls below this fraction of its expected use (vectors / codes)."""
     max_restarts: Positive = 16
     """At most so many codes of a level are restarted in one step."""
+    relief_below: Fraction = 0.5
+    """The commitment loss of a level whose perplexity in the batch before was below this share of its codes is weakened
+    in proportion: it would hold the latents in the few clusters that they lie in. 0 never weakens it."""
     window: Positive = 100
     """Last steps over which usage, perplexity, restarts and distance of a level are reported."""
-    collapse_below: Fraction = 0.05
+    collapse_below: Fraction = 0.1
     """A level whose perplexity, over the window or a batch, falls below this share of its codes is warned about."""
 
 
 class Perceptual(Section):
     """The perceptual term: LPIPS with VGG16 (Zhang et al. 2018), mean over images."""
 
-    weights: str | tuple[str, ...]
+    weights: str | Annotated[tuple[str, ...], Field(min_length=1)]
     """File or files with the weights (safetensors, or of `torch.save`): the convolutions of torchvision's `vgg16` and
     the linear layers of the package `lpips` (`vgg.pth`), or the whole state of its `LPIPS(net="vgg")`. Never
     downloaded."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the term."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files of `weights`."""
+        return (self.weights,) if isinstance(self.weights, str) else self.weights
+
+    @property
+    def smallest_image(self) -> int:
+        """Side of the smallest image that VGG16's last stage, behind four poolings, sees anything of."""
+        return 16
 
 
 class Adversarial(Section):
@@ -94,6 +107,11 @@ class Adversarial(Section):
     """Halvings in the discriminator; with three it judges patches of 70×70 pixels. Images need 3 · 2^layers pixels."""
     relative_learning_rate: Annotated[float, Field(gt=0)] = 1.0
     """The discriminator's learning rate as a multiple of the tokenizer's, at every step."""
+
+    @property
+    def smallest_image(self) -> int:
+        """Side of the smallest image that the discriminator gives a logit for."""
+        return int(3 * 2**self.layers)
 
 
 class Losses(Section):

@@ -44,8 +44,3 @@ class PatchDiscriminator(nn.Module):
         """Logits [B, 1, h, w] of images [B, 3, S, S] in [-1, 1]; h = w = S / 2^layers - 2."""
         logits: Tensor = self.layers(images)
         return logits
-
-
-def smallest_image(layers: int) -> int:
-    """Side of the smallest image that a discriminator of so many layers gives a logit for."""
-    return 3 * 2**layers

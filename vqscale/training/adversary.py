@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vqscale.config.tokenizer import Adversarial
 from vqscale.errors import UserError
-from vqscale.models.discriminator import PatchDiscriminator, smallest_image
+from vqscale.models.discriminator import PatchDiscriminator
 from vqscale.models.losses import adaptive_weight, carry, discriminator_loss, generator_loss, kernel_gradient
 from vqscale.models.vqvae import Output
 from vqscale.seeds import mix
@@ -47,20 +47,10 @@ class Adversary:
     Args:
         settings: the recipe's.
         engine: for ranks and autocast.
-        image_size: side of the images.
         seed: the run's seed.
-
-    Raises:
-        UserError: the images are too small for a single logit.
     """
 
-    def __init__(self, settings: Adversarial, engine: Engine, image_size: int, seed: int) -> None:
-        if image_size < smallest_image(settings.layers):
-            raise UserError(
-                f"{settings.layers} layers need images of {smallest_image(settings.layers)} pixels, not {image_size}",
-                where="tokenizer.losses.adversarial.layers",
-                mend="use fewer",
-            )
+    def __init__(self, settings: Adversarial, engine: Engine, seed: int) -> None:
         self._settings, self._engine = settings, engine
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix(seed, "discriminator"))

@@ -19,7 +19,7 @@ class CodebookMismatchError(RuntimeError):
 
 
 def compare_codebooks(codebooks: Mapping[str, Codebook], ranks: Ranks, step: int) -> None:
-    """Compare a hash of codes, counts and sums over all ranks; one small gather.
+    """Compare a hash of all that a codebook keeps over all ranks; one small gather.
 
     Raises:
         CodebookMismatchError: names rank, level and step. Every rank raises it.
@@ -62,6 +62,6 @@ def require_progress(skipped: int, allowed: int, step: int) -> None:
 
 def _digest(book: Codebook) -> str:
     digest = hashlib.sha256()
-    for buffer in (book.codes, book.counts, book.sums):
+    for buffer in book.buffers():
         digest.update(buffer.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -44,7 +44,7 @@ class TokenizerTask(Task):
         fixed: images uint8 [n, S, S, 3] that are drawn into TensorBoard again and again.
 
     Raises:
-        UserError: weights of the perceptual term are missing, or settings do not fit the images or the strategy.
+        UserError: weights of the perceptual term are missing, or settings do not fit the strategy.
     """
 
     def __init__(
@@ -64,10 +64,9 @@ class TokenizerTask(Task):
         self._pixels = PixelWindow(settings.quantizer.window, device)
         self._perceptual: LPIPS | None = None
         if losses.perceptual:
-            paths = losses.perceptual.weights
             where = "tokenizer.losses.perceptual.weights"
-            self._perceptual = load_lpips([paths] if isinstance(paths, str) else paths, where).to(device)
-        self._adversary = Adversary(losses.adversarial, engine, fixed.shape[1], seed) if losses.adversarial else None
+            self._perceptual = load_lpips(losses.perceptual.paths, where).to(device)
+        self._adversary = Adversary(losses.adversarial, engine, seed) if losses.adversarial else None
         self._averaged = AveragedWeights(engine.weights, settings.ema_decay) if settings.ema_decay else None
         self._statistics: list[Statistics] = []
         self._levels: list[LevelFigures] = []
@@ -97,7 +96,8 @@ class TokenizerTask(Task):
         self._pixels.see(output.images.detach().float(), images)
         fidelity, figures = self._judge(output, images)
         commitments = [level.commitment for level in output.levels]
-        total = fidelity + self._settings.quantizer.commitment * sum(commitments, torch.zeros_like(fidelity))
+        weighted = zip(self._commitment_weights(), commitments, strict=False)
+        total = fidelity + sum((weight * value for weight, value in weighted), torch.zeros_like(fidelity))
         parts = {f"commitment_{name}": value for name, value in zip(self._sizes, commitments, strict=False)}
         return {"total": total, **figures, **parts}
 
@@ -120,6 +120,8 @@ class TokenizerTask(Task):
         self._watch(levels)
         error = self._pixels.normalised_error(self.engine.ranks.sum)
         named = {f"{name}/{key}": value for name, level in levels.items() for key, value in level.items()}
+        weights = zip(self._sizes, self._commitment_weights(), strict=True)
+        named |= {f"{name}/commitment_weight": float(weight) for name, weight in weights}
         return {"reconstruction/mse_over_variance": error, **named}
 
     def check(self, step: int) -> None:
@@ -208,6 +210,19 @@ class TokenizerTask(Task):
         seen = [level.statistics for level in levels if level.statistics is not None]
         earlier = self._statistics
         self._statistics = [a + b for a, b in zip(earlier, seen, strict=True)] if earlier else seen
+
+    def _commitment_weights(self) -> list[Tensor]:
+        """Beta of each level; less where the last update found few codes in use (`relief_below`).
+
+        A level begins to collapse when its latents move away from most of its codes. The commitment then pulls all of
+        them to the few that are left, faster than restarts bring codes to them, and the network learns to do without
+        the level. What the weight follows is a figure of the global batch, so it is the same on all ranks.
+        """
+        beta, below = self._settings.quantizer.commitment, self._settings.quantizer.relief_below
+        return [
+            beta * (used / below).clamp(max=1) if below else beta * torch.ones_like(used)
+            for used in self._window.latest()
+        ]
 
     def _judge(self, output: Output, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The terms that look at images: their weighted sum, and each by itself."""

@@ -31,15 +31,22 @@ class CodeWindow:
             name: torch.zeros(steps, size, dtype=torch.int32, device=device) for name, size in sizes.items()
         }
         self._sums = {name: torch.zeros(steps, 4, dtype=torch.float64, device=device) for name in sizes}
+        self._latest = {name: torch.ones((), device=device) for name in sizes}
 
     def add(self, step: int, levels: Sequence[LevelFigures]) -> None:
         """Take in a step's codebook update, in the place of the step that leaves the window."""
         row = step % self._steps
-        for counts, sums, level in zip(self._counts.values(), self._sums.values(), levels, strict=True):
-            counts[row] = level.counts
-            distance = level.distance.double() * level.counts.sum()
+        for name, level in zip(self._counts, levels, strict=True):
+            vectors = level.counts.sum()
+            self._counts[name][row] = level.counts
+            distance = level.distance.double() * vectors
             filled = torch.ones_like(distance)
-            sums[row] = torch.stack([filled, level.restarted.double(), distance, level.perplexity.double()])
+            self._sums[name][row] = torch.stack([filled, level.restarted.double(), distance, level.perplexity.double()])
+            self._latest[name].copy_(level.perplexity / vectors.clamp(max=len(level.counts)))
+
+    def latest(self) -> list[Tensor]:
+        """fp32 scalar a level: the last batch's perplexity, as a share of the codes that it could use; 1 before any."""
+        return list(self._latest.values())
 
     def figures(self) -> dict[str, dict[str, float]]:
         """By level name: figures over the window, none before the first step in it.
@@ -91,7 +98,8 @@ class CodeWindow:
     def state(self) -> dict[str, Tensor]:
         """The window, for a checkpoint."""
         counts = {f"{_PREFIX}counts.{name}": value for name, value in self._counts.items()}
-        return counts | {f"{_PREFIX}sums.{name}": value for name, value in self._sums.items()}
+        latest = {f"{_PREFIX}latest.{name}": value for name, value in self._latest.items()}
+        return counts | latest | {f"{_PREFIX}sums.{name}": value for name, value in self._sums.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave; a window of another length, or none, begins anew."""
@@ -108,8 +116,8 @@ def _collapse(name: str, figures: Mapping[str, Mapping[str, float]], size: int) 
     others = f", while {', '.join(healthy)}" if healthy else ""
     return (
         f"level '{name}' is collapsing: perplexity {own['batch_perplexity']:.1f} a batch, {own['perplexity']:.1f} over "
-        f"the window, of {size} codes, usage {own['used']:.1%}{others}; lower tokenizer.quantizer.commitment, set "
-        f"continuous_steps, or raise restart_below and max_restarts"
+        f"the window, of {size} codes, usage {own['used']:.1%}{others}; lower tokenizer.training.learning_rate or "
+        f"tokenizer.quantizer.commitment, set continuous_steps, or raise restart_below and max_restarts"
     )
 
 
