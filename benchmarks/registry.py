@@ -22,6 +22,9 @@ class Entry(NamedTuple):
 BENCHMARKS = {
     "loader": Entry("benchmarks.loader", "image shards to batches: ours, webdataset, LitData, image folder; floors"),
     "quantizer": Entry("benchmarks.quantizer", "nearest codes and EMA: ours, vector-quantize-pytorch, faiss; floors"),
+    "tokenizer": Entry(
+        "benchmarks.tokenizer", "training step of the tokenizer: ours, the same in plain torch; ceiling"
+    ),
 }
 
 
