@@ -34,6 +34,7 @@ from vqscale.seeds import mix
 from vqscale.training.build import build_tokenizer
 from vqscale.training.distributed import Ranks
 from vqscale.training.engine import Engine
+from vqscale.training.heap import keep_heap
 from vqscale.training.tokenizer_task import TokenizerTask
 from vqscale.training.transfer import DeviceBatch
 
@@ -42,7 +43,7 @@ PACKAGES = ("accelerate", "vector-quantize-pytorch", "triton")
 
 THREADS = 2
 RECIPE = ROOT / "pipelines" / "recipes" / "imagenet256.yaml"
-SMALL = ("data.image_size=64", "tokenizer.hidden=32", "tokenizer.residual_hidden=16")
+SMALL = ("data.image_size=32", "tokenizer.hidden=16", "tokenizer.residual_hidden=8")
 """What `--quick` changes in the recipe."""
 
 _UNIT, _SETS = "images/s", 3
@@ -91,7 +92,7 @@ class Ours:
         self.network = build_tokenizer(settings)
         self._engine = Engine(self.network, settings.training, ranks)
         fixed = np.zeros((1, recipe.data.image_size, recipe.data.image_size, 3), np.uint8)
-        self._task = TokenizerTask(self._engine, settings, recipe.seed, lambda: [], fixed)
+        self._task = TokenizerTask(self._engine, settings, recipe.seed, list, fixed)
         self._seed, self._step = recipe.seed, 0
 
     def step(self, images: Tensor) -> Tensor:
@@ -109,6 +110,8 @@ class Ours:
 def run(bench: Bench) -> None:
     """Check and race."""
     with threads(THREADS), one_process() as ranks:
+        if ranks.device.type == "cpu":
+            keep_heap()  # as stages do; the peers have it too
         torch.manual_seed(0)
         problem = make_problem(bench.quick, ranks.device)
         ours = Ours(problem.recipe, ranks)

@@ -83,7 +83,7 @@ def convolutions(shapes: Sequence[LevelShape], dims: Sequence[int], side: int, c
         grid = side // shape.factor
         found.append(Convolution(hidden + above[level], dims[level], 1, grid))
         if level:  # the context and the upsampled codes for the level below
-            found += _decoder(dims[level] + above[level], dims[level - 1], grid, shape.factor, shape.widths)
+            found += _decoder(dims[level] + above[level], dims[level], grid, shape.factor, shape.widths)
             found += _upsampler(sum(dims[level:]), grid, shape.factor)
         else:
             found += _decoder(sum(dims), channels, grid, shape.factor, shape.widths)

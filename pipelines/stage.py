@@ -27,6 +27,7 @@ from vqscale.events import EventLog
 from vqscale.files import write_json
 from vqscale.quarantine import Quarantine
 from vqscale.training.distributed import Ranks, process_group
+from vqscale.training.heap import keep_heap
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ def _run(name: str, main: Callable[[Stage], dict[str, Any]], layout: RunLayout) 
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     # Recorded inside: once a rank has left the group, the others fail too, and one of them could say so first.
     with process_group(recipe.resources.device, recipe.resources.timeout_s) as ranks, _recorded(layout, name):
+        if ranks.device.type == "cpu":
+            keep_heap()
         if ranks.first:
             layout.failure(name).unlink(missing_ok=True)  # an earlier attempt's
         ranks.barrier()
