@@ -23,6 +23,9 @@ BENCHMARKS = {
     "checkpoint": Entry("benchmarks.checkpoint", "saves in the background and blocking: ours, torch's DCP; floors"),
     "loader": Entry("benchmarks.loader", "image shards to batches: ours, webdataset, LitData, image folder; floors"),
     "quantizer": Entry("benchmarks.quantizer", "nearest codes and EMA: ours, vector-quantize-pytorch, faiss; floors"),
+    "tokenizer": Entry(
+        "benchmarks.tokenizer", "training step of the tokenizer: ours, the same in plain torch; ceiling"
+    ),
 }
 
 

@@ -28,6 +28,7 @@ from vqscale.faults import NO_FAULTS, Faults
 from vqscale.files import write_json
 from vqscale.quarantine import Quarantine
 from vqscale.training.distributed import Ranks, process_group
+from vqscale.training.heap import keep_heap
 from vqscale.training.preemption import PreemptedError
 from vqscale.training.watchdog import EXIT_HANG, Watchdog, describe_hang
 
@@ -149,6 +150,8 @@ def _run(name: str, main: Callable[[Stage], dict[str, Any]], layout: RunLayout) 
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     # Recorded inside: once a rank has left the group, the others fail too, and one of them could say so first.
     with process_group(recipe.resources.device, recipe.resources.timeout_s) as ranks, _recorded(layout, name):
+        if ranks.device.type == "cpu":
+            keep_heap()
         if ranks.first:
             for earlier in (layout.failure(name), layout.preempted(name)):
                 earlier.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqscale.models.codebooks import UnitCodebook
-from vqscale.models.convnets import Widths
+from vqscale.models.convnets import Widths, doubling
 from vqscale.models.quantizer import Codebook, Donors, update_codebooks
 from vqscale.models.vqvae import VQVAE, LevelShape
 
@@ -45,6 +45,20 @@ def test_shapes_of_any_hierarchy(factors: tuple[int, ...]) -> None:
         side //= factor
         assert level.codes.shape == (6, side, side)
         assert level.codes.max() < 8
+
+
+def test_a_doubling_is_a_transposed_convolution() -> None:
+    """Its bias is added by itself; that changes neither values nor gradients, nor what a checkpoint holds."""
+    torch.manual_seed(0)
+    ours, plain = doubling(5, 3).double(), torch.nn.ConvTranspose2d(5, 3, 4, stride=2, padding=1).double()
+    plain.load_state_dict(ours.state_dict())
+    x, pull = torch.randn(2, 5, 4, 6).double(), torch.randn(2, 3, 8, 12).double()
+    found = []
+    for layer in (ours, plain):
+        value, inside = layer(given := x.clone().requires_grad_()), list(layer.parameters())
+        found.append([value, *torch.autograd.grad(value, [given, *inside], pull)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_images_need_not_be_square() -> None:

@@ -97,7 +97,7 @@ class _StraightThrough(torch.autograd.Function):
         gradient = straight
         if commitment is not None:
             rows, nearest, codes = ctx.saved_tensors
-            away, weight = rows.float() - F.embedding(nearest, codes), commitment * (2 / rows.numel())
+            away, weight = rows - F.embedding(nearest, codes), commitment * (2 / rows.numel())
             pull = away * weight if straight is None else torch.addcmul(straight.float(), away, weight)
             gradient = pull.to(rows.dtype)
         return gradient, None, None, None, None

@@ -1,0 +1,258 @@
+"""Benchmark `tokenizer`: a training step of recipe `imagenet256`, against the network as it is commonly written.
+
+A step begins with image bytes and ends with moved weights and codes. Ours goes through the engine and the task that
+train; the peers are the same layers in plain torch with vector-quantize-pytorch. The ceiling is the convolutions of all
+layers by themselves, in bf16, forward and backward. It runs on the GPU where there is one, else on two threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import Bench
+from benchmarks.machine import ROOT
+from benchmarks.one_process import one_process
+from benchmarks.quantizer import threads
+from benchmarks.quantizer_gpu import wait
+from benchmarks.quantizer_peers import find
+from benchmarks.result import at_least
+from benchmarks.timing import Contender, Race
+from benchmarks.tokenizer_check import check_cost, check_networks
+from benchmarks.tokenizer_cost import Convolution, convolutions, search_flops
+from benchmarks.tokenizer_peers import PlainTrainer, PlainVQVAE2, Shape, normalised
+from vqscale.config.load import load_recipe
+from vqscale.config.recipe import Recipe
+from vqscale.models.vqvae import VQVAE
+from vqscale.seeds import mix
+from vqscale.training.build import build_tokenizer
+from vqscale.training.distributed import Ranks
+from vqscale.training.engine import Engine
+from vqscale.training.heap import keep_heap
+from vqscale.training.tokenizer_task import TokenizerTask
+from vqscale.training.transfer import DeviceBatch
+
+GOALS = {"vs_plain_peer": at_least(3.5), "fraction_of_bf16_conv_ceiling": at_least(0.60)}
+PACKAGES = ("accelerate", "vector-quantize-pytorch", "triton")
+
+THREADS = 2
+RECIPE = ROOT / "pipelines" / "recipes" / "imagenet256.yaml"
+SMALL = ("data.image_size=32", "tokenizer.hidden=16", "tokenizer.residual_hidden=8")
+"""What `--quick` changes in the recipe."""
+
+_UNIT, _SETS = "images/s", 3
+_CPU_BATCH, _GPU_BATCH, _QUICK_BATCH = 16, 128, 4
+_GPU_STEPS = 40  # a lap, so that it takes about half a second
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all contenders train on."""
+
+    recipe: Recipe
+    sets: Sequence[Tensor]
+    """uint8 [B, S, S, 3] each, on the device."""
+    steps: int
+    """Steps of a lap."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.sets[0].device
+
+    @property
+    def batch(self) -> int:
+        """Images of a step."""
+        return len(self.sets[0])
+
+    def contender(self, name: str, step: Callable[[Tensor], object]) -> Contender:
+        """Takes the sets in turn; a lap ends when the device has done its steps."""
+        source = itertools.cycle(self.sets)
+
+        def work() -> float:
+            for images in itertools.islice(source, self.steps):
+                step(images)
+            wait(self.device)
+            return self.batch * self.steps
+
+        return Contender(name, work)
+
+
+class Ours:
+    """The tokenizer's stage in this process, without loader and logs."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+        settings = recipe.tokenizer
+        self.network = build_tokenizer(settings)
+        self._engine = Engine(self.network, settings.training, ranks)
+        fixed = np.zeros((1, recipe.data.image_size, recipe.data.image_size, 3), np.uint8)
+        self._task = TokenizerTask(self._engine, settings, recipe.seed, list, fixed)
+        self._seed, self._step = recipe.seed, 0
+
+    def step(self, images: Tensor) -> Tensor:
+        """What `vqscale.training.loop` does in a step, on uint8 [B, S, S, 3]; the loss."""
+        torch.manual_seed(mix(self._seed, self._step, 0))
+        batch = DeviceBatch(self._step, {"image": images}, torch.arange(len(images), device=images.device))
+        self._task.before_step(batch)
+        total = self._task.losses(batch)["total"]
+        self._engine.optimise(total, self._step)
+        self._task.after_step()
+        self._step += 1
+        return total.detach()
+
+
+def run(bench: Bench) -> None:
+    """Check and race."""
+    with threads(THREADS), one_process() as ranks:
+        if ranks.device.type == "cpu":
+            keep_heap()  # as stages do; the peers have it too
+        torch.manual_seed(0)
+        problem = make_problem(bench.quick, ranks.device)
+        ours = Ours(problem.recipe, ranks)
+        layers = layers_of(ours.network, problem.recipe)
+        describe(bench, problem, layers)
+        ours.step(problem.sets[0])  # sets the first codes from its latents
+        check_cost(bench, layers, problem.batch, lambda: ours.step(problem.sets[1]))
+        contenders = [problem.contender("ours", ours.step), *peers(bench, problem, ours.network)]
+        limits = [ceiling(layers, problem), peak(layers, problem)]
+        race = bench.race("training steps", [*contenders, *limits])
+    keep(bench, problem, race, contenders)
+    bounds(bench, race, sum(layer.training_flops for layer in layers))
+
+
+def make_problem(quick: bool, device: torch.device) -> Problem:
+    """Recipe `imagenet256` on one process, with a batch that fits, and smooth noise for images."""
+    large = _GPU_BATCH if device.type == "cuda" else _CPU_BATCH
+    batch = _QUICK_BATCH if quick else large
+    changed = ("resources.processes=1", f"tokenizer.training.global_batch={batch}", *(SMALL if quick else ()))
+    recipe = load_recipe(RECIPE, changed)
+    side, generator = recipe.data.image_size, torch.Generator().manual_seed(0)
+    sets = []
+    for _ in range(_SETS):
+        coarse = torch.rand(batch, 3, side // 8, side // 8, generator=generator)
+        images = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1).mul(255).byte()
+        sets.append(images.permute(0, 2, 3, 1).contiguous().to(device))
+    return Problem(recipe, sets, _GPU_STEPS if device.type == "cuda" and not quick else 1)
+
+
+def layers_of(network: VQVAE, recipe: Recipe) -> list[Convolution]:
+    """The convolutions of the recipe's tokenizer."""
+    dims = [level.dim for level in recipe.tokenizer.levels]
+    return convolutions(network.shapes, dims, recipe.data.image_size)
+
+
+def describe(bench: Bench, problem: Problem, layers: Sequence[Convolution]) -> None:
+    """Sizes, choices and costs."""
+    recipe, levels = problem.recipe, problem.recipe.tokenizer.levels
+    sizes = [level.codes for level in levels], [level.dim for level in levels], recipe.grids
+    bench.config |= {
+        "recipe": "imagenet256" + (" made small" if bench.quick else ""),
+        "image_size": recipe.data.image_size,
+        "batch": problem.batch,
+        "steps_a_lap": problem.steps,
+        "device": problem.device.type,
+        "threads": THREADS,
+        "images": "smooth noise, uint8, in memory; three batches take turns",
+        "ours": "bf16 autocast, channels last, gradient clipping, AdamW, restarts, as the recipe has it",
+        "plain": "fp32, NCHW, Adam without clipping; VectorQuantize with the recipe's decay and commitment, "
+        "rotation_trick=False (straight through, as ours, and cheaper), otherwise its defaults (no restarts)",
+        "plain_bf16": "the same under bf16 autocast",
+        "flops_per_image": sum(layer.training_flops for layer in layers),
+        "search_flops_per_image": search_flops(*sizes),
+        "conv_bytes_per_batch": sum(layer.training_bytes(problem.batch) for layer in layers),
+    }
+
+
+def peers(bench: Bench, problem: Problem, ours: VQVAE) -> Iterator[Contender]:
+    """The plain network in fp32 and under autocast, if its package is there; checked."""
+    package = find("vector_quantize_pytorch", "vector-quantize-pytorch")
+    if isinstance(package, str):
+        bench.skip("plain", package)
+        return
+    settings = problem.recipe.tokenizer
+    level, commitment = settings.levels[0], settings.quantizer.commitment
+    shape = Shape(settings.hidden, settings.residual_blocks, settings.residual_hidden, level.dim, level.codes)
+    for name, half in (("plain", False), ("plain_bf16", True)):
+        network = PlainVQVAE2(package, shape, settings.quantizer.decay, commitment).to(problem.device)
+        if not half:
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                check_networks(bench, ours, network, normalised(problem.sets[2][:2]), commitment)
+        network.take(ours)
+        trainer = PlainTrainer(network, settings.training.learning_rate, half=half)
+        yield problem.contender(name, trainer.step)
+
+
+def ceiling(layers: Sequence[Convolution], problem: Problem) -> Contender:
+    """Forward and backward of every layer's convolution, one after the other, and nothing else."""
+    calls = [call for layer in layers for call in alone(layer, problem.batch, problem.device)]
+
+    def step(_: Tensor) -> None:
+        for call in calls:
+            call()
+
+    return problem.contender("convolutions", step)
+
+
+def peak(layers: Sequence[Convolution], problem: Problem) -> Contender:
+    """The forward of that 3×3 layer that has the most operations; operations."""
+    layer = max((layer for layer in layers if layer.kernel == 3), key=lambda layer: layer.flops)
+    forward, _ = alone(layer, problem.batch, problem.device)
+
+    def work() -> float:
+        for _ in range(8 * problem.steps):
+            forward()
+        wait(problem.device)
+        return 8 * problem.steps * problem.batch * layer.flops
+
+    return Contender("peak", work)
+
+
+def alone(layer: Convolution, batch: int, device: torch.device) -> tuple[Callable[[], Tensor], Callable[[], object]]:
+    """Forward and backward of a layer without its bias, in bf16 and channels-last memory."""
+    ends = (layer.inputs, layer.outputs) if layer.transposed else (layer.outputs, layer.inputs)
+    image = _half((batch, layer.inputs, layer.side, layer.side), device)
+    gradient = _half((batch, layer.outputs, layer.out_side, layer.out_side), device)
+    kernel = _half((*ends, layer.kernel, layer.kernel), device)
+    stride, padding = [layer.stride] * 2, [layer.padding] * 2
+    options = (stride, padding, [1, 1], layer.transposed, [0, 0], 1)
+    wanted = [not layer.first, True, False]
+    return (
+        lambda: torch.ops.aten.convolution(image, kernel, None, *options),
+        lambda: torch.ops.aten.convolution_backward(gradient, image, kernel, None, *options, wanted),
+    )
+
+
+def _half(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).bfloat16().to(memory_format=torch.channels_last)
+
+
+def keep(bench: Bench, problem: Problem, race: Race, contenders: Sequence[Contender]) -> None:
+    """Every contender's rate, and ours against each peer."""
+    for name in (contender.name for contender in contenders):
+        bench.figure(name, race.rates(name), _UNIT)
+        if problem.device.type == "cpu":
+            bench.figure(f"{name}_cpu", race.cpu_rates(name), "images/CPU s")
+        if name != "ours":
+            bench.ratio(f"vs_{name}_peer", race.rates("ours"), race.rates(name))
+
+
+def bounds(bench: Bench, race: Race, flops: int) -> None:
+    """Ours against the convolutions by themselves, and against the best rate that any of them has."""
+    rates = race.rates("ours")
+    bench.figure("ours_gflops", [rate * flops / 1e9 for rate in rates], "GFLOP/s")
+    formula = (
+        "forward, gradient of the kernel and gradient of the input of every layer's convolution, one after the other, "
+        "bf16, channels last, no bias: a step in which nothing else costs time"
+    )
+    bench.floor("convolutions", race.rates("convolutions"), _UNIT, formula)
+    bench.ratio("fraction_of_bf16_conv_ceiling", rates, race.rates("convolutions"))
+    best = [rate / flops for rate in race.rates("peak")]
+    formula = f"{flops:,} operations an image at the rate of the forward of its largest 3×3 convolution"
+    bench.floor("peak", best, _UNIT, formula)
+    bench.ratio("fraction_of_bf16_conv_peak", rates, best)
