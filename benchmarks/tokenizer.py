@@ -100,8 +100,10 @@ class Ours:
         torch.manual_seed(mix(self._seed, self._step, 0))
         batch = DeviceBatch(self._step, {"image": images}, torch.arange(len(images), device=images.device))
         self._task.before_step(batch)
-        total = self._task.losses(batch)["total"]
-        self._engine.optimise(total, self._step)
+        with self._engine.accumulating(last=True):
+            total = self._task.losses(batch)["total"]
+            self._engine.backward(total)
+        self._engine.optimise(self._step)
         self._task.after_step()
         self._step += 1
         return total.detach()
