@@ -66,6 +66,7 @@ def train(run: Path, settings: Recipe, folder: Path) -> Trained:
         assert isinstance(made.task, TokenizerTask)
         validation = made.run(folder)
         beside = {name: value.numpy().copy() for name, value in made.task.extra_state().items()}
+        beside |= {piece.name.removeprefix("extra/"): piece.local.numpy().copy() for piece in made.task.pieces()}
         return Trained(made.state(), beside, validation, made.recorder.lines, weights)
 
 

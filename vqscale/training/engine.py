@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -51,10 +50,7 @@ class Engine:
             torch.distributed.broadcast(tensor.detach(), 0)
         _equip(model, training)
         dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
-        with warnings.catch_warnings():
-            # Accelerate still passes DDP the old name of `forward_sync_buffers`.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self._strategy = STRATEGIES[strategy](model, training, ranks)
+        self._strategy = STRATEGIES[strategy](model, training, ranks)
         if {name: buffer.dtype for name, buffer in model.named_buffers()} != dtypes:
             raise RuntimeError(f"{strategy} casts buffers, codebooks among them")
         self.model = self._strategy.model

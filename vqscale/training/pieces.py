@@ -72,7 +72,7 @@ def assemble(pieces: Iterable[Piece], ranks: Ranks) -> Iterator[tuple[str, Tenso
     held = torch.tensor([piece.local.numel() for piece in pieces], device=ranks.device)
     for piece, total in zip(pieces, ranks.sum(held).tolist(), strict=True):
         if total == ranks.world * math.prod(piece.shape):
-            yield piece.name, piece.local.detach()
+            yield piece.name, piece.local.detach().reshape(piece.shape)
             continue
         full = torch.zeros(math.prod(piece.shape), dtype=piece.local.dtype, device=ranks.device)
         full[piece.start : piece.stop] = piece.values()

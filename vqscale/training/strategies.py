@@ -157,7 +157,10 @@ def ddp(model: nn.Module, training: Training, ranks: Ranks) -> TorchStrategy:
     state(ranks)
     accelerator = Accelerator(cpu=ranks.device.type == "cpu", kwargs_handlers=[options])
     require_kind("ddp", accelerator, _KIND[ranks.device.type])
-    return TorchStrategy(accelerator, model, training)
+    with warnings.catch_warnings():
+        # Accelerate still passes DDP the old name of `forward_sync_buffers`.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return TorchStrategy(accelerator, model, training)
 
 
 def fsdp2(model: nn.Module, training: Training, ranks: Ranks) -> TorchStrategy:
