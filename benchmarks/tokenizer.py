@@ -35,6 +35,7 @@ from vqscale.training.build import build_tokenizer
 from vqscale.training.distributed import Ranks
 from vqscale.training.engine import Engine
 from vqscale.training.heap import keep_heap
+from vqscale.training.steps import Steps
 from vqscale.training.tokenizer_task import TokenizerTask
 from vqscale.training.transfer import DeviceBatch
 
@@ -90,23 +91,18 @@ class Ours:
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         settings = recipe.tokenizer
         self.network = build_tokenizer(settings)
-        self._engine = Engine(self.network, settings.training, ranks)
+        engine = Engine(self.network, settings.training, ranks)
         fixed = np.zeros((1, recipe.data.image_size, recipe.data.image_size, 3), np.uint8)
-        self._task = TokenizerTask(self._engine, settings, recipe.seed, list, fixed)
+        self._steps = Steps(TokenizerTask(engine, settings, recipe.seed, list, fixed))
         self._seed, self._step = recipe.seed, 0
 
     def step(self, images: Tensor) -> Tensor:
         """What `vqscale.training.loop` does in a step, on uint8 [B, S, S, 3]; the loss."""
         torch.manual_seed(mix(self._seed, self._step, 0))
         batch = DeviceBatch(self._step, {"image": images}, torch.arange(len(images), device=images.device))
-        self._task.before_step(batch)
-        with self._engine.accumulating(last=True):
-            total = self._task.losses(batch)["total"]
-            self._engine.backward(total)
-        self._engine.optimise(self._step)
-        self._task.after_step()
+        self._steps.take(batch)
         self._step += 1
-        return total.detach()
+        return self._steps.losses["total"]
 
 
 def run(bench: Bench) -> None:

@@ -16,8 +16,8 @@ from tests.recipes import tiny_recipe
 from tests.training_helpers import Experiment, Recorder, many_streams, prior_experiment, tokenizer_experiment
 from vqscale.config.recipe import Recipe
 from vqscale.training.distributed import Ranks, process_group
-from vqscale.training.loop import _Progress, _step
 from vqscale.training.pieces import assemble, fill
+from vqscale.training.steps import Steps
 from vqscale.training.tokenizer_task import TokenizerTask
 from vqscale.training.transfer import DeviceBatch
 
@@ -71,13 +71,13 @@ def full(made: Experiment) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in assemble(pieces, made.ranks)}
 
 
-def walk(made: Experiment, batches: Sequence[DeviceBatch], progress: _Progress | None = None) -> list[float]:
+def walk(made: Experiment, batches: Sequence[DeviceBatch], steps: Steps | None = None) -> list[float]:
     """Steps of the loop; losses as a mean over the ranks."""
-    progress, losses = progress or _Progress({}), []
+    steps, losses = steps or Steps(made.task), []
     made.engine.model.train()
     for batch in batches:
-        _step(made.task, batch, progress)
-        total = progress.losses.get("total", torch.zeros(())).double().clone()
+        steps.take(batch)
+        total = steps.losses.get("total", torch.zeros(())).double().clone()
         losses.append(float(made.ranks.sum(total)) / made.ranks.world)
     return losses
 
@@ -132,7 +132,7 @@ def survey(run: Path, codes: Path, states: Path | None, options: dict[str, dict[
 def skip(ranks: Ranks, run: Path, recipe: Recipe) -> dict[str, bool]:
     """An infinite gradient on the last rank alone, between two good steps; and evaluation."""
     made, other = (tokenizer_experiment(ranks, run, recipe) for _ in range(2))
-    batches, progress = made.batches(3), _Progress({})
+    batches, steps = made.batches(3), Steps(made.task)
     for each in (made, other):
         walk(each, batches[:2])
     before, losses = full(made), made.task.losses
@@ -142,7 +142,7 @@ def skip(ranks: Ranks, run: Path, recipe: Recipe) -> dict[str, bool]:
         return found | {"total": found["total"] * torch.inf} if ranks.rank == ranks.world - 1 else found
 
     made.task.losses = spoiled  # type: ignore[method-assign]
-    walk(made, batches[2:], progress)
+    walk(made, batches[2:], steps)
     made.task.losses = losses  # type: ignore[method-assign]
     after = full(made)
     made.task.validate()
@@ -151,7 +151,7 @@ def skip(ranks: Ranks, run: Path, recipe: Recipe) -> dict[str, bool]:
     for each in (made, other):
         walk(each, batches[2:])
     return {
-        "was skipped": (progress.skipped, progress.in_a_row) == (1, 1),
+        "was skipped": (steps.skipped, steps.in_a_row) == (1, 1),
         "skipping changed nothing": same(before, after),
         "evaluation changed nothing": same(before, evaluated),
         "the next step is as if nothing had been": same(full(made), full(other)),

@@ -30,6 +30,11 @@ ELSEWHERE = {
     "training.optimizer": "test_training_ranks.py::test_dropout_and_muon_resume_bit_identical",
     "training.final_learning_rate": "test_training_settings.py::test_final_learning_rate_acts",
     "training.keep": "test_checkpoint.py::test_retention",
+    "training.checkpoint_async": "test_checkpoint.py::test_saves_in_the_background_are_those_that_are_waited_for",
+    "training.micro_batch": "test_engine.py::test_micro_batches_are_one_batch",
+    "training.checkpoint_activations": "test_engine.py::test_recomputed_activations_change_nothing",
+    "training.compile": "test_engine.py::test_compiled_blocks_train_as_eager_ones",
+    "training.max_skipped": "test_engine_settings.py::test_a_run_that_only_skips_stops",
     "training.hash_every": "test_training_ranks.py::test_a_rank_that_differs_stops_the_run",
 }
 """Tests of what no change of weights can show, or of what needs another set-up."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from vqscale.config.recipe import Training
 from vqscale.seeds import mix
@@ -16,10 +15,11 @@ from vqscale.training.data_watch import Counted, DataWatch
 from vqscale.training.guards import require_finite, require_progress
 from vqscale.training.optimizers import learning_rate
 from vqscale.training.preemption import PreemptedError
+from vqscale.training.steps import Steps
 from vqscale.training.task import Task
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
-from vqscale.training.vigil import Vigil, taint
+from vqscale.training.vigil import Vigil
 
 
 class Batches(Counted, Protocol):
@@ -62,9 +62,7 @@ class Loop:
         self._task, self._training, self._loader, self._seed = task, training, loader, seed
         self._engine, self._ranks = task.engine, task.engine.ranks
         self._checkpoints, self._watch, self._vigil, self._tracker = checkpoints, watch, vigil, tracker
-        self._losses: dict[str, Tensor] = {}  # of the last step that was taken, a mean over its micro-batches
-        self._norm = 0.0  # its gradient norm
-        self._skipped = self._in_a_row = 0  # steps that were not taken; of these, the last ones
+        self._steps = Steps(task)
 
     def run(self, start: int) -> dict[str, float]:
         """Train behind `start` finished steps; returns the last validation's figures.
@@ -87,7 +85,7 @@ class Loop:
             done, last = step + 1, step + 1 == training.steps
             signal = self._vigil.asked_to_stop()
             # The last step has to be taken: what a skipped one leaves is not known to be good.
-            require_progress(self._in_a_row, 0 if last else training.max_skipped, done)
+            require_progress(self._steps.in_a_row, 0 if last else training.max_skipped, done)
             if done % training.log_every == 0 or last or done == 1:
                 self._log(done)
                 self._watch.check()
@@ -99,39 +97,20 @@ class Loop:
             if done % training.picture_every == 0 or last or done == 1:
                 task.pictures(done, self._tracker)
             save_due |= done % training.checkpoint_every == 0 or last or bool(signal)
-            if save_due and not self._in_a_row:
+            if save_due and not self._steps.in_a_row:
                 self._save(done, signal, last)
                 save_due = False
             self._checkpoints.poll(self._tracker)
         return figures
 
     def _step(self, batch: DeviceBatch) -> None:
-        """Forward and backward of each micro-batch, then one optimizer step; the task goes on if it was taken."""
-        due = self._vigil.begin(batch.step)
-        engine, seen = self._engine, []
-        self._task.before_step(batch)
-        parts = batch.split(engine.training.micro_batch)
-        for part in parts:
-            last = part is parts[-1]
-            with engine.accumulating(last):
-                losses = self._task.losses(part)
-                if last:
-                    self._vigil.meet(batch.step)
-                engine.backward(taint(losses["total"], due) / len(parts))
-            seen.append({name: value.detach() for name, value in losses.items()})
-        norm, taken = engine.optimise(batch.step)
-        self._steps += 1
-        if not taken:
-            self._skipped += 1
-            self._in_a_row += 1
-            return
-        self._task.after_step()
-        self._losses = {name: torch.stack([each[name] for each in seen]).mean() for name in seen[0]}
-        self._norm, self._in_a_row = norm, 0
+        spoil = self._vigil.begin(batch.step)
+        self._steps.take(batch, meet=lambda: self._vigil.meet(batch.step), spoil=spoil)
+        self._measured += 1
 
     def _begin_window(self) -> None:
         """What is measured between two log lines."""
-        self._began, self._waited, self._steps = time.perf_counter(), self._loader.wait_s, 0
+        self._began, self._waited, self._measured = time.perf_counter(), self._loader.wait_s, 0
 
     def _log(self, done: int) -> None:
         """Mean losses of the last taken step and bad samples over the ranks, and what the window measured; collective.
@@ -142,15 +121,15 @@ class Loop:
         waited = loader.wait_s - self._waited
         counts, own = watch.counts(loader), pace.own(self._ranks.rank, waited)
         rest = torch.tensor([*counts, *own], dtype=torch.float64, device=self._ranks.device)
-        local = torch.cat([*(value.double().view(1) for value in self._losses.values()), rest])
+        local = torch.cat([*(value.double().view(1) for value in self._steps.losses.values()), rest])
         sums = iter(self._ranks.sum(local).tolist())
-        means = {f"loss/{name}": next(sums) / self._ranks.world for name in self._losses}
+        means = {f"loss/{name}": next(sums) / self._ranks.world for name in self._steps.losses}
         watch.update(loader, [next(sums) for _ in counts])
-        paces, slow = pace.judge(list(sums), self._steps)
-        figures: dict[str, float] = {"optim/skipped": self._skipped}
-        if self._losses:
-            require_finite(means["loss/total"], self._norm, done)
-            figures |= self._task.figures() | {"optim/gradient_norm": self._norm}
+        paces, slow = pace.judge(list(sums), self._measured)
+        figures: dict[str, float] = {"optim/skipped": self._steps.skipped}
+        if self._steps.losses:
+            require_finite(means["loss/total"], self._steps.norm, done)
+            figures |= self._task.figures() | {"optim/gradient_norm": self._steps.norm}
         if self._tracker is None:
             return
         if slow:
@@ -158,7 +137,7 @@ class Loop:
         seconds = time.perf_counter() - self._began
         figures["optim/learning_rate"] = learning_rate(self._training, done - 1)
         figures["speed/data_wait"] = waited / seconds
-        rate = self._steps * self._training.global_batch / seconds
+        rate = self._measured * self._training.global_batch / seconds
         self._tracker.figures(done, {**means, **figures, **watch.figures(), **paces}, rate=rate)
 
     def _validate(self, done: int, *, tracked: bool = True) -> dict[str, float]:
@@ -171,7 +150,7 @@ class Loop:
     def _save(self, done: int, signal: str, last: bool) -> None:
         """Save, and end here if a signal asks for it."""
         # Whatever was not logged: a checkpoint of weights that are not numbers would push out the good ones.
-        require_finite(float(self._losses["total"]), self._norm, done)
+        require_finite(float(self._steps.losses["total"]), self._steps.norm, done)
         self._vigil.doing("save", done)
         began = time.perf_counter()
         self._checkpoints.save(self._task, done, self._tracker, final=last or bool(signal))

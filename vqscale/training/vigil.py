@@ -6,9 +6,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-
 from vqscale.faults import NO_FAULTS, Faults
 from vqscale.training.distributed import Ranks
 from vqscale.training.pace import Pace
@@ -34,12 +31,12 @@ class Vigil:
         self._watchdog = watchdog
         self._warned = False
 
-    def begin(self, step: int) -> set[str]:
-        """A step begins; returns the faults that are the loop's to carry out."""
+    def begin(self, step: int) -> bool:
+        """A step begins; whether its loss is not to be a number, on demand."""
         self._watchdog.beat("own part", step)
         self.pace.begin()
         self.notice.begin()
-        return self.faults.at("step", step)
+        return "nan" in self.faults.at("step", step)
 
     def meet(self, step: int) -> None:
         """This rank's own part is done, and it is about to wait for the others."""
@@ -64,11 +61,6 @@ class Vigil:
             f"a save takes {save_s:.1f} s, more than half of the {self.lead_s:g} s between a request to stop and the "
             f"end; raise grace_s in the profile, or a preempted run may lose the steps since its last checkpoint"
         )
-
-
-def taint(loss: Tensor, due: set[str]) -> Tensor:
-    """The loss, not a number where that fault is due."""
-    return loss * torch.nan if "nan" in due else loss
 
 
 @contextmanager
