@@ -19,8 +19,8 @@ from tests.training_helpers import Kept, Recorder, one_process
 from vqscale.checkpoint import commit, folder
 from vqscale.errors import UserError
 from vqscale.files import read_json
-from vqscale.training.checkpoints import keeper as keeper_module
-from vqscale.training.checkpoints.keeper import CheckpointError
+from vqscale.training.checkpoints import faults
+from vqscale.training.checkpoints.faults import CheckpointError
 from vqscale.training.checkpoints.reader import Checkpoint, content_hash, newest, require
 from vqscale.training.checkpoints.writer import Writer
 
@@ -241,7 +241,7 @@ def test_the_last_one_has_to_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_room_is_looked_for_before_a_save_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(keeper_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1 << 20))
+    monkeypatch.setattr(faults.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1 << 20))
     monkeypatch.setattr(commit.Attempt, "begin", lambda attempt: pytest.fail("the save has begun"))
     checkpoints = keeper(tensors(), tmp_path / "not" / "there")
     checkpoints.save(Kept(), 3)

@@ -204,9 +204,9 @@ def test_heads_are_those_of_the_library(tmp_path: Path) -> None:
 def test_a_file_that_changes_after_it_was_checked_is_refused(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its head is compared with the manifest again when it is read."""
     from vqscale.errors import UserError
-    from vqscale.training.checkpoints import keeper as keeper_module
+    from vqscale.training.checkpoints import resuming
 
-    monkeypatch.setattr(keeper_module.folder, "file_fault", lambda stored, name: None)
+    monkeypatch.setattr(resuming.folder, "file_fault", lambda stored, name: None)
     other = {f"{name}:1": value.contiguous().view(-1) for name, value in tensors().items()}
     size = (stored / FILE).stat().st_size
     save_file(other, stored / FILE)

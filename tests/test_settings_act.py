@@ -30,7 +30,7 @@ ELSEWHERE = {
     "training.optimizer": "test_training_ranks.py::test_dropout_and_muon_resume_bit_identical",
     "training.final_learning_rate": "test_training_settings.py::test_final_learning_rate_acts",
     "training.keep": "test_checkpoint.py::test_retention",
-    "training.checkpoint_async": "test_checkpoint.py::test_saves_in_the_background_are_those_that_are_waited_for",
+    "training.checkpoint_async": "test_checkpoint.py::test_a_save_in_the_background_equals_a_blocking_one",
     "training.micro_batch": "test_engine.py::test_micro_batches_are_one_batch",
     "training.checkpoint_activations": "test_engine.py::test_recomputed_activations_change_nothing",
     "training.compile": "test_engine.py::test_compiled_blocks_train_as_eager_ones",

@@ -89,7 +89,8 @@ def _put_in_place(beside: Path, final: Path) -> None:
     if final.exists():  # damaged, or the run would not have come to this step again
         final.rename(replaced)
     beside.rename(final)
-    _sync(final.parent)
+    for folder in (final.parent, *final.absolute().parents[1:3]):  # the first checkpoint's are new themselves
+        _sync(folder)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

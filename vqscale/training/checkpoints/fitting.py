@@ -50,9 +50,9 @@ def require_seed(stored: Stored, state: Mapping[str, Any], seed: int) -> None:
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line about each setting of the optimisation that is another one than when the checkpoint was written."""
     return [
-        f"goes on with another training.{name}: {before.get(name)} before, {value} now"
+        f"goes on with another training.{name}: {before[name]} before, {value} now"
         for name, value in now.items()
-        if before.get(name) != value
+        if name in before and before[name] != value
     ]
 
 

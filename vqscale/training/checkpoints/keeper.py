@@ -8,83 +8,33 @@ ended, so neither training's collectives nor those of two saves can be mixed up.
 
 from __future__ import annotations
 
-import os
 import secrets
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from vqscale import storage
 from vqscale.checkpoint import folder
 from vqscale.checkpoint.commit import Attempt
-from vqscale.checkpoint.folder import Stored
-from vqscale.checkpoint.manifest import FaultError
-from vqscale.config.recipe import Training
 from vqscale.errors import UserError
 from vqscale.faults import NO_FAULTS, Faults
 from vqscale.training.checkpoints.background import Background
-from vqscale.training.checkpoints.fitting import Entry, changed_settings, require_fit, require_seed
+from vqscale.training.checkpoints.faults import no_room, storage_fault
+from vqscale.training.checkpoints.fitting import changed_settings, require_seed
 from vqscale.training.checkpoints.group import Group
 from vqscale.training.checkpoints.held import Held, hold
-from vqscale.training.checkpoints.reader import Checkpoint, HeldPlanner, Reader
+from vqscale.training.checkpoints.reader import Checkpoint
+from vqscale.training.checkpoints.resuming import choose, load
+from vqscale.training.checkpoints.seams import Engine, Journal, Task
 from vqscale.training.checkpoints.staging import Layout, Plan, StagedPlanner, Staging, layout_of, make_plan
 from vqscale.training.checkpoints.writer import Record, Writer
 from vqscale.training.pieces import EXTRA, Piece, whole
-
-_SPARE = 16 << 20
-"""Bytes that a disk must have left beside a checkpoint, for heads, manifest and logs."""
-
-
-class Engine(Protocol):
-    """What is saved, as the engine gives it."""
-
-    training: Training
-    strategy: str
-
-    def pieces(self) -> list[Piece]:
-        """What this rank holds of the network and the optimizers."""
-
-    def materialise_optimizer(self) -> None:
-        """Make the optimizers' tensors, which there are not before the first step."""
-
-    def loaded(self) -> None:
-        """Called when the pieces have got their values."""
-
-
-class Task(Protocol):
-    """What a task keeps besides."""
-
-    def pieces(self) -> list[Piece]:
-        """What lies over the ranks as the weights do."""
-
-    def extra_state(self) -> Mapping[str, Tensor]:
-        """The rest: whole tensors by name, equal on all ranks."""
-
-    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `extra_state` gave."""
-
-
-class Journal(Protocol):
-    """Where it is said what became of a save: on rank 0 a `Tracker`."""
-
-    def scalars(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures for TensorBoard."""
-
-    def event(self, kind: str, step: int, **facts: Any) -> None:
-        """A line in the events."""
-
-
-class CheckpointError(RuntimeError):
-    """A save failed for another reason than its storage; a fault of the program, with the ranks' tracebacks."""
 
 
 @dataclass(frozen=True)
@@ -210,14 +160,14 @@ class Checkpoints:
         Raises:
             UserError: it does not fit the recipe, or cannot be reached.
         """
-        stored, notes = self._choose()
+        stored, notes = choose(self._where, self._group)
         if stored is None:
             return 0, notes
         chosen, training = Checkpoint(stored), self._engine.training
         saved = self._group.first_says(chosen.state)
         require_seed(stored, saved, self._seed)
         self._engine.materialise_optimizer()
-        filled = self._load(stored, task)
+        filled = load(stored, self._engine, task, self._group)
         self._engine.loaded()
         task.load_extra_state(chosen.tensors(f"{EXTRA}/", but=filled))
         return chosen.step, notes + changed_settings(saved.get("training", {}), training.model_dump(mode="json"))
@@ -231,7 +181,7 @@ class Checkpoints:
 
     def _agree(self, size: int) -> tuple[str, str]:
         """Rank 0's token for a save of so many bytes, and why there will be none, if a rank has a reason."""
-        answers = self._group.gather((secrets.token_hex(4), _no_room(self._where, size)))
+        answers = self._group.gather((secrets.token_hex(4), no_room(self._where, size)))
         return answers[0][0], next((refusal for _, refusal in answers if refusal), "")
 
     def _write(self, attempt: Attempt, plan: Plan, file: memoryview, stalled: float) -> Outcome:
@@ -249,7 +199,7 @@ class Checkpoints:
         except CheckpointException as error:
             if self._group.first:
                 attempt.abandon()
-            return replace(outcome, fault=_storage_fault(error))
+            return replace(outcome, fault=storage_fault(error))
         self._faults.at("after-save", attempt.step)
         warning = self._retire(attempt.step) if self._group.first else ""
         write_s = time.perf_counter() - began
@@ -298,69 +248,6 @@ class Checkpoints:
             facts["fault"] = outcome.fault or outcome.warning
         journal.event("checkpoint", outcome.step, **facts)
 
-    def _choose(self) -> tuple[Stored | None, list[str]]:
-        notes: list[str] = []
-        for step in self._group.first_says(lambda: folder.steps(self._where)):
-            found, fault = self._group.first_says(lambda step=step: _open(self._where, step))  # type: ignore[misc]
-            if found is not None:
-                fault = next(filter(None, self._group.each(lambda found=found: self._check(found))), "")  # type: ignore[misc]
-                if not fault:
-                    return found, notes
-            notes.append(folder.passed_over(self._where, step, fault))
-        return None, notes
-
-    def _check(self, stored: Stored) -> str:
-        """What is wrong with this rank's share of the files."""
-        mine = list(stored.manifest.files)[self._group.rank :: self._group.world]
-        return next((fault for name in mine if (fault := folder.file_fault(stored, name))), "")
-
-    def _load(self, stored: Stored, task: Task) -> set[str]:
-        """Fill the pieces; returns the names of their tensors, over all ranks."""
-        state = hold([*self._engine.pieces(), *task.pieces()])
-        mine: dict[str, Entry] = {name: (held.shape, held.dtype) for name, held in state.items()}
-        wanted = {name: entry for part in self._group.gather(mine) for name, entry in part.items()}
-        require_fit(stored, wanted)
-        group = self._group.process_group
-        try:
-            dcp.load(state, storage_reader=Reader(stored), planner=HeldPlanner(), process_group=group)
-        except CheckpointException as error:
-            fault = _storage_fault(error)
-            raise UserError(f"cannot be loaded ({fault})", where=stored.url) from None
-        for held in state.values():
-            held.settle()
-        return set(wanted)
-
 
 def _extra_pieces(task: Task) -> list[Piece]:
     return [whole(f"{EXTRA}/{name}", tensor) for name, tensor in task.extra_state().items()]
-
-
-def _open(where: str, step: int) -> tuple[Stored | None, str]:
-    try:
-        return folder.open_stored(where, step), ""
-    except FaultError as fault:
-        return None, str(fault)
-
-
-def _no_room(where: str, size: int) -> str:
-    """Why a checkpoint of so many bytes would not fit; empty when it does, and for URLs, whose room nobody knows."""
-    path = storage.local_path(where)
-    if path is None:
-        return ""
-    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    free, needed = shutil.disk_usage(there).free, size + _SPARE
-    return "" if free >= needed else f"{needed >> 20} MiB are needed, {free >> 20} MiB are free in {there}"
-
-
-def _storage_fault(error: CheckpointException) -> str:
-    """What the storage said, on the first rank on which it failed.
-
-    Raises:
-        CheckpointError: something else failed.
-    """
-    for rank, (fault, _) in sorted(error.failures.items()):
-        if not isinstance(fault, (OSError, UserError)):
-            raise CheckpointError(str(error)) from None
-        text = os.strerror(fault.errno) if isinstance(fault, OSError) and fault.errno else str(fault)
-        return f"rank {rank}: {text}"
-    raise CheckpointError(str(error)) from None
