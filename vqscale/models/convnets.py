@@ -3,6 +3,9 @@
 What Razavi et al. (2019, section 3.1 and appendix) leave open follows github.com/rosinality/vq-vae-2-pytorch, whose
 two-level network these make layer for layer: the first halving has half the width, kernels of halvings and doublings
 are 4×4, residual blocks stand at the level's own grid, and a residual branch begins with its ReLU.
+
+Nothing works in place: what it would overwrite is freed at once anyway, and on the CPU torch's in-place operations take
+twice as long.
 """
 
 from __future__ import annotations
@@ -25,14 +28,13 @@ class ResidualBlock(nn.Module):
         self.layers = nn.Sequential(
             nn.ReLU(),
             nn.Conv2d(channels, inner, 3, padding=1),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Conv2d(inner, channels, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to the same."""
-        out: Tensor = self.layers(x)
-        return out.add_(x)  # in place: nobody needs the branch by itself
+        return x + self.layers(x)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Widths:
     def residuals(self) -> list[nn.Module]:
         """The residual blocks of one encoder or decoder, with the ReLU behind them."""
         blocks = [ResidualBlock(self.hidden, self.residual_hidden) for _ in range(self.residual_blocks)]
-        return [*blocks, nn.ReLU(inplace=True)]
+        return [*blocks, nn.ReLU()]
 
 
 def encoder(channels: int, factor: int, widths: Widths) -> Stack:
@@ -54,7 +56,7 @@ def encoder(channels: int, factor: int, widths: Widths) -> Stack:
     layers: list[nn.Module] = []
     for step in range(doublings(factor)):
         out = widths.hidden if step else widths.hidden // 2
-        layers += [nn.Conv2d(channels, out, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(channels, out, 4, stride=2, padding=1), nn.ReLU()]
         channels = out
     return Stack(*layers, nn.Conv2d(channels, widths.hidden, 3, padding=1), *widths.residuals())
 
@@ -64,7 +66,7 @@ def trunk(channels: int, factor: int, widths: Widths) -> Stack:
     layers: list[nn.Module] = [nn.Conv2d(channels, widths.hidden, 3, padding=1), *widths.residuals()]
     inside = widths.hidden
     for _ in range(doublings(factor) - 1):
-        layers += [doubling(inside, widths.hidden // 2), nn.ReLU(inplace=True)]
+        layers += [doubling(inside, widths.hidden // 2), nn.ReLU()]
         inside = widths.hidden // 2
     return Stack(*layers)
 
@@ -96,7 +98,7 @@ class Doubling(nn.ConvTranspose2d):
         """[B, C, H, W] to [B, out, 2H, 2W]."""
         doubled = F.conv_transpose2d(x, self.weight, stride=2, padding=1)
         # Added here: inside the layer, torch takes twice as long for a bias' gradient on the CPU as for all the rest.
-        return doubled.add_(self.bias.to(doubled.dtype)[:, None, None])
+        return doubled + self.bias.to(doubled.dtype)[:, None, None]
 
 
 def doubling(channels: int, out: int) -> Doubling:
