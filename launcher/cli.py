@@ -44,7 +44,7 @@ def build_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     return parser, made
 
 
-_WITH_COMMANDS_OF_THEIR_OWN = ("data", "bench", "checkpoints")
+_WITH_COMMANDS_OF_THEIR_OWN = ("data", "codes", "bench", "checkpoints")
 """Their options, --help included, are read by what stands behind them."""
 
 Add = Callable[[str, str, str, str], OneLineParser]
@@ -130,6 +130,13 @@ def _add_other(add: Add) -> None:
         "vqscale data pack photos/ shards/ --size 64",
     )
     data.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    codes = add(
+        "codes",
+        "other:codes",
+        "pull, push, verify and show code shards (vqscale codes --help)",
+        "vqscale codes pull s3://bucket/codes codes --fraction 0.1",
+    )
+    codes.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     drill = add(
         "drill",
         "drill:drill",

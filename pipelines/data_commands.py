@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ def index(options: argparse.Namespace) -> int:
             out=options.out,
             force=options.force,
             progress=megabytes(report),
-            **_threads(options),
+            **threads(options),
         )
     refused = any(one.damaged for one in found) and not options.keep_damaged
     for one in found:
@@ -144,7 +145,7 @@ def verify(options: argparse.Namespace) -> int:
     shards = open_shards(options.url)
     bad: list[BadPick] | None = [] if options.decode else None
     with progress("verifying", "MB") as report:
-        faults = check(shards, _by_shard(shards, megabytes(report)), bad=bad, **_threads(options))
+        faults = check(shards, by_shard(shards, megabytes(report)), bad=bad, **threads(options))
     kinds = Counter(pick.kind for pick in bad or ())
     if options.json:
         result = {"shards": len(shards.urls), "samples": shards.manifest.samples, "faults": faults}
@@ -155,7 +156,8 @@ def verify(options: argparse.Namespace) -> int:
     return EXIT_FAULTS if faults or bad else 0
 
 
-def _by_shard(shards: ShardSet, report: Report) -> Any:
+def by_shard(shards: ShardSet, report: Report) -> Callable[[Shard], None]:
+    """Reports the bytes of shard after shard."""
     done = 0
 
     def count(shard: Shard) -> None:
@@ -185,7 +187,12 @@ def _outcome(shards: ShardSet, faults: list[str], kinds: Counter[str], decoded: 
     return text
 
 
-def _threads(options: argparse.Namespace) -> dict[str, int]:
+def threads(options: argparse.Namespace) -> dict[str, int]:
+    """The option --threads as an argument; none where it was not given.
+
+    Raises:
+        UserError: it is less than one.
+    """
     if options.threads is None:
         return {}
     if options.threads < 1:

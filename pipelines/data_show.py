@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +37,16 @@ def show(options: argparse.Namespace) -> int:
     if options.samples < 1:
         raise UserError(f"{options.samples} samples make no sheet", where="--samples", mend="use 1 or more")
     shards = open_shards(options.url)
+    if shards.manifest.format != IMAGES:
+        raise UserError("holds codes, not images", where=shards.spec, mend="look at them with `vqscale codes show`")
     first = _first_shard(shards)
-    classes = _class_counts(shards)
+    classes = class_counts(shards, partial(_count_images, shards))
     if options.sheet:
         storage.write_bytes(options.sheet, _sheet(shards, options.samples))
     if options.json:
         print_json({**summary(shards.manifest), **first, "class_counts": classes, "source": shards.manifest.source})
         return 0
-    lines = [*_facts(shards.manifest), *_first_lines(first), *_class_lines(classes, len(shards.manifest.classes))]
+    lines = [*_facts(shards.manifest), *_first_lines(first), *class_lines(classes, len(shards.manifest.classes))]
     print(line(shards.spec, shards.manifest), *(f"  {text}" for text in lines), sep="\n")
     if options.sheet:
         print(f"  sheet: {options.sheet}")
@@ -53,10 +56,13 @@ def show(options: argparse.Namespace) -> int:
 def _facts(manifest: Manifest) -> list[str]:
     from vqscale.data.indexing.label_rules import described
 
-    rule = [f"labels: {described(manifest.label)}"] if manifest.format == IMAGES else []
-    source = [f"{name}: {_plain(value)}" for name, value in manifest.source.items()]
-    levels = [f"level {level.name}: {level.grid}×{level.grid} of {level.codes} codes" for level in manifest.levels]
-    return [f"format: {manifest.format}", *rule, *source, f"skipped: {manifest.skipped}", *levels]
+    rule = f"labels: {described(manifest.label)}"
+    return [f"format: {manifest.format}", rule, *source_lines(manifest), f"skipped: {manifest.skipped}"]
+
+
+def source_lines(manifest: Manifest) -> list[str]:
+    """Where the samples came from."""
+    return [f"{name}: {_plain(value)}" for name, value in manifest.source.items()]
 
 
 def _plain(value: Any) -> str:
@@ -77,7 +83,7 @@ def _first_shard(shards: ShardSet) -> dict[str, Any]:
     buffer = storage.open_shard(where)
     samples, _ = tar.whole_samples(buffer, where)
     keys = {sample.key.encode(errors="replace").decode(): list(sample.fields) for sample in samples[:_KEYS]}
-    headers = survey(where, name, label="none", hashes=False).headers if shards.manifest.format == IMAGES else Counter()
+    headers = survey(where, name, label="none", hashes=False).headers
     images = {f"{form} of {width}×{height}": count for (form, width, height), count in headers.most_common()}
     return {"first_shard": name, "keys": keys, "images": images}
 
@@ -92,7 +98,7 @@ def _first_lines(first: dict[str, Any]) -> list[str]:
     ]
 
 
-def _class_lines(counts: dict[str, int], named: int) -> list[str]:
+def class_lines(counts: dict[str, int], named: int) -> list[str]:
     """All classes in their order; of many the largest ones."""
     if len(counts) <= _TOP:
         return [f"class {name}: {count}" for name, count in counts.items()]
@@ -103,13 +109,17 @@ def _class_lines(counts: dict[str, int], named: int) -> list[str]:
     return [*(f"class {name}: {count}" for name, count in top), more]
 
 
-def _class_counts(shards: ShardSet) -> dict[str, int]:
-    """Samples of each class, from the labels in the shards."""
+def class_counts(shards: ShardSet, count: Callable[[int], Counter[int | str]]) -> dict[str, int]:
+    """Samples of each class, from the labels in the shards.
+
+    Args:
+        shards: the shards.
+        count: gives the labels of a shard, by its number.
+    """
     from vqscale.data.threads import in_threads
 
     counts: Counter[int | str] = Counter()
     done, total = 0, shards.manifest.bytes
-    count = partial(_count_images if shards.manifest.format == IMAGES else _count_codes, shards)
     with progress("counting", "MB") as report:
         tell = megabytes(report)
         for number, found in enumerate(in_threads(count, range(len(shards.urls)))):
@@ -138,26 +148,25 @@ def _count_images(shards: ShardSet, number: int) -> Counter[int | str]:
     return counts
 
 
-def _count_codes(shards: ShardSet, number: int) -> Counter[int | str]:
-    from vqscale.data.codes import read_code_shard
-
-    return Counter(int(label) for label in read_code_shard(shards.urls[number])["label"])
-
-
 def _sheet(shards: ShardSet, samples: int) -> bytes:
-    """Images from some of the shards, evenly spread: a row for each class, or side by side."""
+    """Images from some of the shards, evenly spread."""
+    images, labels = _drawn(shards, samples)
+    if not len(images):
+        raise UserError("not one image can be decoded", where=shards.spec, mend="see `vqscale data verify --decode`")
+    return arranged(images, labels, shards.manifest.classes)
+
+
+def arranged(images: Pixels, labels: NDArray[np.int64], classes: Sequence[str]) -> bytes:
+    """Images [n, S, S, 3] with labels [n] as a PNG: a row for each class, or side by side."""
     import numpy as np
 
     from vqscale.data.images import encode_png
     from vqscale.data.sheet import labelled_sheet, tile
 
-    images, labels = _drawn(shards, samples)
-    if not len(images):
-        raise UserError("not one image can be decoded", where=shards.spec, mend="see `vqscale data verify --decode`")
     present = np.unique(labels)
-    if not shards.manifest.classes or len(present) > _ROWS:
+    if not classes or len(present) > _ROWS:
         return encode_png(tile(images, columns=math.ceil(math.sqrt(len(images)))))
-    names = {-1: _NONE, **dict(enumerate(shards.manifest.classes))}
+    names = {-1: _NONE, **dict(enumerate(classes))}
     return encode_png(labelled_sheet({_short(names[label]): images[labels == label] for label in present.tolist()}))
 
 

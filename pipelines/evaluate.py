@@ -100,7 +100,7 @@ def measure_hours(stage: Stage) -> dict[str, Any]:
 def assemble(stage: Stage, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The report: what was measured here, what the stages before recorded, and how long each took."""
     done = {name: read_json(stage.layout.done(name)) or {} for name in stage.recipe.stages}
-    usage = {k: v for k, v in done["extract"].items() if k.startswith(("usage_", "perplexity_"))}
+    usage = {k: v for k, v in done["extract"].items() if k.startswith(("usage_", "perplexity_", "codes_differ_"))}
     likelihood = {k: v for k, v in done["prior"].items() if k.startswith(("nats_", "bits_"))}
     times = {name: marker["seconds"] for name, marker in done.items() if "seconds" in marker}
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipelines.stage import Stage
-from vqscale.data.codes import CodeSource
+from vqscale.data.code_source import CodeSource
 from vqscale.data.image_source import Decoder, ImageSource
 from vqscale.data.images import decode_each
 from vqscale.data.shards import open_shards

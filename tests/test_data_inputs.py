@@ -75,7 +75,7 @@ def test_faults_name_file_or_key(shards: dict[str, str], tmp_path: Path):
 
 
 def test_codes_are_no_images(shards: dict[str, str]):
-    manifest = read_manifest(shards["validation"]).model_copy(update={"format": "vqscale-codes/0"})
+    manifest = read_manifest(shards["validation"]).model_copy(update={"format": "vqscale-codes/1"})
     write_manifest(shards["validation"], manifest)
     with pytest.raises(UserError, match="not images"):
         check_inputs(recipe(**shards))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from tests.recipes import write_recipe
 from tests.training_helpers import clock_run, save_network, stage_of
 from vqscale.config.layout import RunLayout
 from vqscale.data import clocks
-from vqscale.data.bad import BadCount
-from vqscale.data.codes import CodeSource, read_code_shard, read_record
+from vqscale.data.code_records import read_record
+from vqscale.data.code_source import CodeSource
+from vqscale.data.codes import read_code_shard
 from vqscale.data.image_source import ImageSource
 from vqscale.data.manifest import read_manifest
 from vqscale.data.shards import open_shards
@@ -32,7 +33,10 @@ from vqscale.training.build import build_tokenizer
 from vqscale.training.distributed import process_group
 
 SPLITS = ("train", "validation")
-SHARDS = {"data__clocks": {"train": 90, "validation": 20, "shards": 5}, "extract": {"batch": 7, "block": 8}}
+SHARDS: dict[str, Any] = {
+    "data__clocks": {"train": 90, "validation": 20, "shards": 5},
+    "extract": {"batch": 7, "block": 8},
+}
 
 
 def save_tokenizer(run: Path, seed: int, step: int = 8) -> None:
@@ -206,7 +210,8 @@ def test_stopped_between_two_tokenizers(extracted: Path) -> None:
     url = str(extracted / "shards" / "train")
     source = ImageSource(open_shards(url), 16)
     folder = str(extracted / "codes" / "train")
-    extract_codes.write_record(folder, extract_codes.extract_shard(stage, tokenizer, source, 0, folder, BadCount(0.0)))
+    for record in extract_codes.extract_shards(stage, tokenizer, source, [0], "train"):
+        extract_codes.write_record(folder, record)
     with pytest.raises(UserError, match="made by another tokenizer"):
         train_prior.main(stage_of("prior", extracted))
 
@@ -278,11 +283,55 @@ def test_no_tokenizer_is_one_line(tmp_path: Path) -> None:
         extract_codes.main(stage_of("extract", run))
 
 
-def test_records_are_json_and_arrays_are_no_pickles(extracted: Path) -> None:
-    folder = extracted / "codes" / "train"
-    record = read_json(next(folder.glob("*.tar.json")))
+def test_records_are_json(extracted: Path) -> None:
+    record = read_json(next((extracted / "codes" / "train").glob("*.tar.json")))
     assert record["shard"]["samples"] == 18
-    for path in folder.glob("*.tar"):
-        content = path.read_bytes()
-        start = content.index(b"\x93NUMPY")
-        np.load(io.BytesIO(content[start:]), allow_pickle=False)
+
+
+def test_the_number_of_threads_changes_nothing(extracted: Path, tmp_path: Path) -> None:
+    many = clock_run(tmp_path / "many", **SHARDS, data__threads=5)
+    save_tokenizer(many, 0)
+    extract_codes.main(stage_of("extract", many))
+    assert contents(many) == contents(extracted)
+
+
+def test_flips_are_samples_of_their_own(extracted: Path, tmp_path: Path) -> None:
+    """Behind each training image its mirror image; held-out images are left as they are."""
+    plain = contents(extracted)
+    recipe = extracted / "recipe.yaml"
+    write_recipe(recipe, **SHARDS | {"extract": SHARDS["extract"] | {"flips": True}})
+    figures = extract_codes.main(stage_of("extract", extracted))
+    assert (figures["train_samples"], figures["validation_samples"]) == (180, 20)
+    images, labels, keys = images_of(extracted, "train")
+    source = CodeSource(open_shards(str(extracted / "codes" / "train")))
+    parts = [part for n in range(len(source.manifest.shards)) for part in source.read_shard(n, 100)]
+    found = [key for _, names in parts for key in names]
+    assert found == [name for key in keys for name in (key, f"{key}~flip")]
+    assert (np.concatenate([fields["label"] for fields, _ in parts]) == labels.repeat(2)).all()
+    tokenizer = load_tokenizer(extracted)
+    for name in tokenizer.levels:
+        codes = np.concatenate([fields[name] for fields, _ in parts])
+        assert np.array_equal(codes[0::2], tokenizer.encode(images)[name])
+        assert np.array_equal(codes[1::2], tokenizer.encode(np.ascontiguousarray(images[:, :, ::-1]))[name])
+    after = contents(extracted)
+    same = {name for name in plain if after[name] == plain[name]}
+    assert {name.split("/")[1] for name in same} == {"validation"}
+    write_recipe(recipe, **SHARDS)
+    extract_codes.main(stage_of("extract", extracted))
+    assert contents(extracted) == plain
+
+
+def test_bf16_says_how_many_codes_fp32_would_change(tmp_path: Path) -> None:
+    run = clock_run(tmp_path / "run", **SHARDS, tokenizer__training__precision="bf16")
+    save_tokenizer(run, 0)
+    figures = extract_codes.main(stage_of("extract", run))
+    tokenizer, (images, _, _) = load_tokenizer(run), images_of(run, "validation")
+    assert len(images) == 20
+    exact = replace(tokenizer, bf16=False)
+    differing = total = 0
+    for start in range(0, 20, SHARDS["extract"]["batch"]):
+        ours, theirs = (one.encode(images[start : start + SHARDS["extract"]["batch"]]) for one in (tokenizer, exact))
+        differing += sum(int((ours[name] != theirs[name]).sum()) for name in ours)
+        total += sum(grid.size for grid in ours.values())
+    assert figures["codes_differ_from_fp32"] == differing / total
+    assert 0 < differing < total / 2

@@ -18,15 +18,9 @@ from pipelines.stage import Stage
 from tests.recipes import tiny_recipe, write_recipe
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe, Training
-from vqscale.data.codes import (
-    CodeBlock,
-    CodeRecord,
-    CodeSource,
-    manifest_from_records,
-    read_records,
-    write_code_shard,
-    write_record,
-)
+from vqscale.data.code_records import CodeRecord, manifest_from_records, read_records, write_record
+from vqscale.data.code_source import CodeSource
+from vqscale.data.codes import CodeBlock, write_code_shard
 from vqscale.data.image_source import ImageSource
 from vqscale.data.loader import Loader
 from vqscale.data.manifest import CodeLevel, Manifest, read_manifest, write_manifest
@@ -295,6 +289,10 @@ def save_network(network: torch.nn.Module, folder: Path, step: int) -> None:
 def code_shards(folder: Path, shards: int = 12, samples: int = 20, seed: int = 0) -> Manifest:
     """Code shards of the tiny recipe's shapes; a sample's codes follow from its class, with some noise."""
     recipe, rng = tiny_recipe(), np.random.default_rng(seed)
+    levels = [
+        CodeLevel(name=level.name, grid=side, codes=level.codes)
+        for side, level in zip(recipe.grids, recipe.tokenizer.levels, strict=True)
+    ]
     names = []
     for number in range(shards):
         labels = rng.integers(0, 12, samples)
@@ -303,13 +301,9 @@ def code_shards(folder: Path, shards: int = 12, samples: int = 20, seed: int = 0
             for side, level in zip(recipe.grids, recipe.tokenizer.levels, strict=True)
         }
         keys = [f"{number}-{i}" for i in range(samples)]
-        shard = write_code_shard(f"{folder}/s{number:02d}.tar", [CodeBlock(codes, labels, keys)])
+        shard = write_code_shard(f"{folder}/s{number:02d}.tar", [CodeBlock(codes, labels, keys)], levels, "")
         write_record(str(folder), CodeRecord(shard=shard))
         names.append(shard.name)
-    levels = [
-        CodeLevel(name=level.name, grid=side, codes=level.codes)
-        for side, level in zip(recipe.grids, recipe.tokenizer.levels, strict=True)
-    ]
     classes = [f"{hour:02d}" for hour in range(12)]
     manifest = manifest_from_records(
         read_records(str(folder), names, ""), levels=levels, classes=classes, image_size=16, fingerprint="", source={}

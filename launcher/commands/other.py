@@ -1,4 +1,4 @@
-"""Commands beside runs: data, bench, schema."""
+"""Commands beside runs: data, codes, bench, schema."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from launcher.backends.local import SOURCE
 def data(arguments: argparse.Namespace) -> int:
     """Hand over to `pipelines.data`."""
     _hand_over("pipelines.data", arguments.arguments)
+
+
+def codes(arguments: argparse.Namespace) -> int:
+    """Hand over to `pipelines.codes`."""
+    _hand_over("pipelines.codes", arguments.arguments)
 
 
 def bench(arguments: argparse.Namespace) -> int:

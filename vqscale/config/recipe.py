@@ -198,6 +198,9 @@ class Extract(Section):
     """Images that are encoded at once on each rank."""
     block: Positive = 512
     """Samples of one block inside a code shard."""
+    flips: bool = False
+    """Extract each training image a second time, mirrored horizontally, as a sample of its own whose key ends in
+    `~flip`."""
 
 
 class Prior(Section):

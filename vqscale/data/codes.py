@@ -1,32 +1,36 @@
-"""Code shards: the code grids of one image shard as a WebDataset tar of blocks, and a source for the loader.
+"""Code shards, format `vqscale-codes/1`: WebDataset tars of blocks of compressed code grids, with an index.
 
-A block holds up to `extract.block` samples: `00000.bottom.npy` and `00000.top.npy` (uint16 [n, side, side],
-by level name), `00000.label.npy` (int32 [n]) and `00000.keys.json` (the samples' keys). Beside each finished
-shard stands a record, so that an extraction that was killed goes on where it was; the manifest is made of the
-records.
+The first member, `__index__`, says in JSON what the shard holds and where each block's members lie. A block holds up
+to `extract.block` samples, and its members are zstd frames with a checksum: for each level `00000.LEVEL.zst`
+(`pack_codes`), `00000.label.zst` (int32 [n], little-endian) and `00000.keys.zst` (a list of the samples' keys, JSON).
 """
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import zstandard
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vqscale import storage
 from vqscale.data import tar
-from vqscale.data.bad import BadPick
-from vqscale.data.manifest import CODES, CodeLevel, Manifest, Shard, hash_bytes
-from vqscale.data.shards import ShardSet
-from vqscale.data.source import Fields, Spec, read_in_batches
+from vqscale.data.manifest import CODES, CodeLevel, Count, Manifest, Shard, hash_bytes
+from vqscale.data.source import Fields
 from vqscale.errors import UserError
-from vqscale.storage.store import Store
+
+INDEX = "__index__"
+"""Name of a shard's first member; webdataset passes such names by."""
+
+_LEVEL = 3  # of zstd: a higher one saves 4 % and takes ten times as long
+_LABELS, _KEYS = "label", "keys"
+_LONGEST_KEY = 4_096  # bytes of JSON
+_ROWS = 64  # samples that are unpacked at once, so that what is between two steps stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -41,45 +45,201 @@ class CodeBlock:
     """Key of each sample in its image shard."""
 
 
-class CodeRecord(BaseModel):
-    """What is known of one finished code shard; `NAME.json` beside it."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shard: Shard
-    """Name, samples, bytes and hash."""
-    fingerprint: str = ""
+
+class BlockIndex(_Record):
+    """Where the members of one block lie."""
+
+    samples: Count
+    """Samples of the block."""
+    members: dict[str, tuple[Count, Count]]
+    """Level name, `label` and `keys` → offset in bytes, counted from where the blocks begin, and size."""
+
+
+class CodeIndex(_Record):
+    """What a shard says of itself, in the member `__index__`."""
+
+    format: Literal["vqscale-codes/1"] = "vqscale-codes/1"
+    """The format."""
+    fingerprint: str
     """Identity of the tokenizer."""
-    skipped: int = 0
-    """Bad images that have no codes."""
-    bad: tuple[tuple[str, str], ...] = ()
-    """Key and kind of each of them."""
-    usage: dict[str, list[int]] = {}
-    """Level name → how often each code was used."""
+    levels: tuple[CodeLevel, ...]
+    """Levels of the code grids, from the finest to the coarsest."""
+    blocks: tuple[BlockIndex, ...]
+    """In the order of the samples."""
+
+    @property
+    def samples(self) -> int:
+        """Samples of all blocks."""
+        return sum(block.samples for block in self.blocks)
 
 
-def write_code_shard(url: str | Path, blocks: Iterable[CodeBlock]) -> Shard:
+def pack_codes(codes: NDArray[Any], size: int) -> bytes:
+    """Codes of a codebook of `size` as planes: of all codes the lower eight bits, then each higher bit by itself.
+
+    Codes of up to 256 take a byte, of 512 nine bits. Planes of bits are filled up with zeros to whole bytes, from the
+    highest bit of a byte down (`numpy.packbits`). zstd makes less of these planes than of 16-bit integers, and unpacks
+    them faster; codes that cannot be compressed stay at this size.
+
+    Args:
+        codes: integers from 0 to size - 1, of any shape.
+        size: of the codebook, up to 65,536.
+    """
+    flat = np.ascontiguousarray(codes, np.uint16).ravel()
+    planes = [np.packbits((flat >> bit) & 1).tobytes() for bit in range(8, (size - 1).bit_length())]
+    return b"".join([flat.astype(np.uint8).tobytes(), *planes])
+
+
+def unpack_codes(planes: bytes, size: int, out: NDArray[np.uint16]) -> None:
+    """The inverse of `pack_codes`, into contiguous memory.
+
+    Raises:
+        ValueError: there are more or fewer bytes than `out` has codes.
+    """
+    flat, bits = out.reshape(-1), range(8, (size - 1).bit_length())
+    count, width = len(flat), -(-len(flat) // 8)
+    stored = np.frombuffer(planes, np.uint8)
+    if len(stored) != count + len(bits) * width:
+        raise ValueError(f"{len(stored)} bytes do not hold {count} codes")
+    low, high = stored[:count], stored[count:].reshape(len(bits), width)
+    step = 8 * max(1, _ROWS * count // max(1, len(out)) // 8)
+    for start in range(0, count, step):
+        part = flat[start : start + step]
+        part[:] = low[start : start + step]
+        for bit, plane in zip(bits, high, strict=True):
+            ones = np.unpackbits(plane[start // 8 : (start + step) // 8], count=len(part))
+            part |= ones.astype(np.uint16) << bit
+
+
+def write_code_shard(
+    url: str | Path, blocks: Iterable[CodeBlock], levels: Sequence[CodeLevel], fingerprint: str
+) -> Shard:
     """Write a code shard under its final name, whole or not at all; equal blocks give equal bytes.
 
     Args:
         url: folder and name of the shard.
         blocks: in the order of the samples.
+        levels: what the blocks hold, from the finest to the coarsest.
+        fingerprint: the tokenizer's.
 
     Raises:
-        UserError: codes that do not fit in 16 bits, or arrays of unequal length.
+        UserError: codes that lie outside their codebook, or arrays of other shapes than the levels say.
     """
-    file, samples = io.BytesIO(), 0
-
-    def members() -> Iterator[tuple[str, dict[str, bytes]]]:
-        nonlocal samples
-        for number, block in enumerate(blocks):
-            yield f"{number:05d}", _pack_block(block, str(url))
-            samples += len(block.keys)
-
-    tar.write(file, members())
-    content = file.getvalue()
+    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
+    body: list[bytes] = []
+    index: list[BlockIndex] = []
+    position = 0
+    for number, block in enumerate(blocks):
+        spans = {}
+        for name, content in _contents(block, levels, str(url)).items():
+            packed = compressor.compress(content)
+            head = tar.header(f"{number:05d}.{name}.zst", len(packed))
+            spans[name] = (position + len(head), len(packed))
+            body += [head, packed, bytes(-len(packed) % tar.BLOCK)]
+            position += sum(map(len, body[-3:]))
+        index.append(BlockIndex(samples=len(block.keys), members=spans))
+    found = CodeIndex(fingerprint=fingerprint, levels=tuple(levels), blocks=tuple(index))
+    told = found.model_dump_json().encode()
+    content = b"".join([tar.header(INDEX, len(told)), told, bytes(-len(told) % tar.BLOCK), *body])
+    content += tar.end_mark(len(content))
     storage.write_bytes(url, content)
-    return Shard(name=str(url).rpartition("/")[2], samples=samples, bytes=len(content), sha256=hash_bytes(content))
+    return Shard(
+        name=str(url).rpartition("/")[2], samples=found.samples, bytes=len(content), sha256=hash_bytes(content)
+    )
+
+
+class OpenCodes:
+    """A code shard that is open, and its index.
+
+    Args:
+        buffer: the whole shard.
+        where: names it in errors.
+
+    Raises:
+        UserError: it is cut off, or no code shard of this format.
+    """
+
+    def __init__(self, buffer: storage.Buffer, where: str) -> None:
+        self._buffer, self._where = buffer, where
+        first = next(tar.members(buffer, where), None)
+        if first is None or first.name != INDEX:
+            raise wrong(where, f"is no code shard of format {CODES}")
+        try:
+            self.index = CodeIndex.model_validate_json(buffer[first.offset : first.offset + first.size])
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            place = ".".join(map(str, fault["loc"]))
+            raise wrong(where, f"has an index that is not of format {CODES} ({place}: {fault['msg']})") from None
+        self._begin = first.offset + -(-first.size // tar.BLOCK) * tar.BLOCK
+
+    def read(self, out: Fields, row: int) -> None:
+        """Unpack all samples into the rows from `row` on: each level's uint16 [rows, side, side], `label` int64 [rows].
+
+        Raises:
+            UserError: the shard is damaged.
+        """
+        for block in self.index.blocks:
+            self.read_block(block, {name: array[row : row + block.samples] for name, array in out.items()})
+            row += block.samples
+
+    def read_block(self, block: BlockIndex, out: Fields) -> None:
+        """Unpack one block into arrays of its length; as `read`."""
+        for level in self.index.levels:
+            content = self._content(block, level.name, 2 * out[level.name].nbytes)
+            try:
+                unpack_codes(content, level.codes, out[level.name])
+            except ValueError as error:
+                raise self._damaged(error) from None
+        self._read_labels(block, out[_LABELS])
+
+    def labels(self) -> NDArray[np.int64]:
+        """Labels of all samples, int64 [samples]; unpacks nothing else. Raises as `read`."""
+        out = np.empty(self.index.samples, np.int64)
+        row = 0
+        for block in self.index.blocks:
+            self._read_labels(block, out[row : row + block.samples])
+            row += block.samples
+        return out
+
+    def read_keys(self) -> list[str]:
+        """Keys of all samples.
+
+        Raises:
+            UserError: the shard is damaged.
+        """
+        return [key for block in self.index.blocks for key in self.block_keys(block)]
+
+    def block_keys(self, block: BlockIndex) -> list[str]:
+        """Keys of a block's samples; as `read_keys`."""
+        try:
+            keys: list[str] = json.loads(self._content(block, _KEYS, _LONGEST_KEY * (block.samples + 1)))
+        except ValueError as error:
+            raise self._damaged(error) from None
+        if len(keys) != block.samples:
+            raise wrong(self._where, f"is damaged (a block of {block.samples} samples has {len(keys)} keys)")
+        return keys
+
+    def _read_labels(self, block: BlockIndex, out: NDArray[np.int64]) -> None:
+        content = self._content(block, _LABELS, 4 * len(out))
+        if len(content) != 4 * len(out):
+            raise self._damaged(f"{len(content)} bytes do not hold {len(out)} labels")
+        out[:] = np.frombuffer(content, "<i4")
+
+    def _content(self, block: BlockIndex, name: str, limit: int) -> bytes:
+        """A member, unpacked; its checksum is compared on the way. A frame that would fill the memory is refused."""
+        offset, size = block.members.get(name, (0, 0))
+        packed = self._buffer[self._begin + offset : self._begin + offset + size]
+        try:
+            if not 0 <= zstandard.frame_content_size(packed) <= limit:
+                raise self._damaged(f"a frame of {name} has no size, or more than {limit:,} bytes")
+            return zstandard.decompress(packed)
+        except zstandard.ZstdError as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, why: object) -> UserError:
+        return wrong(self._where, f"is damaged ({why})")
 
 
 def read_code_shard(url: str | Path) -> Fields:
@@ -91,193 +251,47 @@ def read_code_shard(url: str | Path) -> Fields:
     Raises:
         UserError: it is absent, damaged, or no code shard.
     """
-    return _read(storage.open_shard(url), str(url))[0]
+    shard = OpenCodes(storage.open_shard(url), str(url))
+    fields = empty_fields(shard.index.levels, shard.index.samples)
+    shard.read(fields, 0)
+    return fields
 
 
-def write_record(folder: str, record: CodeRecord) -> None:
-    """Record that a code shard is finished."""
-    text = json.dumps(record.model_dump(mode="json")) + "\n"
-    storage.write_bytes(_record_url(folder, record.shard.name), text.encode())
-
-
-def read_record(folder: str, name: str, fingerprint: str = "") -> CodeRecord | None:
-    """The record of a finished code shard.
-
-    Returns:
-        None when the shard has to be written: no record, no such file or one of another size, or written by
-        another tokenizer than `fingerprint` names.
-    """
-    where = _record_url(folder, name)
-    if storage.size(where) is None:
-        return None
-    try:
-        record = CodeRecord.model_validate_json(storage.read_bytes(where))
-    except ValueError:
-        return None
-    whole = storage.size(storage.join(folder, name)) == record.shard.bytes
-    return record if whole and record.fingerprint == fingerprint else None
-
-
-def read_records(folder: str, names: Sequence[str], fingerprint: str) -> list[CodeRecord]:
-    """The records of all shards, in the order of `names`.
+def check_index(index: CodeIndex, manifest: Manifest, samples: int, where: str) -> None:
+    """Compare what a shard says of itself with its manifest.
 
     Raises:
-        UserError: a shard is not recorded.
+        UserError: they name different tokenizers, levels or numbers of samples.
     """
-    records = []
-    for name in names:
-        record = read_record(folder, name, fingerprint)
-        if record is None:
-            where = storage.join(folder, name)
-            raise UserError("code shard is not finished", where=where, mend="run the extraction again")
-        records.append(record)
-    return records
+    if index.fingerprint != manifest.fingerprint:
+        raise wrong(where, "holds codes of another tokenizer than its manifest says")
+    if index.levels != manifest.levels:
+        raise wrong(where, "holds other levels than its manifest says")
+    if index.samples != samples:
+        raise wrong(where, f"holds {index.samples} samples, its manifest says {samples}")
 
 
-def manifest_from_records(
-    records: Sequence[CodeRecord],
-    *,
-    levels: Sequence[CodeLevel],
-    classes: Sequence[str],
-    image_size: int | None,
-    fingerprint: str,
-    source: dict[str, Any],
-) -> Manifest:
-    """The manifest of a finished extraction; the caller writes it.
-
-    Args:
-        records: of all shards, in the order of the image shards.
-        levels: from the finest to the coarsest.
-        classes: names of the labels.
-        image_size: side of the encoded images.
-        fingerprint: the tokenizer's.
-        source: where the images came from.
-    """
-    return Manifest(
-        format=CODES,
-        shards=tuple(record.shard for record in records),
-        classes=tuple(classes),
-        image_size=image_size,
-        skipped=sum(record.skipped for record in records),
-        levels=tuple(levels),
-        fingerprint=fingerprint,
-        source=source,
-    )
+def empty_fields(levels: Sequence[CodeLevel], samples: int) -> Fields:
+    """Memory for so many samples: each level's uint16 [samples, side, side], and `label` int64 [samples]."""
+    fields: Fields = {level.name: np.empty((samples, level.grid, level.grid), np.uint16) for level in levels}
+    return {**fields, _LABELS: np.empty(samples, np.int64)}
 
 
-class CodeSource:
-    """Code shards.
-
-    Fields: for each level its name, uint16 [side, side], and `label` int64 (-1 for none).
-
-    Args:
-        shards: the shards.
-        store: opens them.
-    """
-
-    def __init__(self, shards: ShardSet, store: Store | None = None) -> None:
-        manifest = shards.manifest
-        if manifest.format != CODES:
-            raise UserError(
-                f"holds {manifest.format}, not codes", where=shards.spec, mend="name a folder of code shards"
-            )
-        self.shards, self.manifest, self.store = shards, manifest, store or Store()
-        self.spec = {level.name: Spec((level.grid, level.grid), np.dtype(np.uint16)) for level in manifest.levels}
-        self.spec["label"] = Spec((), np.dtype(np.int64))
-
-    def name(self, shard: int) -> str:
-        """Name of a shard in messages."""
-        return self.shards.name(shard)
-
-    def bytes_of(self, shards: Sequence[int]) -> int:
-        """Size of some shards together."""
-        return sum(self.manifest.shards[shard].bytes for shard in shards)
-
-    def open_group(self, shards: Sequence[int]) -> CodeGroup:
-        """Read shards into memory."""
-        read = [self._read(shard) for shard in shards]
-        fields = {name: np.concatenate([part[0][name] for part in read]) for name in self.spec}
-        return CodeGroup(fields, [key for part in read for key in part[1]])
-
-    def read_shard(
-        self, shard: int, batch: int, bad: list[BadPick] | None = None
-    ) -> Iterator[tuple[Fields, list[str]]]:
-        """The samples of a shard in order, as (fields, keys) of up to `batch` samples."""
-        return read_in_batches(self, shard, self.manifest.counts[shard], batch, bad)
-
-    def _read(self, shard: int) -> tuple[Fields, list[str]]:
-        where, stated = self.shards.urls[shard], self.manifest.shards[shard]
-        fields, keys = _read(self.store.open(where, sha256=stated.sha256, size=stated.bytes), where)
-        expected = stated.samples
-        shapes = {name: (expected, *spec.shape) for name, spec in self.spec.items()}
-        if {name: array.shape for name, array in fields.items()} != shapes:
-            raise _wrong(where, "its arrays differ from what the manifest says")
-        return fields, keys
+def wrong(where: str, what: str) -> UserError:
+    """The error about a code shard that cannot be used."""
+    return UserError(what, where=storage.shown(where), mend="copy it again, or extract the codes again")
 
 
-class CodeGroup:
-    """Codes of some shards in memory, numbered through."""
-
-    def __init__(self, fields: Fields, keys: list[str]) -> None:
-        self._fields, self._keys = fields, keys
-
-    def keys(self, picks: NDArray[np.int64]) -> list[str]:
-        """Keys of samples by number within the group."""
-        return [self._keys[pick] for pick in picks.tolist()]
-
-    def read(self, picks: NDArray[np.int64], out: Fields, row: int) -> list[BadPick]:
-        """Gather samples into the rows from `row` on; codes cannot be bad one by one."""
-        for name, array in self._fields.items():
-            out[name][row : row + len(picks)] = array[picks]
-        return []
-
-
-def _record_url(folder: str, name: str) -> str:
-    return storage.join(folder, f"{name}.json")
-
-
-def _pack_block(block: CodeBlock, where: str) -> dict[str, bytes]:
-    arrays = {name: _narrow(codes, where) for name, codes in block.codes.items()}
-    arrays["label"] = np.ascontiguousarray(block.labels, np.int32)
-    if {len(array) for array in arrays.values()} != {len(block.keys)}:
-        raise _wrong(where, "codes, labels and keys of a block differ in number")
-    fields = {f"{name}.npy": _npy(array) for name, array in arrays.items()}
-    return {**fields, "keys.json": json.dumps(list(block.keys)).encode()}
-
-
-def _narrow(codes: NDArray[Any], where: str) -> NDArray[np.uint16]:
-    codes = np.asarray(codes)
-    if codes.size and (codes.min() < 0 or codes.max() > 0xFFFF):
-        raise _wrong(where, "codes lie outside 0 to 65,535")
-    return np.ascontiguousarray(codes, np.uint16)
-
-
-def _npy(array: NDArray[Any]) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()
-
-
-def _read(buffer: storage.Buffer, where: str) -> tuple[Fields, list[str]]:
-    blocks: dict[str, list[NDArray[Any]]] = {}
-    keys: list[str] = []
-    try:
-        for sample in tar.samples(buffer, where):
-            for extension, (offset, size) in sample.fields.items():
-                content = buffer[offset : offset + size]
-                if extension == "keys.json":
-                    keys.extend(json.loads(content))
-                elif extension.endswith(".npy"):
-                    array = np.load(io.BytesIO(content), allow_pickle=False)
-                    blocks.setdefault(extension.removesuffix(".npy"), []).append(array)
-        fields = {name: np.concatenate(parts) for name, parts in blocks.items()}
-    except ValueError as error:
-        raise _wrong(where, f"is damaged ({error})") from None
-    if "label" not in fields or {len(array) for array in fields.values()} != {len(keys)}:
-        raise _wrong(where, "is no code shard")
-    fields["label"] = fields["label"].astype(np.int64)
-    return fields, keys
-
-
-def _wrong(where: str, what: str) -> UserError:
-    return UserError(what, where=where, mend="extract the codes again")
+def _contents(block: CodeBlock, levels: Sequence[CodeLevel], where: str) -> dict[str, bytes]:
+    """The members of a block before compression, by name."""
+    count = len(block.keys)
+    found = {}
+    for level in levels:
+        codes = block.codes[level.name]
+        if codes.shape != (count, level.grid, level.grid) or len(block.labels) != count:
+            raise wrong(where, f"codes of {level.name}, labels and keys of a block differ in number or shape")
+        if count and (codes.min() < 0 or codes.max() >= level.codes):
+            raise wrong(where, f"codes of {level.name} lie outside 0 to {level.codes - 1:,}")
+        found[level.name] = pack_codes(codes, level.codes)
+    found[_LABELS] = np.ascontiguousarray(block.labels, "<i4").tobytes()
+    return {**found, _KEYS: json.dumps(list(block.keys)).encode()}

@@ -20,7 +20,7 @@ from vqscale.errors import UserError
 
 MANIFEST = "manifest.json"
 IMAGES = "vqscale-images/1"
-CODES = "vqscale-codes/0"
+CODES = "vqscale-codes/1"
 
 _AGAIN = "copy it again, or write the shards again"
 _PACK = "write shards with `vqscale data pack SRC DEST --size S`"
@@ -55,7 +55,7 @@ class Shard(_Record):
 class CodeLevel(_Record):
     """One level of the code grids."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     """Name of the level, such as `bottom`."""
     grid: Annotated[int, Field(ge=1)]
     """Side of the grid."""
@@ -66,7 +66,7 @@ class CodeLevel(_Record):
 class Manifest(_Record):
     """What a folder of shards holds."""
 
-    format: Literal["vqscale-images/1", "vqscale-codes/0"]
+    format: Literal["vqscale-images/1", "vqscale-codes/1"]
     """What the shards hold."""
     shards: tuple[Shard, ...]
     """In the order in which samples are numbered."""

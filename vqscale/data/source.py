@@ -90,8 +90,15 @@ def read_in_batches(
         found = group.read(picks, fields, 0)
         if found and bad is None:
             raise UserError(f"sample {found[0].key} is bad ({found[0].kind})", where=found[0].shard)
-        if found and bad is not None:
+        if bad is not None:
             bad.extend(found)
-            good = np.delete(np.arange(len(picks)), [pick.place for pick in found])
-            picks, fields = picks[good], {name: values[good] for name, values in fields.items()}
+        picks, fields = without(found, picks, fields)
         yield fields, group.keys(picks)
+
+
+def without(bad: Sequence[BadPick], picks: NDArray[np.int64], fields: Fields) -> tuple[NDArray[np.int64], Fields]:
+    """Samples by number, and their fields, less the bad ones among them."""
+    if not bad:
+        return picks, fields
+    good = np.delete(np.arange(len(picks)), [pick.place for pick in bad])
+    return picks[good], {name: values[good] for name, values in fields.items()}

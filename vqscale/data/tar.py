@@ -153,16 +153,22 @@ def write(file: BinaryIO, items: Iterable[tuple[str, dict[str, bytes]]]) -> int:
     for key, fields in items:
         for extension in sorted(fields):
             content = fields[extension]
-            total += file.write(_header(f"{key}.{extension}", len(content)))
+            total += file.write(header(f"{key}.{extension}", len(content)))
             total += file.write(content)
             total += file.write(bytes(-len(content) % BLOCK))
-    return total + file.write(bytes(2 * BLOCK + -(total + 2 * BLOCK) % RECORD))
+    return total + file.write(end_mark(total))
 
 
-def _header(name: str, size: int) -> bytes:
+def header(name: str, size: int) -> bytes:
+    """What stands before a member's bytes, which are followed by zeros up to a multiple of `BLOCK`."""
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.uname, info.gname = size, 0o444, "vqscale", "vqscale"
     return info.tobuf(tarfile.PAX_FORMAT)
+
+
+def end_mark(total: int) -> bytes:
+    """The end of an archive whose members take `total` bytes."""
+    return bytes(2 * BLOCK + -(total + 2 * BLOCK) % RECORD)
 
 
 def _cut(where: str, why: str) -> UserError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 
@@ -11,8 +10,9 @@ import numpy as np
 from vqscale import storage
 from vqscale.data import tar
 from vqscale.data.bad import BadPick
+from vqscale.data.codes import OpenCodes, check_index
 from vqscale.data.image_source import ImageSource
-from vqscale.data.manifest import IMAGES, Shard, hash_bytes
+from vqscale.data.manifest import CODES, IMAGES, Manifest, Shard, hash_bytes
 from vqscale.data.shards import ShardSet
 from vqscale.data.threads import THREADS, in_threads
 from vqscale.errors import UserError
@@ -62,11 +62,12 @@ def _check(shards: ShardSet, decode: bool, number: int) -> tuple[str, list[BadPi
         buffer = storage.open_shard(where)
     except UserError as error:
         return error.what, []
-    fault = _fault(buffer, shard, shards.manifest.format)
+    fault = shard_fault(buffer, shard, shards.manifest, where)
     return fault, _bad_samples(shards, number, buffer) if decode else []
 
 
-def _fault(buffer: storage.Buffer, shard: Shard, format_: str) -> str:
+def shard_fault(buffer: storage.Buffer, shard: Shard, manifest: Manifest, where: str) -> str:
+    """What is wrong with the content of a shard, in one line; empty when it is as its manifest says."""
     if len(buffer) < shard.bytes:
         return f"is cut off: it has {len(buffer)} bytes, the manifest says {shard.bytes}"
     if len(buffer) > shard.bytes:
@@ -74,25 +75,13 @@ def _fault(buffer: storage.Buffer, shard: Shard, format_: str) -> str:
     if shard.sha256 and hash_bytes(buffer) != shard.sha256:
         return "its content has another sha256 than the manifest says"
     try:
-        samples = count_samples(buffer, format_)
+        if manifest.format == CODES:
+            check_index(OpenCodes(buffer, where).index, manifest, shard.samples, where)
+            return ""
+        samples = len(tar.samples(buffer, where))
     except UserError as error:
         return error.what
-    if samples != shard.samples:
-        return f"holds {samples} samples, the manifest says {shard.samples}"
-    return ""
-
-
-def count_samples(buffer: storage.Buffer, format_: str) -> int:
-    """Samples inside a shard: its WebDataset samples, or for codes the keys that its blocks list.
-
-    Raises:
-        UserError: it is cut off or damaged.
-    """
-    samples = tar.samples(buffer)
-    if format_ == IMAGES:
-        return len(samples)
-    spans = [sample.fields["keys.json"] for sample in samples if "keys.json" in sample.fields]
-    return sum(len(json.loads(buffer[offset : offset + size])) for offset, size in spans)
+    return "" if samples == shard.samples else f"holds {samples} samples, the manifest says {shard.samples}"
 
 
 def _bad_samples(shards: ShardSet, number: int, buffer: storage.Buffer) -> list[BadPick]:
