@@ -21,6 +21,7 @@ class Entry(NamedTuple):
 
 BENCHMARKS = {
     "checkpoint": Entry("benchmarks.checkpoint", "saves in the background and blocking: ours, torch's DCP; floors"),
+    "codes": Entry("benchmarks.codes", "code shards: size, shuffled reading against .npy files, extraction; floors"),
     "loader": Entry("benchmarks.loader", "image shards to batches: ours, webdataset, LitData, image folder; floors"),
     "quantizer": Entry("benchmarks.quantizer", "nearest codes and EMA: ours, vector-quantize-pytorch, faiss; floors"),
     "tokenizer": Entry(

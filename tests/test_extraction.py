@@ -17,6 +17,7 @@ from tests.recipes import write_recipe
 from tests.training_helpers import clock_run, save_network, stage_of
 from vqscale.config.layout import RunLayout
 from vqscale.data import clocks
+from vqscale.data.bad import BadCount
 from vqscale.data.code_records import read_record
 from vqscale.data.code_source import CodeSource
 from vqscale.data.codes import read_code_shard
@@ -210,7 +211,8 @@ def test_stopped_between_two_tokenizers(extracted: Path) -> None:
     url = str(extracted / "shards" / "train")
     source = ImageSource(open_shards(url), 16)
     folder = str(extracted / "codes" / "train")
-    for record in extract_codes.extract_shards(stage, tokenizer, source, [0], "train"):
+    how = extract_codes.extraction(stage, tokenizer, "train")
+    for record in how.shards(source, [0], folder, BadCount(0.0)):
         extract_codes.write_record(folder, record)
     with pytest.raises(UserError, match="made by another tokenizer"):
         train_prior.main(stage_of("prior", extracted))

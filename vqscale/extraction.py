@@ -1,0 +1,136 @@
+"""Images to code shards: decoded in threads ahead of the tokenizer, encoded, cut into blocks, written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqscale import storage
+from vqscale.data.ahead import ShardPart, read_ahead
+from vqscale.data.bad import BadCount, BadPick
+from vqscale.data.code_records import CodeRecord
+from vqscale.data.codes import CodeBlock, write_code_shard
+from vqscale.data.image_source import ImageSource
+from vqscale.data.manifest import CodeLevel
+from vqscale.export import TrainedTokenizer
+
+FLIPPED = "~flip"
+"""End of the key of a mirrored sample."""
+
+_COMPARED = 256  # images whose codes are compared with those of fp32
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How images become code shards. What is written depends on neither threads nor ranks."""
+
+    tokenizer: TrainedTokenizer
+    levels: Sequence[CodeLevel]
+    """Levels of its code grids, from the finest to the coarsest."""
+    batch: int
+    """Images that are encoded at once."""
+    block: int
+    """Samples of a block."""
+    threads: int
+    """Threads that decode."""
+    flips: bool = False
+    """Whether each image is followed by its mirror image."""
+
+    def shards(self, source: ImageSource, shards: Sequence[int], folder: str, count: BadCount) -> Iterator[CodeRecord]:
+        """Write code shards one after the other, and give each one's record; bad images are left out.
+
+        Args:
+            source: the images.
+            shards: numbers of the image shards.
+            folder: for the code shards, which are called as the image shards.
+            count: counts and judges the bad images.
+
+        Raises:
+            UserError: too many bad images.
+        """
+        parts = self._parts(source, shards)
+        for shard, found in groupby(parts, key=lambda part: part.shard):
+            yield self._write(storage.join(folder, source.shards.flat_names[shard]), found, count)
+
+    def difference_from_fp32(self, source: ImageSource) -> float:
+        """Share of the codes of the first 256 images that would be others if the networks ran in fp32."""
+        held: list[NDArray[np.uint8]] = []
+        for part in self._parts(source, range(len(source.manifest.shards))):
+            held.append(part.fields["image"])
+            if sum(map(len, held)) >= _COMPARED:
+                break
+        images = np.concatenate(held)[:_COMPARED]
+        ours, theirs = (
+            self._encode(images),
+            replace(self, tokenizer=replace(self.tokenizer, bf16=False))._encode(images),
+        )
+        return sum(int((ours[name] != theirs[name]).sum()) for name in ours) / sum(map(np.size, ours.values()))
+
+    def _parts(self, source: ImageSource, shards: Sequence[int]) -> Iterator[ShardPart]:
+        return read_ahead(source, source.manifest.counts, shards, batch=self.batch, threads=self.threads)
+
+    def _write(self, url: str, parts: Iterable[ShardPart], count: BadCount) -> CodeRecord:
+        """Write one code shard."""
+        bad: list[BadPick] = []
+        usage = {level.name: np.zeros(level.codes, np.int64) for level in self.levels}
+
+        def encoded() -> Iterator[CodeBlock]:
+            for part in parts:
+                bad.extend(part.bad)
+                count.add(part.read, part.bad)
+                block = self._encode_part(part)
+                for name, codes in block.codes.items():
+                    usage[name] += np.bincount(codes.ravel(), minlength=len(usage[name]))
+                yield block
+
+        fingerprint = self.tokenizer.fingerprint
+        return CodeRecord(
+            shard=write_code_shard(url, _recut(encoded(), self.block), self.levels, fingerprint),
+            fingerprint=fingerprint,
+            flips=self.flips,
+            skipped=len(bad),
+            bad=tuple((pick.key, pick.kind) for pick in bad),
+            usage={name: counts.tolist() for name, counts in usage.items()},
+        )
+
+    def _encode_part(self, part: ShardPart) -> CodeBlock:
+        images, labels, keys = part.fields["image"], part.fields["label"], part.keys
+        if self.flips:
+            images = np.stack([images, images[:, :, ::-1]], axis=1).reshape(-1, *images.shape[1:])
+            labels, keys = labels.repeat(2), [name for key in keys for name in (key, f"{key}{FLIPPED}")]
+        return CodeBlock(self._encode(images), labels, keys)
+
+    def _encode(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.uint16]]:
+        starts = range(0, len(images), self.batch)
+        parts = [self.tokenizer.encode(images[start : start + self.batch]) for start in starts]
+        names = self.tokenizer.levels if parts else ()
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _recut(blocks: Iterable[CodeBlock], size: int) -> Iterator[CodeBlock]:
+    """The same samples in blocks of `size`; the last one may have fewer."""
+    held: list[CodeBlock] = []
+    for block in blocks:
+        if block.keys:
+            held.append(block)
+        while sum(len(one.keys) for one in held) >= size:
+            whole = _joined(held)
+            yield _part_of(whole, 0, size)
+            held = [_part_of(whole, size, len(whole.keys))] if len(whole.keys) > size else []
+    if held:
+        yield _joined(held)
+
+
+def _joined(blocks: Sequence[CodeBlock]) -> CodeBlock:
+    codes = {name: np.concatenate([block.codes[name] for block in blocks]) for name in blocks[0].codes}
+    labels = np.concatenate([block.labels for block in blocks])
+    return CodeBlock(codes, labels, [key for block in blocks for key in block.keys])
+
+
+def _part_of(block: CodeBlock, start: int, stop: int) -> CodeBlock:
+    codes = {name: grids[start:stop] for name, grids in block.codes.items()}
+    return CodeBlock(codes, block.labels[start:stop], block.keys[start:stop])
