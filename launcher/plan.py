@@ -143,7 +143,7 @@ def load_profile(on: str) -> Profile:
 def absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with the files and folders that it names made absolute, as seen from here; URLs stay."""
     data = recipe.data
-    places: dict[str, Any] = {name: _absolute(getattr(data, name)) for name in ("train", "validation")}
+    places: dict[str, Any] = {name: _absolute(getattr(data, name)) for name in ("train", "validation", "codes")}
     places["remote"] = data.remote.model_copy(update={"cache": _absolute(data.remote.cache)})
     resources = recipe.resources.model_copy(update={"checkpoints": _absolute(recipe.resources.checkpoints)})
     changed = {"data": data.model_copy(update=places), "resources": resources}

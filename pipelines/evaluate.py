@@ -19,6 +19,7 @@ from vqscale.evaluation.hours import HourCounts
 from vqscale.evaluation.metrics import mse, psnr
 from vqscale.export import TrainedTokenizer, load_tokenizer
 from vqscale.files import read_json, write_bytes, write_json
+from vqscale.training.checkpoints.fitting import require_prior_of
 
 SHEET_IMAGES = 12
 
@@ -27,6 +28,7 @@ def main(stage: Stage) -> dict[str, Any]:
     """Measure reconstructions of held-out images and, on clocks, the hours that samples show."""
     began = time.time()
     tokenizer = load_tokenizer(stage.layout.root, stage.ranks.device)
+    require_prior_of(tokenizer.fingerprint, stage.layout.checkpoints(stage.recipe, "prior"))
     events = stage.events("images/s", 2)
     figures = measure_reconstructions(stage, tokenizer)
     if events:

@@ -14,6 +14,7 @@ from vqscale.data.sheet import labelled_sheet
 from vqscale.export import class_names, load_prior, load_tokenizer
 from vqscale.files import write_bytes, write_json
 from vqscale.sampling import draw_images
+from vqscale.training.checkpoints.fitting import require_prior_of
 
 SHEET_PER_CLASS = 12
 
@@ -22,6 +23,7 @@ def main(stage: Stage) -> dict[str, Any]:
     """Draw `sample.per_class` images of every class, each rank its share."""
     recipe, ranks, layout = stage.recipe, stage.ranks, stage.layout
     tokenizer, prior = load_tokenizer(layout.root, ranks.device), load_prior(layout.root, ranks.device)
+    require_prior_of(tokenizer.fingerprint, layout.checkpoints(recipe, "prior"))
     names = class_names(layout, recipe)
     wanted = [number // recipe.sample.per_class if names else prior.no_class for number in range(_count(stage, names))]
     mine = list(range(ranks.rank, len(wanted), ranks.world))

@@ -21,8 +21,8 @@ def image_source(stage: Stage, split: str) -> ImageSource:
 
 
 def code_source(stage: Stage, split: str) -> CodeSource:
-    """The codes of a split that the run's extraction wrote."""
-    return CodeSource(open_shards(str(stage.layout.codes(split))), store_of(stage))
+    """The codes of a split: those that the recipe names, or those that the run's extraction wrote."""
+    return CodeSource(open_shards(stage.layout.code_shards(stage.recipe, split)), store_of(stage))
 
 
 def store_of(stage: Stage) -> Store:

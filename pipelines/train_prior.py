@@ -10,6 +10,8 @@ import torch
 from pipelines.sources import code_source
 from pipelines.stage import Stage, run_stage
 from pipelines.training import train_stage
+from vqscale.checkpoint.manifest import CODES_OF
+from vqscale.config.inputs import check_levels
 from vqscale.errors import UserError
 from vqscale.export import load_tokenizer
 from vqscale.sampling import preview
@@ -23,13 +25,15 @@ def main(stage: Stage) -> dict[str, Any]:
     """Train the prior; goes on from the newest checkpoint of the run."""
     recipe, ranks, layout = stage.recipe, stage.ranks, stage.layout
     source, held_out = code_source(stage, "train"), code_source(stage, "validation")
-    tokenizer = load_tokenizer(layout.root, ranks.device)
+    tokenizer = None if recipe.data.codes else load_tokenizer(layout.root, ranks.device)
+    fingerprint = tokenizer.fingerprint if tokenizer else source.manifest.fingerprint
     for codes in (source, held_out):
-        if codes.manifest.fingerprint != tokenizer.fingerprint:
+        check_levels(recipe, codes.shards)
+        if codes.manifest.fingerprint != fingerprint:
             raise UserError(
                 "these codes were made by another tokenizer",
                 where=codes.shards.spec,
-                mend="run the stage 'extract' again",
+                mend="run the stage 'extract' again" if tokenizer else "pull both splits from one run",
             )
 
     def read_held_out() -> Iterator[CodeFields]:
@@ -46,9 +50,10 @@ def main(stage: Stage) -> dict[str, Any]:
         levels,
         recipe.seed,
         read_held_out,
-        lambda prior: preview(prior, tokenizer, recipe.sample),
+        (lambda prior: preview(prior, tokenizer, recipe.sample)) if tokenizer else None,
     )
-    return train_stage(stage, task, source, source.shards.counts, recipe.prior.training, "samples/s")
+    training, origin = recipe.prior.training, {CODES_OF: fingerprint}
+    return train_stage(stage, task, source, source.shards.counts, training, "samples/s", origin)
 
 
 if __name__ == "__main__":

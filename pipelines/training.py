@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,13 @@ from vqscale.training.vigil import Vigil, vigil
 
 
 def train_stage(
-    stage: Stage, task: Task, source: Source, counts: Sequence[int], training: Training, unit: str
+    stage: Stage,
+    task: Task,
+    source: Source,
+    counts: Sequence[int],
+    training: Training,
+    unit: str,
+    origin: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Train over shards in the canonical order; goes on from the newest valid checkpoint.
 
@@ -42,6 +48,7 @@ def train_stage(
         counts: samples of each shard.
         training: the stage's optimisation settings.
         unit: what the speed counts, such as `images/s`.
+        origin: what checkpoints have to say of the data besides.
 
     Returns:
         Steps, parameters, bad samples and the last validation's figures.
@@ -52,9 +59,8 @@ def train_stage(
     """
     recipe, ranks = stage.recipe, stage.ranks
     where = stage.layout.checkpoints(recipe, stage.name)
-    checkpoints = Checkpoints(
-        task.engine, where, ranks.device, seed=recipe.seed, made_by=_origin(stage), faults=stage.faults
-    )
+    made_by = {**_origin(stage), **(origin or {})}
+    checkpoints = Checkpoints(task.engine, where, ranks.device, seed=recipe.seed, made_by=made_by, faults=stage.faults)
     with vigil(ranks, stage.watchdog(), stage.faults, stage.lead_s) as watching, checkpoints:
         start, notes = checkpoints.resume(task)
         head = f"{task.engine.size:,} parameters, {ranks.world} ranks on {ranks.device.type}"

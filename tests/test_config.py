@@ -118,7 +118,7 @@ def test_a_recipe_is_frozen() -> None:
         ("tokenizer.losses", {"perceptual": {"weights": "w"}}, None),
         ("tokenizer.losses", {"perceptual": {"weights": []}}, "tokenizer.losses.perceptual.weights"),
         ("data.train", "x", "data has both `clocks` and shards; remove"),
-        ("data.clocks", None, "data names no data: set `train` and `validation`, or `clocks`"),
+        ("data.clocks", None, "data names no data: set `train` and `validation`, or `clocks`, or `codes`"),
         ("tokenizer.levels.1.name", "bottom", "levels carry the same name twice (bottom, bottom)"),
         ("tokenizer.levels.1.name", "Top!", "'tokenizer.levels.1.name' is 'Top!'"),
     ],

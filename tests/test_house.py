@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "vqscale.training": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.storage", "vqscale.checkpoint"},
     "vqscale.evaluation": {"vqscale.config", "vqscale.data", "vqscale.models"},
     "vqscale.sampling": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.export"},
+    "vqscale.extraction": {"vqscale.data", "vqscale.storage", "vqscale.export"},
     "vqscale.export": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.training"},
     "launcher": {"cluster", "vqscale.config", "vqscale.checkpoint"},
     "cluster": set(),

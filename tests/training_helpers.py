@@ -286,7 +286,7 @@ def save_network(network: torch.nn.Module, folder: Path, step: int) -> None:
         Checkpoints(Fixed(pieces), folder, ranks.device, seed=0).save(Kept(), step, final=True)
 
 
-def code_shards(folder: Path, shards: int = 12, samples: int = 20, seed: int = 0) -> Manifest:
+def code_shards(folder: Path, shards: int = 12, samples: int = 20, seed: int = 0, fingerprint: str = "") -> Manifest:
     """Code shards of the tiny recipe's shapes; a sample's codes follow from its class, with some noise."""
     recipe, rng = tiny_recipe(), np.random.default_rng(seed)
     levels = [
@@ -301,12 +301,17 @@ def code_shards(folder: Path, shards: int = 12, samples: int = 20, seed: int = 0
             for side, level in zip(recipe.grids, recipe.tokenizer.levels, strict=True)
         }
         keys = [f"{number}-{i}" for i in range(samples)]
-        shard = write_code_shard(f"{folder}/s{number:02d}.tar", [CodeBlock(codes, labels, keys)], levels, "")
-        write_record(str(folder), CodeRecord(shard=shard))
+        shard = write_code_shard(f"{folder}/s{number:02d}.tar", [CodeBlock(codes, labels, keys)], levels, fingerprint)
+        write_record(str(folder), CodeRecord(shard=shard, fingerprint=fingerprint))
         names.append(shard.name)
     classes = [f"{hour:02d}" for hour in range(12)]
     manifest = manifest_from_records(
-        read_records(str(folder), names, ""), levels=levels, classes=classes, image_size=16, fingerprint="", source={}
+        read_records(str(folder), names, fingerprint),
+        levels=levels,
+        classes=classes,
+        image_size=16,
+        fingerprint=fingerprint,
+        source={},
     )
     write_manifest(folder, manifest)
     return manifest

@@ -97,4 +97,4 @@ def load_prior(run: str | Path, device: str | torch.device = "cpu") -> Transform
 
 def class_names(layout: RunLayout, recipe: Recipe) -> tuple[str, ...]:
     """Class names of the run's training data; empty without labels. Needs the codes, not the images."""
-    return read_manifest(str(layout.codes("train"))).classes
+    return read_manifest(layout.code_shards(recipe, "train")).classes

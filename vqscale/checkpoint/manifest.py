@@ -93,6 +93,10 @@ class TensorRecord(_Record):
         return self
 
 
+CODES_OF = "codes_of"
+"""Key in `Manifest.made_by` of a prior: fingerprint of the tokenizer whose codes it was trained on."""
+
+
 class Manifest(_Record):
     """What a checkpoint holds."""
 
@@ -107,7 +111,7 @@ class Manifest(_Record):
     strategy: str
     """How the model was spread over them; any other can read it."""
     made_by: dict[str, str] = {}
-    """Recipe, code and versions, for people."""
+    """Recipe, code and versions, for people; and of a prior whose codes it knows (`CODES_OF`)."""
     files: dict[FileName, FileRecord]
     """All files but this one."""
     tensors: dict[Name, TensorRecord]

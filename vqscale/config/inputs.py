@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from vqscale.config.recipe import Clocks, Recipe, Shards
-from vqscale.data.manifest import IMAGES, Manifest, check_streams
+from vqscale.data.manifest import CODES, IMAGES, Manifest, check_streams
 from vqscale.data.shards import ShardSet, check_shards, open_shards
 from vqscale.errors import UserError
 
@@ -23,8 +23,11 @@ def check_inputs(recipe: Recipe) -> list[str]:
     Raises:
         UserError: missing or unfit shards, or missing weights; names key or file, and the mend.
     """
-    _check_weights(recipe)
     data = recipe.data
+    if data.codes:
+        _check_codes(recipe)
+        return []
+    _check_weights(recipe)
     if data.clocks:
         counts = _clock_counts(data.clocks)
         check_streams(counts, streams=data.streams, packet=data.packet, where="data.clocks.shards")
@@ -43,6 +46,40 @@ def check_inputs(recipe: Recipe) -> list[str]:
         )
     check_streams(train.counts, streams=data.streams, packet=data.packet, where=train.spec)
     return [line for shards in (train, validation) for line in _size_warnings(shards, data.image_size)]
+
+
+def _check_codes(recipe: Recipe) -> None:
+    """Whether the code shards that a recipe names are there, go together, and feed the streams."""
+    train, validation = (open_shards(f"{recipe.data.codes.rstrip('/')}/{split}") for split in ("train", "validation"))
+    for shards in (train, validation):
+        check_levels(recipe, shards)
+        check_shards(shards)
+    theirs, ours = validation.manifest, train.manifest
+    if (theirs.fingerprint, theirs.classes) != (ours.fingerprint, ours.classes):
+        mend = "pull both from one run"
+        raise UserError(f"has another tokenizer or other classes than {train.spec}", where=validation.spec, mend=mend)
+    if not theirs.samples:
+        raise UserError("holds no samples", where=validation.spec, mend="pull held-out codes too")
+    check_streams(train.counts, streams=recipe.data.streams, packet=recipe.data.packet, where=train.spec)
+
+
+def check_levels(recipe: Recipe, shards: ShardSet) -> None:
+    """Whether code shards have the levels of the recipe.
+
+    Raises:
+        UserError: they hold no codes, or those of other levels.
+    """
+    manifest = shards.manifest
+    if manifest.format != CODES:
+        raise UserError(f"holds {manifest.format}, not codes", where=shards.spec, mend="name a folder of code shards")
+    wanted = [
+        (level.name, side, level.codes) for side, level in zip(recipe.grids, recipe.tokenizer.levels, strict=True)
+    ]
+    held = [(level.name, level.grid, level.codes) for level in manifest.levels]
+    if held != wanted:
+        theirs, ours = (", ".join(f"{n} {g}×{g} of {k}" for n, g, k in levels) for levels in (held, wanted))
+        mend = "give data.image_size and tokenizer.levels of the recipe that made them"
+        raise UserError(f"holds {theirs}, but the recipe has {ours}", where=shards.spec, mend=mend)
 
 
 def _check_weights(recipe: Recipe) -> None:

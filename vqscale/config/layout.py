@@ -124,6 +124,10 @@ class RunLayout:
         """Code shards of a split."""
         return self.root / "codes" / split
 
+    def code_shards(self, recipe: Recipe, split: str) -> str:
+        """Code shards that the prior reads: those that the recipe names, or those of this run."""
+        return f"{recipe.data.codes.rstrip('/')}/{split}" if recipe.data.codes else str(self.codes(split))
+
     def quarantine(self, stage: str) -> Path:
         """The bad samples that a stage met, one JSON object a line."""
         return self.stage(stage) / "quarantine.jsonl"

@@ -62,6 +62,9 @@ class Data(Section):
     or a list of these. Empty when `clocks` is set."""
     validation: Shards = ""
     """Held-out shards, named like `train`; empty when `clocks` is set."""
+    codes: str = ""
+    """Folder or URL with code shards in `train` and `validation`, as `vqscale codes pull` leaves them. The prior is
+    trained on them; the recipe has no other stage then, and needs no images."""
     clocks: Clocks | None = None
     """Generate the data set (stages `generate` and `pack`) in the run directory."""
     streams: Positive = 12
@@ -89,8 +92,10 @@ class Data(Section):
     def _one_source(self) -> Self:
         if self.clocks and (self.train or self.validation):
             raise ValueError("has both `clocks` and shards; remove `clocks`, or `train` and `validation`")
-        if not self.clocks and not (self.train and self.validation):
-            raise ValueError("names no data: set `train` and `validation`, or `clocks`")
+        if self.codes and (self.clocks or self.train or self.validation):
+            raise ValueError("has both `codes` and images; remove `codes`, or `train`, `validation` and `clocks`")
+        if not (self.codes or self.clocks or (self.train and self.validation)):
+            raise ValueError("names no data: set `train` and `validation`, or `clocks`, or `codes`")
         return self
 
 
@@ -300,6 +305,8 @@ class Recipe(Section):
     @property
     def stages(self) -> tuple[str, ...]:
         """Stages that this recipe runs; shards that exist already are neither generated nor packed."""
+        if self.data.codes:
+            return ("prior",)
         return STAGES if self.data.clocks else STAGES[2:]
 
     @property

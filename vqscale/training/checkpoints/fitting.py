@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from vqscale.checkpoint.folder import Stored
+from vqscale.checkpoint.folder import Stored, open_stored, steps
+from vqscale.checkpoint.manifest import CODES_OF, FaultError
 from vqscale.errors import UserError
 from vqscale.training.pieces import EXTRA
 
@@ -45,6 +47,31 @@ def require_seed(stored: Stored, state: Mapping[str, Any], seed: int) -> None:
         raise UserError(
             f"was trained with seed {state.get('seed')}, the recipe has {seed}", where=stored.url, mend=_MEND
         )
+
+
+def require_codes(stored: Stored, made_by: Mapping[str, str]) -> None:
+    """A prior knows the codes of one tokenizer.
+
+    Raises:
+        UserError: it was trained on those of another one than it is to go on with.
+    """
+    if CODES_OF in made_by and stored.manifest.made_by.get(CODES_OF) != made_by[CODES_OF]:
+        raise UserError("was trained on codes of another tokenizer", where=stored.url, mend=_MEND)
+
+
+def require_prior_of(fingerprint: str, where: str) -> None:
+    """Whether the newest prior in a place draws codes of this tokenizer; a place without checkpoints is let pass.
+
+    Raises:
+        UserError: its codes are another tokenizer's, so that their images would mean nothing.
+    """
+    for step in steps(where):
+        with suppress(FaultError):
+            stored = open_stored(where, step)
+            if stored.manifest.made_by.get(CODES_OF, fingerprint) != fingerprint:
+                mend = "train the prior on the codes of this tokenizer"
+                raise UserError("was trained on codes of another tokenizer", where=stored.url, mend=mend)
+            return
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

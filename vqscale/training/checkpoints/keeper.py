@@ -26,7 +26,7 @@ from vqscale.errors import UserError
 from vqscale.faults import NO_FAULTS, Faults
 from vqscale.training.checkpoints.background import Background
 from vqscale.training.checkpoints.faults import no_room, storage_fault
-from vqscale.training.checkpoints.fitting import changed_settings, require_seed
+from vqscale.training.checkpoints.fitting import changed_settings, require_codes, require_seed
 from vqscale.training.checkpoints.group import Group
 from vqscale.training.checkpoints.held import Held, hold
 from vqscale.training.checkpoints.reader import Checkpoint
@@ -166,6 +166,7 @@ class Checkpoints:
         chosen, training = Checkpoint(stored), self._engine.training
         saved = self._group.first_says(chosen.state)
         require_seed(stored, saved, self._seed)
+        require_codes(stored, self._made_by)
         self._engine.materialise_optimizer()
         filled = load(stored, self._engine, task, self._group)
         self._engine.loaded()
