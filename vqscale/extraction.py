@@ -1,10 +1,12 @@
-"""Images to code shards: decoded in threads ahead of the tokenizer, encoded, cut into blocks, written."""
+"""Images to code shards: decoded in threads ahead of the tokenizer, encoded, and written in a thread behind it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +43,7 @@ class Extraction:
     """Whether each image is followed by its mirror image."""
 
     def shards(self, source: ImageSource, shards: Sequence[int], folder: str, count: BadCount) -> Iterator[CodeRecord]:
-        """Write code shards one after the other, and give each one's record; bad images are left out.
+        """Write code shards in their order, and give each one's record when it is written; bad images are left out.
 
         Args:
             source: the images.
@@ -52,9 +54,15 @@ class Extraction:
         Raises:
             UserError: too many bad images.
         """
-        parts = self._parts(source, shards)
-        for shard, found in groupby(parts, key=lambda part: part.shard):
-            yield self._write(storage.join(folder, source.shards.flat_names[shard]), found, count)
+        with ThreadPoolExecutor(1, thread_name_prefix="vqscale-write") as writer:
+            writing: list[Future[CodeRecord]] = []
+            for shard, parts in groupby(self._parts(source, shards), key=lambda part: part.shard):
+                url = storage.join(folder, source.shards.flat_names[shard])
+                writing.append(writer.submit(self._write, url, self._encode_shard(parts, count)))
+                if len(writing) > 1:
+                    yield writing.pop(0).result()
+            for last in writing:
+                yield last.result()
 
     def difference_from_fp32(self, source: ImageSource) -> float:
         """Share of the codes of the first 256 images that would be others if the networks ran in fp32."""
@@ -73,28 +81,28 @@ class Extraction:
     def _parts(self, source: ImageSource, shards: Sequence[int]) -> Iterator[ShardPart]:
         return read_ahead(source, source.manifest.counts, shards, batch=self.batch, threads=self.threads)
 
-    def _write(self, url: str, parts: Iterable[ShardPart], count: BadCount) -> CodeRecord:
-        """Write one code shard."""
+    def _encode_shard(self, parts: Iterable[ShardPart], count: BadCount) -> _Encoded:
+        """All codes of one shard, whose compression and writing can then go on beside the next one's encoding."""
         bad: list[BadPick] = []
         usage = {level.name: np.zeros(level.codes, np.int64) for level in self.levels}
+        blocks = []
+        for part in parts:
+            bad.extend(part.bad)
+            count.add(part.read, part.bad)
+            blocks.append(self._encode_part(part))
+            for name, codes in blocks[-1].codes.items():
+                usage[name] += np.bincount(codes.ravel(), minlength=len(usage[name]))
+        return _Encoded(blocks, bad, usage)
 
-        def encoded() -> Iterator[CodeBlock]:
-            for part in parts:
-                bad.extend(part.bad)
-                count.add(part.read, part.bad)
-                block = self._encode_part(part)
-                for name, codes in block.codes.items():
-                    usage[name] += np.bincount(codes.ravel(), minlength=len(usage[name]))
-                yield block
-
+    def _write(self, url: str, encoded: _Encoded) -> CodeRecord:
         fingerprint = self.tokenizer.fingerprint
         return CodeRecord(
-            shard=write_code_shard(url, _recut(encoded(), self.block), self.levels, fingerprint),
+            shard=write_code_shard(url, _recut(encoded.blocks, self.block), self.levels, fingerprint),
             fingerprint=fingerprint,
             flips=self.flips,
-            skipped=len(bad),
-            bad=tuple((pick.key, pick.kind) for pick in bad),
-            usage={name: counts.tolist() for name, counts in usage.items()},
+            skipped=len(encoded.bad),
+            bad=tuple((pick.key, pick.kind) for pick in encoded.bad),
+            usage={name: counts.tolist() for name, counts in encoded.usage.items()},
         )
 
     def _encode_part(self, part: ShardPart) -> CodeBlock:
@@ -109,6 +117,14 @@ class Extraction:
         parts = [self.tokenizer.encode(images[start : start + self.batch]) for start in starts]
         names = self.tokenizer.levels if parts else ()
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+class _Encoded(NamedTuple):
+    """One shard on its way from the tokenizer to its file."""
+
+    blocks: list[CodeBlock]
+    bad: list[BadPick]
+    usage: dict[str, NDArray[np.int64]]
 
 
 def _recut(blocks: Iterable[CodeBlock], size: int) -> Iterator[CodeBlock]:
