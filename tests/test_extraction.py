@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from pipelines import extract_codes, train_prior
+from pipelines.codes import main as codes_command
+from pipelines.data_show import arranged
 from tests.ranks import RanksFailedError, run_ranks
 from tests.recipes import write_recipe
 from tests.training_helpers import clock_run, save_network, stage_of
@@ -243,6 +245,25 @@ def test_unreadable_images_have_no_codes_and_are_counted(tmp_path: Path) -> None
         for key in part
     ]
     assert not {"000003", "000012"} & set(keys)
+
+
+def test_codes_are_decoded_by_their_own_tokenizer_alone(
+    extracted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, sheet = str(extracted / "codes"), tmp_path / "sheet.png"
+    ours = ["--tokenizer", str(extracted)]
+    assert codes_command(["verify", folder, *ours]) == 0
+    assert codes_command(["show", f"{folder}/train", *ours, "--out", str(sheet), "--samples", "5"]) == 0
+    stored = read_code_shard(f"{folder}/train/shard-00000.tar")
+    images = load_tokenizer(extracted).decode({name: grids[:5] for name, grids in stored.items()})
+    assert sheet.read_bytes() == arranged(images, stored["label"][:5], read_manifest(f"{folder}/train").classes)
+    save_tokenizer(extracted, 1, step=16)
+    for words in (["verify", folder, *ours], ["show", folder, *ours, "--out", str(tmp_path / "no.png")]):
+        capsys.readouterr()
+        assert codes_command(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "these codes were made by another tokenizer than that of" in line
+    assert not (tmp_path / "no.png").exists()
 
 
 def test_encoding_does_not_depend_on_the_batch(extracted: Path) -> None:

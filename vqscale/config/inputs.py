@@ -50,7 +50,7 @@ def check_inputs(recipe: Recipe) -> list[str]:
 
 def _check_codes(recipe: Recipe) -> None:
     """Whether the code shards that a recipe names are there, go together, and feed the streams."""
-    train, validation = (open_shards(f"{recipe.data.codes.rstrip('/')}/{split}") for split in ("train", "validation"))
+    train, validation = (open_shards(recipe.data.code_shards(split)) for split in ("train", "validation"))
     for shards in (train, validation):
         check_levels(recipe, shards)
         check_shards(shards)

@@ -126,7 +126,7 @@ class RunLayout:
 
     def code_shards(self, recipe: Recipe, split: str) -> str:
         """Code shards that the prior reads: those that the recipe names, or those of this run."""
-        return f"{recipe.data.codes.rstrip('/')}/{split}" if recipe.data.codes else str(self.codes(split))
+        return recipe.data.code_shards(split) if recipe.data.codes else str(self.codes(split))
 
     def quarantine(self, stage: str) -> Path:
         """The bad samples that a stage met, one JSON object a line."""

@@ -88,6 +88,10 @@ class Data(Section):
     error_budget: Fraction = 0.001
     """Largest share of unreadable samples that a run may replace before it stops."""
 
+    def code_shards(self, split: str) -> str:
+        """Where `codes` has the shards of a split."""
+        return f"{self.codes.rstrip('/')}/{split}"
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.clocks and (self.train or self.validation):

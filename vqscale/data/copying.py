@@ -6,6 +6,7 @@ killed goes on with the shards that have no valid record, and a folder with a ma
 
 from __future__ import annotations
 
+import glob
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -190,6 +191,6 @@ def _sweep(target: str, shards: Sequence[Shard]) -> None:
     folder = storage.local_path(target)
     for shard in shards if folder else ():
         path = Path(str(folder), shard.name)
-        for left in path.parent.glob(f".{path.name}.*"):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
             with suppress(FileNotFoundError):
                 left.unlink()
