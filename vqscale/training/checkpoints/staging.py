@@ -123,7 +123,7 @@ class Staging:
         self._buffer[: len(plan.head)] = torch.frombuffer(bytearray(plan.head), dtype=torch.uint8)
         plain: list[tuple[Tensor, Tensor]] = []
         for item in plan.items.items:
-            local = state[item.index.fqn].pieces[_start(item)].local.detach()
+            local = state[item.index.fqn].pieces[_start(item)].local
             target = _view(self._buffer, plan.places[_key(item)])
             if local.device.type == "cpu" and local.is_contiguous():
                 plain.append((target, local.view(-1)))
