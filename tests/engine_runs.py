@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.recipes import tiny_recipe
 from tests.training_helpers import Experiment, Recorder, many_streams, prior_experiment, tokenizer_experiment
 from vqscale.config.recipe import Recipe
+from vqscale.training import zero
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.pieces import assemble, fill
 from vqscale.training.steps import Steps
@@ -61,7 +62,9 @@ def prior_recipe(strategy: str, **training: Any) -> Recipe:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
+    """The process group. With three ranks, ZeRO-3 gathers every weight when it is used, and otherwise none of these."""
     with process_group("cpu", 60) as ranks:
+        zero.KEPT_WHOLE = 0 if ranks.world == 3 else zero.KEPT_WHOLE
         yield ranks
 
 

@@ -33,7 +33,7 @@ OPTIONS: dict[int, dict[str, dict[str, Any]]] = {
         "at once": {"steps": 1},
         "recomputed": {"checkpoint_activations": True},
     },
-    3: {"plain": {}, "bf16": {"precision": "bf16"}},
+    3: {"plain": {}, "bf16": {"precision": "bf16"}, "recomputed": {"checkpoint_activations": True}},
 }
 
 
@@ -92,10 +92,11 @@ def test_every_strategy_trains_as_ddp_does(surveys: Surveys, world: int, strateg
         assert spread.validation == pytest.approx(alone.validation, rel=10 * rtol)
 
 
+@pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("strategy", SPREAD)
-def test_the_prior_trains_as_under_ddp(surveys: Surveys, strategy: str) -> None:
+def test_the_prior_trains_as_under_ddp(surveys: Surveys, world: int, strategy: str) -> None:
     """Nothing jumps in it, so that only sums in another order remain."""
-    alone, spread = surveys.of(2, "ddp", "prior"), surveys.of(2, strategy, "prior")
+    alone, spread = surveys.of(world, "ddp", "prior"), surveys.of(world, strategy, "prior")
     np.testing.assert_allclose(spread.losses, alone.losses, rtol=1e-4)
     assert spread.validation == pytest.approx(alone.validation, rel=1e-3)
     assert alone.losses[-1] < alone.losses[0]
@@ -117,10 +118,11 @@ def test_micro_batches_are_one_batch(surveys: Surveys, strategy: str) -> None:
         assert (apart > 1e-4).float().mean() < 0.02, name
 
 
+@pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_recomputed_activations_change_nothing(surveys: Surveys, strategy: str) -> None:
+def test_recomputed_activations_change_nothing(surveys: Surveys, world: int, strategy: str) -> None:
     """The same operations on the same numbers; a codebook updated in its forward would be updated twice."""
-    kept, recomputed = surveys.of(2, strategy, "plain"), surveys.of(2, strategy, "recomputed")
+    kept, recomputed = surveys.of(world, strategy, "plain"), surveys.of(world, strategy, "recomputed")
     np.testing.assert_allclose(recomputed.losses, kept.losses, rtol=1e-5)
     assert recomputed.restarts == kept.restarts
 
