@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine_runs import HALF, STEPS, STRATEGIES, Trained, move, prior_recipe, survey, tamper, walk
+from tests.engine_runs import HALF, STEPS, STRATEGIES, Trained, disturb, move, prior_recipe, survey, walk
 from tests.ranks import run_ranks
 from tests.training_helpers import (
     clock_run,
@@ -164,10 +164,15 @@ def test_state_moves_between_strategies_and_numbers_of_ranks(surveys: Surveys, w
 
 
 @pytest.mark.fault
-def test_a_tampered_codebook_stops_a_sharded_run(surveys: Surveys) -> None:
+def test_a_sharded_run_resumes_under_another_strategy_and_a_tampered_codebook_stops_it(
+    surveys: Surveys, tmp_path: Path
+) -> None:
     expected = "CodebookMismatchError: step 2: the codebook of level 'top' on rank 1 differs from rank 0's"
-    for said in run_ranks(2, tamper, surveys.run, "fsdp2"):
-        assert said.startswith(expected)
+    found = run_ranks(2, disturb, surveys.run, tmp_path)
+    assert all(said.startswith(expected) for _, _, said in found)
+    whole, resumed, _ = found[0]
+    assert (len(whole), len(resumed)) == (STEPS, STEPS - HALF)
+    np.testing.assert_allclose(resumed, whole[HALF:], rtol=1e-3)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
