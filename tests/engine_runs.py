@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor
 from tests.recipes import tiny_recipe
 from tests.training_helpers import Experiment, Recorder, many_streams, prior_experiment, tokenizer_experiment
 from vqscale.config.recipe import Recipe
+from vqscale.training import zero
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.pieces import assemble, fill
 from vqscale.training.steps import Steps
@@ -61,7 +63,9 @@ def prior_recipe(strategy: str, **training: Any) -> Recipe:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
+    """The process group. With three ranks, ZeRO-3 gathers every weight when it is used, and otherwise none of these."""
     with process_group("cpu", 60) as ranks:
+        zero.KEPT_WHOLE = 0 if ranks.world == 3 else zero.KEPT_WHOLE
         yield ranks
 
 
@@ -178,19 +182,35 @@ def move(run: Path, states: Path) -> dict[str, Any]:
         return found
 
 
-def tamper(run: Path, strategy: str) -> str:
-    """The codebook of one rank is changed between two comparisons: what the run says on this rank."""
+def disturb(run: Path, folder: Path) -> tuple[list[float], list[float], str]:
+    """A sharded run, one that goes on from its checkpoint under another strategy, and one with a tampered codebook.
+
+    Returns:
+        Losses of the first two (on rank 0), and what the last says on this rank.
+    """
     with joined() as ranks:
-        made = tokenizer_experiment(ranks, run, tokenizer_recipe(strategy))
-        walk(made, made.batches(1))
-        made.task.check(1)
-        if ranks.rank == 1:
-            made.engine.bare.codebooks[1].sums[2, 3] += 1e-6
-        try:
-            made.task.check(2)
-        except RuntimeError as error:
-            return f"{type(error).__name__}: {error}"
-        return "nothing"
+        losses = []
+        for strategy, start in (("fsdp2", 0), ("zero3", HALF)):
+            if start and ranks.first:
+                shutil.copytree(folder / "fsdp2" / f"step-{start:08d}", folder / "zero3" / f"step-{start:08d}")
+            ranks.barrier()
+            recipe = tokenizer_recipe(strategy, checkpoint_every=HALF)
+            made = tokenizer_experiment(ranks, run, recipe, weights=start)
+            made.run(folder / strategy)
+            losses.append(made.recorder.curve("loss/total") if ranks.first else [])
+        return losses[0], losses[1], tamper(made)
+
+
+def tamper(made: Experiment) -> str:
+    """The codebook of one rank is changed between two comparisons: what the run says on this rank."""
+    made.task.check(1)
+    if made.ranks.rank == 1:
+        made.engine.bare.codebooks[1].sums[2, 3] += 1e-6
+    try:
+        made.task.check(2)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

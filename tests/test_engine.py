@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine_runs import HALF, STEPS, STRATEGIES, Trained, move, prior_recipe, survey, tamper, walk
+from tests.engine_runs import HALF, STEPS, STRATEGIES, Trained, disturb, move, prior_recipe, survey, walk
 from tests.ranks import run_ranks
 from tests.training_helpers import (
     clock_run,
@@ -33,7 +33,7 @@ OPTIONS: dict[int, dict[str, dict[str, Any]]] = {
         "at once": {"steps": 1},
         "recomputed": {"checkpoint_activations": True},
     },
-    3: {"plain": {}, "bf16": {"precision": "bf16"}},
+    3: {"plain": {}, "bf16": {"precision": "bf16"}, "recomputed": {"checkpoint_activations": True}},
 }
 
 
@@ -92,10 +92,11 @@ def test_every_strategy_trains_as_ddp_does(surveys: Surveys, world: int, strateg
         assert spread.validation == pytest.approx(alone.validation, rel=10 * rtol)
 
 
+@pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("strategy", SPREAD)
-def test_the_prior_trains_as_under_ddp(surveys: Surveys, strategy: str) -> None:
+def test_the_prior_trains_as_under_ddp(surveys: Surveys, world: int, strategy: str) -> None:
     """Nothing jumps in it, so that only sums in another order remain."""
-    alone, spread = surveys.of(2, "ddp", "prior"), surveys.of(2, strategy, "prior")
+    alone, spread = surveys.of(world, "ddp", "prior"), surveys.of(world, strategy, "prior")
     np.testing.assert_allclose(spread.losses, alone.losses, rtol=1e-4)
     assert spread.validation == pytest.approx(alone.validation, rel=1e-3)
     assert alone.losses[-1] < alone.losses[0]
@@ -117,10 +118,11 @@ def test_micro_batches_are_one_batch(surveys: Surveys, strategy: str) -> None:
         assert (apart > 1e-4).float().mean() < 0.02, name
 
 
+@pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_recomputed_activations_change_nothing(surveys: Surveys, strategy: str) -> None:
+def test_recomputed_activations_change_nothing(surveys: Surveys, world: int, strategy: str) -> None:
     """The same operations on the same numbers; a codebook updated in its forward would be updated twice."""
-    kept, recomputed = surveys.of(2, strategy, "plain"), surveys.of(2, strategy, "recomputed")
+    kept, recomputed = surveys.of(world, strategy, "plain"), surveys.of(world, strategy, "recomputed")
     np.testing.assert_allclose(recomputed.losses, kept.losses, rtol=1e-5)
     assert recomputed.restarts == kept.restarts
 
@@ -162,10 +164,15 @@ def test_state_moves_between_strategies_and_numbers_of_ranks(surveys: Surveys, w
 
 
 @pytest.mark.fault
-def test_a_tampered_codebook_stops_a_sharded_run(surveys: Surveys) -> None:
+def test_a_sharded_run_resumes_under_another_strategy_and_a_tampered_codebook_stops_it(
+    surveys: Surveys, tmp_path: Path
+) -> None:
     expected = "CodebookMismatchError: step 2: the codebook of level 'top' on rank 1 differs from rank 0's"
-    for said in run_ranks(2, tamper, surveys.run, "fsdp2"):
-        assert said.startswith(expected)
+    found = run_ranks(2, disturb, surveys.run, tmp_path)
+    assert all(said.startswith(expected) for _, _, said in found)
+    whole, resumed, _ = found[0]
+    assert (len(whole), len(resumed)) == (STEPS, STEPS - HALF)
+    np.testing.assert_allclose(resumed, whole[HALF:], rtol=1e-3)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])

@@ -306,6 +306,19 @@ def test_a_skipped_update_is_skipped_everywhere(alone: Ranks, run: Path, tmp_pat
     assert not differs(made.state(), before)
 
 
+def test_a_resumed_run_takes_the_recipes_settings(alone: Ranks, run: Path, tmp_path: Path) -> None:
+    """What was changed in the recipe acts; the checkpoint has the state alone."""
+    tokenizer(alone, run).run(tmp_path)
+    changes = {"betas": [0.7, 0.8], "weight_decay": 0.3}
+    changed = tokenizer(alone, run, **{f"tokenizer__training__{key}": value for key, value in changes.items()})
+    start, notes = changed.checkpoints(tmp_path).resume(changed.task)
+    assert start == STEPS
+    assert any(note.startswith("goes on with another training.betas") for note in notes)
+    groups = changed.engine._strategy.optimizers["adamw"].param_groups  # type: ignore[attr-defined]
+    assert {tuple(group["betas"]) for group in groups} == {(0.7, 0.8)}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+
+
 def test_loop_needs_no_tracker(alone: Ranks, run: Path, tmp_path: Path) -> None:
     made = tokenizer(alone, run)
     figures = made.run(tmp_path / "silent", tracked=False)

@@ -37,9 +37,7 @@ def drill(arguments: argparse.Namespace) -> int:
         print(json.dumps([outcome.facts() for outcome in outcomes], indent=2))
     else:
         _print(outcomes)
-        print(
-            f"{len(bad)} of {len(faults)} are not as they have to be" + (f"; see {run.root / 'drill'}" if bad else "")
-        )
+        print(f"{len(bad)} of {len(faults)} went wrong" + (f"; see {run.root / 'drill'}" if bad else ""))
     return EXIT_DIFFERS if bad else 0
 
 

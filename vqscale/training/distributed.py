@@ -14,6 +14,12 @@ import torch.distributed as dist
 
 from vqscale.errors import UserError
 
+_OWN: list[dist.ProcessGroup] = []
+"""Groups besides the one of the process, as long as that one lives."""
+_LEFT: list[Any] = []
+"""The groups that were left last. A thread of gloo needs Python's lock to let go of the last collective's tensors. Who
+frees a group waits for that thread, and DDP's reducer, or Python itself, does so with the lock in its hands: a
+deadlock, seen with torch 2.13. So a group outlives whatever refers to it, until the next ones are left."""
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -78,7 +84,20 @@ def process_group(device: str = "auto", timeout_s: int = 600) -> Iterator[Ranks]
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, chosen)
     finally:
+        _LEFT[:] = [dist.group.WORLD, *_OWN]
+        _OWN.clear()
         dist.destroy_process_group()
+
+
+def gloo_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """A further group of all ranks, for agreements beside training's own collectives; collective.
+
+    Args:
+        timeout: longest wait in one of its collectives; None is gloo's.
+    """
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+    _OWN.append(group)
+    return group
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

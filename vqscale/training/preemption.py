@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vqscale.training.distributed import gloo_group
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 """What schedulers and the elastic agent send. SIGUSR1 is left alone: NCCL uses it."""
 
@@ -77,7 +79,7 @@ def preemption() -> Iterator[Notice]:
 
     A process that is forked inherits the handlers; whoever forks one resets them there.
     """
-    notice = Notice(dist.new_group(backend="gloo"))
+    notice = Notice(gloo_group())
     if threading.current_thread() is not threading.main_thread():
         yield notice
         return

@@ -27,6 +27,8 @@ from vqscale.training.pieces import MODEL, OPTIMIZER, Piece
 from vqscale.training.strategies import Outcome, Strategy, require_kind, state
 
 _ADAMW = "adamw"
+KEPT_WHOLE = 100_000
+"""Elements up to which stage 3 leaves a weight gathered on all ranks: small ones cost more time than memory."""
 
 
 class ZeroStrategy(Strategy):
@@ -192,7 +194,7 @@ def _settings(stage: int, training: Training) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": training.clip,
         "steps_per_print": None,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": KEPT_WHOLE},
         # No "safe" modules: those would have their gradients reduced in bf16.
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from vqscale.errors import UserError
+from vqscale.training.distributed import gloo_group
 
 T = TypeVar("T")
 
@@ -24,7 +25,7 @@ class Group:
     """
 
     def __init__(self) -> None:
-        self.process_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.process_group = gloo_group(PATIENCE)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     @property

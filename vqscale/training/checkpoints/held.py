@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ class Held:
         first = pieces[0]
         self.shape, self.dtype = first.shape, dtype_name(first.local)
         # A rank with nothing of a tensor has an empty piece. One of a tensor without elements is all there is of it.
-        self.pieces = {piece.start: piece for piece in pieces if piece.local.numel() or not math.prod(first.shape)}
+        kept = [piece for piece in pieces if piece.local.numel() or not math.prod(first.shape)]
+        self.pieces = {piece.start: replace(piece, local=piece.local.detach()) for piece in kept}
         self._scratch: dict[int, Tensor] = {}
 
     def size(self) -> torch.Size:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -119,13 +121,36 @@ class Staging:
             pinned = self._device.type == "cuda"
             self._buffer = torch.empty(plan.size, dtype=torch.uint8, pin_memory=pinned)
         self._buffer[: len(plan.head)] = torch.frombuffer(bytearray(plan.head), dtype=torch.uint8)
+        plain: list[tuple[Tensor, Tensor]] = []
         for item in plan.items.items:
-            piece = state[item.index.fqn].pieces[_start(item)]
+            local = state[item.index.fqn].pieces[_start(item)].local
             target = _view(self._buffer, plan.places[_key(item)])
-            target.view(piece.local.shape).copy_(piece.local, non_blocking=True)
+            if local.device.type == "cpu" and local.is_contiguous():
+                plain.append((target, local.view(-1)))
+            else:
+                target.view(local.shape).copy_(local, non_blocking=True)
+        _copy(plain)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return self._buffer.numpy().data
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy flat tensors on the CPU by memcpy, on as many threads as torch has.
+
+    Torch's own copy meets all its threads behind each tensor; on a machine with other work that took ten times as long.
+    Here each thread takes the next tensor that nobody has.
+    """
+    todo = iter([(one.view(torch.uint8).numpy(), other.view(torch.uint8).numpy()) for one, other in pairs])
+
+    def work() -> None:
+        for target, source in todo:
+            np.copyto(target, source)
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work) for _ in range(threads)]:
+            done.result()
 
 
 def _view(buffer: Tensor, place: Place) -> Tensor:
