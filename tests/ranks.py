@@ -9,6 +9,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         RanksFailedError: a rank raised, died, or the time was over.
     """
     context = multiprocessing.get_context("spawn")
-    work, port = pickle.dumps((function, args)), _free_port()
+    work, port = pickle.dumps((function, args)), free_port()
     children, pipes = [], []
     try:
         for rank in range(world):
@@ -120,10 +122,14 @@ def _child(rank: int, world: int, port: int, pipe: Connection, work: bytes) -> N
     pipe.close()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port of loopback that nobody uses, and that the kernel gives to nobody who asks for any port."""
+    chosen = random.Random(os.getpid() + time.monotonic_ns())
+    while True:
+        port = chosen.randrange(15_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def torchrun(processes: int, *words: str) -> None:

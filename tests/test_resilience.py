@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from launcher.rundir import create
 from launcher.state import RunState
 from launcher.status import read_status
 from pipelines import generate, pack
+from tests.ranks import free_port
 from tests.recipes import write_recipe
 from tests.training_helpers import stage_of
 from vqscale.config.layout import RunLayout
@@ -140,9 +140,7 @@ def test_a_drill_finds_every_result_identical(layout: RunLayout, capsys: pytest.
 
 def test_the_node_that_is_left_goes_on(layout: RunLayout) -> None:
     """Two agents stand for two nodes; one of them is lost with its rank, as in a power cut."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     settings: dict[str, Any] = {"processes": 1, "max_restarts": 2, "nodes": 2, "least_nodes": 1, "endpoint": endpoint}
     stage = ("-m", "--", "pipelines.train_tokenizer", "--run", str(layout.root))
     given = {variable.name: variable.value for variable in agent_environment(grace_s=5)}
