@@ -6,6 +6,7 @@ codes lie among the latents. What a training would change of the codes is their 
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,12 +105,17 @@ def extraction(
         reader = EvaluationReader(source, source.manifest.counts, 0, 1, sizes.batch, threads=sizes.threads)
         return sum(len(batch.index) for batch in reader)
 
-    rows = np.arange(stored.samples) % len(images)
+    rows = np.arange(min(stored.samples, 4 * sizes.batch)) % len(images)
+    batches = [images[rows[start : start + sizes.batch]] for start in range(0, len(rows), sizes.batch)]
 
     def encode() -> float:
-        for start in range(0, len(rows), sizes.batch):
-            tokenizer.encode(images[rows[start : start + sizes.batch]])
-        return len(rows)
+        done = 0
+        for batch in itertools.cycle(batches):
+            tokenizer.encode(batch)
+            done += len(batch)
+            if done >= stored.samples:
+                break
+        return done
 
     bench.report("extraction, checks", 0, 1)
     extract()

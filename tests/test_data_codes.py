@@ -8,15 +8,14 @@ import pytest
 import zstandard
 
 from vqscale.data import tar
+from vqscale.data.code_planes import pack_codes, unpack_codes
 from vqscale.data.code_records import CodeRecord, manifest_from_records, read_record, read_records, write_record
 from vqscale.data.code_source import CodeSource
 from vqscale.data.codes import (
     CodeBlock,
     OpenCodes,
     empty_fields,
-    pack_codes,
     read_code_shard,
-    unpack_codes,
     write_code_shard,
 )
 from vqscale.data.loader import Loader

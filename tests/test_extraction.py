@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import extract_codes, train_prior
+from pipelines import evaluate, extract_codes, train_prior
 from pipelines.codes import main as codes_command
 from pipelines.data_show import arranged
 from tests.ranks import RanksFailedError, run_ranks
@@ -29,7 +29,7 @@ from vqscale.data.shards import open_shards
 from vqscale.data.verify import verify
 from vqscale.errors import UserError
 from vqscale.export import load_tokenizer
-from vqscale.files import read_json
+from vqscale.files import read_json, write_json
 from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Donors
 from vqscale.training.build import build_tokenizer
@@ -357,4 +357,7 @@ def test_bf16_says_how_many_codes_fp32_would_change(tmp_path: Path) -> None:
         differing += sum(int((ours[name] != theirs[name]).sum()) for name in ours)
         total += sum(grid.size for grid in ours.values())
     assert figures["codes_differ_from_fp32"] == differing / total
+    stage = stage_of("evaluate", run)
+    write_json(stage.layout.done("extract"), figures)
+    assert evaluate.assemble(stage, {}, 0.0)["codes_differ_from_fp32"] == differing / total
     assert 0 < differing < total / 2

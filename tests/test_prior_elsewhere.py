@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launcher.plan import make_plan
-from pipelines import sample, train_prior
+from pipelines import evaluate, sample, train_prior
 from pipelines.codes import main as codes
 from tests.recipes import tiny_tree, write_recipe
 from tests.test_extraction import save_tokenizer
@@ -86,7 +86,9 @@ def test_it_trains_without_a_tokenizer_and_remembers_whose_codes(
         train(run, monkeypatch)
 
 
-def test_sampling_with_another_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_and_evaluating_with_another_tokenizer_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = clock_run(tmp_path / "run", prior__training__steps=4)
     save_tokenizer(run, 0)
     for split in ("train", "validation"):
@@ -96,8 +98,9 @@ def test_sampling_with_another_tokenizer_is_refused(tmp_path: Path, monkeypatch:
     prior_recipe(recipe, run / "codes")
     train(run, monkeypatch)
     recipe.write_text(text)
-    with pytest.raises(UserError, match="was trained on codes of another tokenizer"):
-        sample.main(stage_of("sample", run))
+    for stage, main in (("sample", sample.main), ("evaluate", evaluate.main)):
+        with pytest.raises(UserError, match="was trained on codes of another tokenizer"):
+            main(stage_of(stage, run))
 
 
 def test_a_manifest_that_lies_about_the_tokenizer_stops_the_prior(

@@ -42,9 +42,10 @@ class CodeSource:
         return self.shards.name(shard)
 
     def bytes_of(self, shards: Sequence[int]) -> int:
-        """Size of some shards together, unpacked, as they lie in memory."""
+        """Size of some shards together as they lie in memory: unpacked, and as they are for the sake of their keys."""
         sample = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.spec.values())
-        return sample * sum(self.manifest.counts[shard] for shard in shards)
+        stated = [self.manifest.shards[shard] for shard in shards]
+        return sum(sample * shard.samples + shard.bytes for shard in stated)
 
     def open_group(self, shards: Sequence[int]) -> CodeGroup:
         """Read and unpack shards into memory.

@@ -2,7 +2,8 @@
 
 The first member, `__index__`, says in JSON what the shard holds and where each block's members lie. A block holds up
 to `extract.block` samples, and its members are zstd frames with a checksum: for each level `00000.LEVEL.zst`
-(`pack_codes`), `00000.label.zst` (int32 [n], little-endian) and `00000.keys.zst` (a list of the samples' keys, JSON).
+(`code_planes.pack_codes`), `00000.label.zst` (int32 [n], little-endian) and `00000.keys.zst` (a list of the samples'
+keys, JSON).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vqscale import storage
 from vqscale.data import tar
+from vqscale.data.code_planes import pack_codes, unpack_codes
 from vqscale.data.manifest import CODES, CodeLevel, Count, Manifest, Shard, hash_bytes
 from vqscale.data.source import Fields
 from vqscale.errors import UserError
@@ -30,7 +32,6 @@ INDEX = "__index__"
 _LEVEL = 3  # of zstd: level 9 saves 4 % of the bottom level and takes four times as long to pack
 _LABELS, _KEYS = "label", "keys"
 _LONGEST_KEY = 4_096  # bytes of JSON
-_ROWS = 64  # samples that are unpacked at once, so that what is between two steps stays in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -74,43 +75,6 @@ class CodeIndex(_Record):
     def samples(self) -> int:
         """Samples of all blocks."""
         return sum(block.samples for block in self.blocks)
-
-
-def pack_codes(codes: NDArray[Any], size: int) -> bytes:
-    """Codes of a codebook of `size` as planes: of all codes the lower eight bits, then each higher bit by itself.
-
-    Codes of up to 256 take a byte, of 512 nine bits. Planes of bits are filled up with zeros to whole bytes, from the
-    highest bit of a byte down (`numpy.packbits`). zstd makes less of these planes than of 16-bit integers, and unpacks
-    them faster; codes that cannot be compressed stay at this size.
-
-    Args:
-        codes: integers from 0 to size - 1, of any shape.
-        size: of the codebook, up to 65,536.
-    """
-    flat = np.ascontiguousarray(codes, np.uint16).ravel()
-    planes = [np.packbits((flat >> bit) & 1).tobytes() for bit in range(8, (size - 1).bit_length())]
-    return b"".join([flat.astype(np.uint8).tobytes(), *planes])
-
-
-def unpack_codes(planes: bytes, size: int, out: NDArray[np.uint16]) -> None:
-    """The inverse of `pack_codes`, into contiguous memory.
-
-    Raises:
-        ValueError: there are more or fewer bytes than `out` has codes.
-    """
-    flat, bits = out.reshape(-1), range(8, (size - 1).bit_length())
-    count, width = len(flat), -(-len(flat) // 8)
-    stored = np.frombuffer(planes, np.uint8)
-    if len(stored) != count + len(bits) * width:
-        raise ValueError(f"{len(stored)} bytes do not hold {count} codes")
-    low, high = stored[:count], stored[count:].reshape(len(bits), width)
-    step = 8 * max(1, _ROWS * count // max(1, len(out)) // 8)
-    for start in range(0, count, step):
-        part = flat[start : start + step]
-        part[:] = low[start : start + step]
-        for bit, plane in zip(bits, high, strict=True):
-            ones = np.unpackbits(plane[start // 8 : (start + step) // 8], count=len(part))
-            part |= ones.astype(np.uint16) << bit
 
 
 def write_code_shard(
