@@ -215,7 +215,10 @@ def test_when_a_job_may_go_back_into_the_queue(step: int | None, earlier: list[i
 
 
 def queued(fakes: Path, *rows: str) -> None:
-    """What `squeue` answers."""
+    """What `squeue` answers; rows are `NUMBER|STATE|REASON`, jobs 10 and 20 those of the run `mine`."""
+    names = {"10": "vqscale-mine-generate", "20": "vqscale-mine-pack"}
+    parts = [row.split("|") for row in rows]
+    rows = tuple(f"{number}|{state}|{names.get(number, 'other')}|{reason}" for number, state, reason in parts)
     stand_in(fakes, "squeue", f"cat <<'END'\n{''.join(row + chr(10) for row in rows)}END")
 
 
@@ -268,18 +271,27 @@ def test_status_compares_slurm_and_the_run_directory(layout: RunLayout, fakes: P
     lost = "but its Slurm job 10 (TIMEOUT) is gone: vqscale requeue mine"
     assert said("running", "10|TIMEOUT|TimeLimit", "20|CANCELLED|None") == f"running, {lost}"
     assert said("running", "99|RUNNING|None") == "running, but its Slurm job 10 is gone: vqscale requeue mine"
-    stand_in(fakes, "sacct", "echo '10|CANCELLED by 0'")
+    stand_in(fakes, "sacct", "echo '10|CANCELLED by 0|vqscale-mine-generate'")
     assert "Slurm job 10 (CANCELLED) is gone" in said("running")
     stand_in(fakes, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
     assert "Slurm cannot be asked (squeue: Unable to contact slurm controller)" in read_status(layout).words
     assert read_status(layout).alive is None
 
 
+def test_a_number_that_came_again_is_not_ours(layout: RunLayout, fakes: Path) -> None:
+    write_json(layout.slurm, {"jobs": {"generate": "99"}, "cancelled": False})
+    queued(fakes, "99|RUNNING|None")
+    stand_in(fakes, "scancel", 'touch "$(dirname "$0")/cancelled"')
+    assert read_status(layout).alive is False
+    SlurmBackend().cancel(layout)
+    assert not (fakes / "cancelled").exists()
+
+
 def test_one_question_serves_all_runs(layout: RunLayout, fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     others = [create(make_plan(str(layout.recipe), "devslurm", run=layout.root / f"../other-{n}")) for n in range(3)]
     for each in (layout, *others):
         write_json(each.slurm, {"jobs": {"generate": "10"}, "cancelled": False})
-    stand_in(fakes, "squeue", 'echo asked >> "$(dirname "$0")/questions"; echo "10|RUNNING|None"')
+    stand_in(fakes, "squeue", 'echo asked >> "$(dirname "$0")/questions"; echo "10|RUNNING|x|None"')
     assert main(["ls"]) == 0
     assert (fakes / "questions").read_text() == "asked\n"
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from cluster.rendezvous import agent_arguments
@@ -94,7 +95,7 @@ class SlurmBackend:
                 environment = command.environment()
                 number = queue.submit([*argv, command.argv[-1]], command.directory, environment)
                 submitted[command.stage] = number
-        except UserError:
+        except BaseException:
             if submitted:  # a chain is whole, or there is none
                 queue.cancel(submitted.values())
             raise
@@ -107,22 +108,22 @@ class SlurmBackend:
         if not jobs:
             return Poll(False, "never submitted", begun=False)
         try:
-            known = queue.jobs()
+            known = _ours(layout, queue.jobs())
         except UserError as error:
             return Poll(None, f"Slurm cannot be asked ({error})", who=_words(jobs))
-        alive = {stage: known[number] for stage, number in jobs.items() if number in known and known[number].alive}
+        alive = {stage: row for stage, row in known.items() if row.alive}
         if alive:
             return Poll(True, _words(jobs), note=_note(RunState.read(layout), jobs, alive))
-        return Poll(False, _words(jobs), who=_who(RunState.read(layout), jobs, known))
+        return Poll(False, _words(jobs), who=_who(layout, jobs, known))
 
     def cancel(self, layout: RunLayout) -> None:
         """Cancel all jobs of the run, and wait until Slurm has ended their processes."""
-        jobs = _jobs(layout)
-        if jobs:
+        alive = _alive(layout)
+        if alive:
             # Before the request: the batch host has to know that it was a person.
             write_json(layout.slurm, {**_record(layout), "cancelled": True})
-            queue.cancel(jobs.values())
-            _wait_for_end(jobs, read_json(layout.info)["profile"]["grace_s"] + _END_S)
+            queue.cancel(alive)
+            _wait_for_end(layout, read_json(layout.info)["profile"]["grace_s"] + _END_S)
         state = RunState.read(layout)
         state.stop("cancelled", "cancelled")
         state.write(layout)
@@ -162,7 +163,7 @@ def script(job: Job, stage: str, module: str) -> str:
 def _options(job: Job, slurm: SlurmSettings, stage: str) -> list[str]:
     """What stands behind #SBATCH: names that the profile's types have checked, and numbers."""
     asked: dict[str, Any] = {
-        "job-name": "vqscale-" + re.sub(r"[^A-Za-z0-9._-]", "_", f"{job.run.name}-{stage}"),
+        "job-name": _job_name(job.run, stage),
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
@@ -225,6 +226,23 @@ def _jobs(layout: RunLayout) -> dict[str, str]:
     return dict(_record(layout)["jobs"])
 
 
+def _job_name(run: Path, stage: str) -> str:
+    return "vqscale-" + re.sub(r"[^A-Za-z0-9._-]", "_", f"{run.name}-{stage}")
+
+
+def _ours(layout: RunLayout, rows: Mapping[str, queue.Row]) -> dict[str, queue.Row]:
+    """Stage → its job, among all jobs by number."""
+    found = {stage: rows[number] for stage, number in _jobs(layout).items() if number in rows}
+    return {stage: row for stage, row in found.items() if row.name == _job_name(layout.root, stage)}
+
+
+def _alive(layout: RunLayout) -> list[str]:
+    """Numbers of the run's jobs that have not ended, as of now."""
+    jobs = _jobs(layout)
+    rows = _ours(layout, queue.jobs(fresh=True)) if jobs else {}
+    return [jobs[stage] for stage, row in rows.items() if row.alive]
+
+
 def _words(jobs: Mapping[str, str]) -> str:
     return f"Slurm job{'s' if len(jobs) > 1 else ''} {', '.join(jobs.values())}"
 
@@ -241,25 +259,20 @@ def _note(state: RunState, jobs: Mapping[str, str], alive: Mapping[str, queue.Ro
     return what
 
 
-def _who(state: RunState, jobs: Mapping[str, str], known: Mapping[str, queue.Row]) -> str:
+def _who(layout: RunLayout, jobs: Mapping[str, str], known: Mapping[str, queue.Row]) -> str:
     """The job that should be running, and how it ended as far as Slurm remembers."""
+    state = RunState.read(layout)
     stage = next((stage for stage in jobs if state.stages[stage].state != "done"), None)
     if stage is None:
         return _words(jobs)
-    number = jobs[stage]
-    row = known.get(number) or queue.history([number]).get(number)
-    return f"Slurm job {number}" + (f" ({row.state})" if row else "")
+    row = known.get(stage) or _ours(layout, queue.history([jobs[stage]])).get(stage)
+    return f"Slurm job {jobs[stage]}" + (f" ({row.state})" if row else "")
 
 
-def _wait_for_end(jobs: Mapping[str, str], limit_s: float) -> None:
+def _wait_for_end(layout: RunLayout, limit_s: float) -> None:
     limit = time.monotonic() + limit_s
-    while True:
-        known = queue.jobs(fresh=True)
-        left = [number for number in jobs.values() if number in known and known[number].alive]
-        if not left:
-            return
+    while left := _alive(layout):
         if time.monotonic() > limit:
-            raise UserError(
-                f"jobs {', '.join(left)} do not end", where="scancel", mend=f"see squeue -j {','.join(left)}"
-            )
+            numbers = ",".join(left)
+            raise UserError(f"jobs {numbers} do not end", where="scancel", mend=f"see squeue -j {numbers}")
         time.sleep(0.5)

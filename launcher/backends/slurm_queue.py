@@ -18,7 +18,8 @@ _ANSWER_S = 30
 _FRESH_S = 3.0
 """Age up to which an answer is used again: a display asks twice a second, and the controller serves a whole cluster."""
 
-_answer: tuple[float, str, dict[str, Row]] | None = None
+_answer: tuple[float, str, dict[str, Row] | UserError] | None = None
+"""When the last answer came, from which cluster, and what it was; no answer is one too."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Row:
 
     state: str
     """Slurm's word, such as PENDING."""
+    name: str
+    """What it was called when it was submitted. Numbers come again, after years or on a cluster that is set up anew."""
     reason: str = ""
     """Why it waits."""
 
@@ -53,20 +56,31 @@ def jobs(fresh: bool = False) -> dict[str, Row]:
     global _answer
     conf = os.environ.get("SLURM_CONF", "")
     if fresh or _answer is None or _answer[1] != conf or time.monotonic() - _answer[0] > _FRESH_S:
-        lines = call(("squeue", "--noheader", "--me", "--states=all", "--format=%i|%T|%r")).splitlines()
-        rows = (line.strip().split("|", 2) for line in lines)
-        _answer = (time.monotonic(), conf, {row[0]: Row(row[1], row[2]) for row in rows if len(row) == 3})
+        answer = _ask()
+        _answer = (time.monotonic(), conf, answer)
+    if isinstance(_answer[2], UserError):
+        raise _answer[2]
     return _answer[2]
+
+
+def _ask() -> dict[str, Row] | UserError:
+    try:
+        lines = call(("squeue", "--noheader", "--me", "--states=all", "--format=%i|%T|%j|%r")).splitlines()
+    except UserError as error:
+        return error
+    rows = (line.strip().split("|", 3) for line in lines)
+    return {row[0]: Row(*row[1:]) for row in rows if len(row) == 4}
 
 
 def history(numbers: Iterable[str]) -> dict[str, Row]:
     """Jobs that the controller has forgotten, from the accounting; nothing where there is none."""
     try:
-        text = call(("sacct", "-n", "-P", "-X", "-o", "JobID,State", "-j", ",".join(numbers)))
+        text = call(("sacct", "-n", "-P", "-X", "-o", "JobID,State,JobName", "-j", ",".join(numbers)))
     except UserError:
         return {}
-    rows = (line.split("|", 1) for line in text.splitlines())
-    return {row[0]: Row(row[1].split()[0]) for row in rows if len(row) == 2 and row[1].strip()}
+    rows = (line.split("|", 2) for line in text.splitlines())
+    # The state may be `CANCELLED by 1000`.
+    return {row[0]: Row(row[1].partition(" ")[0], row[2]) for row in rows if len(row) == 3}
 
 
 def submit(argv: Sequence[str], directory: Path, environment: Mapping[str, str]) -> str:
