@@ -81,18 +81,25 @@ class Keeper:
     def _stop(self) -> None:
         if self._made.states():
             self._made.drain()
-        for daemon in reversed(self._daemons):  # munged last: the others sign their farewells
-            daemon.terminate()
-            try:
-                daemon.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+        munged, others = self._daemons[:1], self._daemons[1:]
+        _end(others)
+        _end(munged)  # last: the others sign their farewells
         process.end_tagged(TAG, str(self._made.root), grace_s=1)
         process.reap_orphans()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+
+
+def _end(daemons: Sequence[subprocess.Popen[bytes]]) -> None:
+    for daemon in daemons:
+        daemon.terminate()
+    for daemon in daemons:
+        try:
+            daemon.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
 
 
 def _reap_strangers(ours: Sequence[subprocess.Popen[bytes]]) -> None:

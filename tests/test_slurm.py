@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -245,6 +246,24 @@ def test_what_slurm_refuses_is_one_line(conf: Path, home: Path, capsys: pytest.C
     assert told.startswith("error: sbatch: ")
     assert told.count("\n") == 1
     assert not queue()
+
+
+@pytest.mark.fault
+def test_a_killed_keeper_takes_its_daemons_along() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        home, tag = Path(name), f"{name}/devslurm"
+        try:
+            up = vqscale("cluster", "up", "--nodes", "1", home=home)
+            assert up.returncode == 0, up.stderr
+            assert len(process.tagged(TAG, tag)) >= 3, "munged, slurmctld, slurmd"
+            os.kill(read_json(home / "devslurm.json")["keeper"]["pid"], signal.SIGKILL)
+            limit = time.monotonic() + 30
+            while process.tagged(TAG, tag):
+                assert time.monotonic() < limit
+                time.sleep(0.05)
+            assert vqscale("cluster", "status", home=home).returncode == 1
+        finally:
+            assert vqscale("cluster", "down", home=home).returncode == 0
 
 
 def test_the_cluster_is_found_from_anywhere(cluster: Path) -> None:
