@@ -6,7 +6,9 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cluster.slurm import SlurmSettings
 
 PROFILES = Path(__file__).parent / "profiles"
 """Folder of the profiles that come with vqscale; a file's stem is its name."""
@@ -29,8 +31,10 @@ class Profile(BaseModel):
     """Name of the profile, as in `--on NAME`."""
     description: str = ""
     """What the machine is, in a line."""
-    backend: Literal["local"] = "local"
-    """Who starts the stages: `local` is torch's elastic agent on this machine."""
+    backend: Literal["local", "slurm"] = "local"
+    """Who starts the stages: `local` is torch's elastic agent on this machine, `slurm` a job of Slurm for each."""
+    slurm: SlurmSettings | None = None
+    """What is asked of Slurm, for the backend `slurm`."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
     """Variables that are set for every stage, above those taken over from the shell."""
     inherit: tuple[str, ...] = INHERITED
@@ -39,6 +43,14 @@ class Profile(BaseModel):
     """Most processes that a stage may have here; no limit when it is left out."""
     grace_s: Annotated[int, Field(ge=1)] = 30
     """Seconds that a stage's processes are given to stop by themselves before they are killed."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Profile:
+        if (self.backend == "slurm") != (self.slurm is not None):
+            raise ValueError("the section `slurm` and the line `backend: slurm` go together")
+        if self.slurm and self.slurm.lead_s <= self.grace_s + 5:
+            raise ValueError(f"slurm.lead_s must be more than 5 s above grace_s ({self.grace_s} s)")
+        return self
 
 
 def profile_names() -> list[str]:

@@ -149,7 +149,7 @@ class Drill:
         """One supervisor from its start to its end."""
         environment = {**{k: v for k, v in os.environ.items() if k != VARIABLE}, **surroundings}
         command = [sys.executable, "-m", "launcher.supervise", str(layout.root)]
-        with (layout.root / "supervisor.log").open("ab") as log:
+        with layout.log.open("ab") as log:
             supervisor = subprocess.Popen(command, cwd=SOURCE, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
             if strike:

@@ -1,7 +1,10 @@
 """Finds the logs of a run's ranks in the elastic agent's tree, merges and follows them.
 
 stages/STAGE/attempt-NNN/agent.log
-stages/STAGE/attempt-NNN/ranks/RDZV_XXXX/attempt_K/RANK/{stdout,stderr}.log     K: restarts by the agent
+stages/STAGE/attempt-NNN/ranks/RDZV_XXXX/attempt_K/N/{stdout,stderr}.log     K: restarts by the agent
+
+Each node's agent has an RDZV_XXXX of its own, and N counts its processes; the file `rank` in N, which the process
+leaves, has the rank in the whole job.
 """
 
 from __future__ import annotations
@@ -126,9 +129,15 @@ def rank_files(attempt: Path) -> dict[int, list[LogFile]]:
     found: dict[int, list[LogFile]] = {}
     for path in sorted(attempt.glob("ranks/*/attempt_*/*/std*.log"), key=_restart_and_name):
         if path.parent.name.isdigit():
-            rank = int(path.parent.name)
+            rank = _rank_of(path.parent)
             found.setdefault(rank, []).append(LogFile(path, f"[{rank}]"))
     return dict(sorted(found.items()))
+
+
+def _rank_of(folder: Path) -> int:
+    """By the note that the process left; by the folder where it died before, as on one node."""
+    note = folder / "rank"
+    return int(note.read_text() if note.exists() else folder.name)
 
 
 def _restart_and_name(path: Path) -> tuple[int, str]:
@@ -139,7 +148,7 @@ def _of_failed(layout: RunLayout, stage: str, folder: Path, ranks: dict[int, lis
     """Ranks that left an error or that the failure marker names; all of them when nobody knows."""
     if layout.done(stage).exists():
         raise UserError(f"no rank of stage '{stage}' failed", where="--failed", mend="choose one with --stage")
-    failed = {int(path.parent.name) for path in folder.glob("ranks/*/attempt_*/*/error.json")}
+    failed = {_rank_of(path.parent) for path in folder.glob("ranks/*/attempt_*/*/error.json")}
     marker = read_json(layout.failure(stage)) or {}
     failed |= {marker["rank"]} & set(ranks) if "rank" in marker else set()
     files = [file for rank in sorted(failed or ranks) for file in ranks.get(rank, [])]
@@ -168,7 +177,7 @@ def _awaited(layout: RunLayout, stage: str) -> bool:
 
 def _before_first(layout: RunLayout) -> list[LogFile]:
     """Nothing has started: what the supervisor said, if anything."""
-    return [LogFile(layout.root / "supervisor.log", "[supervisor]")]
+    return [LogFile(layout.log, "[supervisor]")]
 
 
 def _over(layout: RunLayout, choice: LogChoice) -> bool:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.profile import Profile, profile_path
 from launcher.backends import backend_for
-from launcher.backends.base import Job, StageCommand
-from launcher.backends.local import SOURCE
+from launcher.backends.base import ATTEMPT, Job, StageCommand
+from launcher.job import make_job
 from launcher.recipes import find_recipe
 from launcher.registry import choose_directory
 from vqscale.config.inputs import check_inputs
@@ -21,7 +20,6 @@ from vqscale.config.load import dump_yaml, load_model, load_recipe
 from vqscale.config.recipe import Recipe, Shards, Tokenizer
 from vqscale.errors import UserError
 from vqscale.faults import VARIABLE, parse_faults
-from vqscale.files import read_json
 
 NEEDS = {
     "pack": "generate",
@@ -62,7 +60,7 @@ class Plan:
         job, first = self.job, self.commands[0]
         own = {variable.name for command in self.commands for variable in command.variables}
         width = max(len(name) for name in own)
-        shared = [v for v in first.variables if v.name != "VQSCALE_ATTEMPT"]
+        shared = [v for v in first.variables if v.name != ATTEMPT]
         machine = job.profile.description or job.profile.backend
         lines = [
             f"run        {job.recipe.name} on {job.profile.name} ({machine})",
@@ -78,6 +76,8 @@ class Plan:
         for number, command in enumerate(self.commands, 1):
             body = command.shell().replace("\n", "\n    ")
             lines += [f"  {number} {command.stage} (attempt {command.attempt})", f"    {body}"]
+            if command.script:
+                lines += ["", *(f"    | {line}".rstrip() for line in command.script.splitlines()), ""]
         lines += ["", "recipe", *(f"  {line}" for line in dump_yaml(job.recipe).splitlines())]
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)]) + "\n"
 
@@ -108,24 +108,6 @@ def make_plan(
     warnings = check_inputs(resolved)
     job = make_job(resolved, profile, run or choose_directory(resolved.name, None), chosen)
     return Plan(job, backend_for(profile).render(job), (*warnings, *_machine_warnings(job)))
-
-
-def make_job(recipe: Recipe, profile: Profile, run: Path, stages: Sequence[str]) -> Job:
-    """A job on this machine and with this interpreter."""
-    limit, asked = profile.max_processes, recipe.resources.processes
-    if limit is not None and asked > limit:
-        raise UserError(
-            f"asks for {asked} processes, profile {profile.name} allows {limit}",
-            where="resources.processes",
-            mend=f"use at most {limit}",
-        )
-    return Job(recipe, profile, run, tuple(stages), sys.executable, SOURCE, len(os.sched_getaffinity(0)))
-
-
-def job_of(layout: RunLayout, stages: Sequence[str]) -> Job:
-    """The job of a run directory, from its own record."""
-    profile = Profile.model_validate(read_json(layout.info)["profile"])
-    return make_job(layout.read_recipe(), profile, layout.root, stages)
 
 
 def load_profile(on: str) -> Profile:
@@ -200,14 +182,15 @@ def _resources(job: Job) -> str:
     resources = job.recipe.resources
     threads = next(v.value for v in backend_for(job.profile).render(job)[0].variables if v.name == "OMP_NUM_THREADS")
     return (
-        f"processes a stage: {resources.processes}, threads each: {threads}, device: {resources.device}, "
-        f"restarts: {resources.max_restarts}; cores here: {job.cores}"
+        f"processes a stage: {resources.processes} on {job.nodes} node{'s' if job.nodes > 1 else ''}, "
+        f"threads each: {threads}, device: {resources.device}, restarts: {resources.max_restarts}; "
+        f"cores a node: {job.cores}"
     )
 
 
 def _machine_warnings(job: Job) -> list[str]:
     resources, warnings = job.recipe.resources, []
-    processes, threads = resources.processes, max(1, resources.threads)
+    processes, threads = job.processes_per_node, max(1, resources.threads)
     if processes * threads > job.cores:
         warnings.append(f"{processes} processes x {threads} threads will wait for each other on {job.cores} cores")
     if os.environ.get(VARIABLE):

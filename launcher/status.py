@@ -107,22 +107,25 @@ def _note(layout: RunLayout, run: str, state: RunState, poll: Poll) -> str:
         return f"but stage {lost[0]} has lost its marker done.json: vqscale requeue {run}"
     if poll.alive is None:
         return f"as its state file says; {poll.words}"
-    if not poll.alive and state.word == "preempted":
+    if poll.alive:
+        return poll.note
+    if state.word == "preempted":
         return f"vqscale requeue {run} goes on"
-    if not poll.alive and state.word == "running":
+    if state.word == "running":
         left = len(process.tagged(STAGE_TAG, str(layout.root)))
         still = f" ({left} of its processes still run: vqscale cancel {run})" if left else ""
-        return f"but its supervisor is gone: vqscale requeue {run}{still}"
-    if not poll.alive and state.word == "waiting":
-        begun = any(stage.attempt for stage in state.stages.values())
-        return f"but its supervisor is gone: vqscale requeue {run}" if begun else _never_began(layout, run, poll)
+        return f"but its {poll.who} is gone: vqscale requeue {run}{still}"
+    if state.word == "waiting":
+        return _never_began(layout, run, state, poll)
     return ""
 
 
-def _never_began(layout: RunLayout, run: str, poll: Poll) -> str:
-    if not layout.supervisor.exists():
+def _never_began(layout: RunLayout, run: str, state: RunState, poll: Poll) -> str:
+    if any(stage.attempt for stage in state.stages.values()):
+        return f"but its {poll.who} is gone: vqscale requeue {run}"
+    if not poll.begun:
         return f"prepared only: vqscale requeue {run} starts it"
-    return f"but its supervisor is gone before the first stage: see {layout.root / 'supervisor.log'}"
+    return f"but its {poll.who} is gone before the first stage: see {layout.log}"
 
 
 def _stage(layout: RunLayout, name: str, stage: StageState) -> StageStatus:

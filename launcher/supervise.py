@@ -26,8 +26,8 @@ from typing import TextIO
 from launcher import process
 from launcher.backends.base import STAGE_TAG, StageCommand
 from launcher.backends.local import LocalBackend
+from launcher.job import job_of
 from launcher.logs import last_words
-from launcher.plan import job_of
 from launcher.state import RunState, StageWord
 from vqscale.config.layout import RunLayout
 from vqscale.errors import EXIT_USER_ERROR, UserError
@@ -49,12 +49,21 @@ class Supervisor:
     Args:
         layout: the run.
         render: makes the command of a stage.
+        only: the one stage to run; None for all.
+        cancelled: whether TERM, when it comes, means that somebody cancelled the run. Otherwise it is a preemption.
     """
 
-    def __init__(self, layout: RunLayout, render: Render) -> None:
-        self._layout, self._render = layout, render
+    def __init__(
+        self,
+        layout: RunLayout,
+        render: Render,
+        only: str | None = None,
+        cancelled: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._layout, self._render, self._only, self._cancelled = layout, render, only, cancelled
         self._state = RunState.read(layout)
-        self._signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = None
+        """The first request to stop; None when there was none."""
 
     def run(self) -> str:
         """Run until all stages are done, one fails, or a signal asks to stop; returns the last state."""
@@ -64,12 +73,13 @@ class Supervisor:
         self._clear_leftovers()
         self._state.reopen(self._layout)
         self._save()
-        for stage in self._state.stages:
+        stages = [self._only] if self._only else list(self._state.stages)
+        for stage in stages:
             if self._state.stages[stage].state != "done" and not self._stopping:
                 self._run_stage(stage)
             if self._state.word in ("failed", "preempted"):
                 break
-        if self._stopping:
+        if self._stopping and any(self._state.stages[stage].state == "waiting" for stage in stages):
             self._state.stop(*self._stop_words)
         self._save()
         _say(f"run is {self._state.word}")
@@ -109,7 +119,7 @@ class Supervisor:
             time.sleep(_POLL_S)
         if agent.poll() is None:
             _say(f"{command.stage}: asked to stop; at most {command.grace_s} s until its processes are killed")
-            _ask_agent(agent, self._signal, command.grace_s)
+            _ask_agent(agent, self.signal, command.grace_s)
         self._sweep(_STRAGGLER_S)
         return agent.wait()
 
@@ -157,18 +167,18 @@ class Supervisor:
 
     @property
     def _stopping(self) -> bool:
-        return self._signal is not None
+        return self.signal is not None
 
     @property
     def _preempting(self) -> bool:
-        return self._signal == signal.SIGUSR2
+        return self.signal == signal.SIGUSR2 or (self._stopping and not self._cancelled())
 
     @property
     def _stop_words(self) -> tuple[StageWord, str]:
         return ("preempted", "preempted before it began") if self._preempting else ("cancelled", "cancelled")
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        self._signal = self._signal or signal.Signals(number)
+        self.signal = self.signal or signal.Signals(number)
 
     def _save(self) -> None:
         self._state.write(self._layout)

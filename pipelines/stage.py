@@ -25,7 +25,7 @@ from vqscale.data.source import Source
 from vqscale.errors import EXIT_USER_ERROR, UserError
 from vqscale.events import EventLog
 from vqscale.faults import NO_FAULTS, Faults
-from vqscale.files import write_json
+from vqscale.files import write_bytes, write_json
 from vqscale.quarantine import Quarantine
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.heap import keep_heap
@@ -120,12 +120,20 @@ def run_stage(name: str, main: Callable[[Stage], dict[str, Any]]) -> None:
         main: the stage; returns its figures.
     """
     try:
+        _sign_logs()
         layout = _run_directory(main.__doc__)
         with _recorded(layout, name):
             record(_run)(name, main, layout)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _sign_logs() -> None:
+    """Leave this process's rank beside its logs, whose folder torch's agent names by the rank on the node alone."""
+    place, rank = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("RANK")
+    if place and rank:
+        write_bytes(Path(place).with_name("rank"), rank.encode())
 
 
 def _run_directory(text: str | None) -> RunLayout:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_RANK_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "VQSCALE_")
+_RANK_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "PET_", "SLURM_", "SBATCH_", "VQSCALE_")
 
 
 @pytest.fixture(autouse=True)

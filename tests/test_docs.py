@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluster.devslurm import missing
 from vqscale.data.codes import CodeBlock, read_code_shard, write_code_shard
 from vqscale.data.manifest import CodeLevel
 
@@ -79,6 +80,8 @@ class Desk:
     folder: Path
     started: list[str] = field(default_factory=list)
     """Runs that would not end by themselves."""
+    exports: dict[str, str] = field(default_factory=dict)
+    """Variables that the document has exported."""
 
     def shell(self, command: str, seconds: int = 120) -> str:
         done = subprocess.run(
@@ -87,7 +90,7 @@ class Desk:
             text=True,
             check=False,
             cwd=self.folder,
-            env=environment(self.folder),
+            env=environment(self.folder) | self.exports,
             timeout=seconds,
         )
         assert done.returncode == 0, f"$ {command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
@@ -112,6 +115,8 @@ class Desk:
     def close(self) -> None:
         for run in self.started:
             subprocess.run(["vqscale", "cancel", run], capture_output=True, check=False, env=environment(self.folder))
+        if self.exports:  # of a cluster; nothing happens when the document has ended it
+            self.shell("vqscale cluster down")
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +162,9 @@ def execute(desk: Desk, command: str, endless: bool, request: pytest.FixtureRequ
         make(desk, words[0], request)
     elif command == ". .venv/bin/activate":
         assert re.search(r"^VENV +:= \.venv$", text_of("Makefile"), re.MULTILINE)
+    elif program == "export":
+        name = words[0].partition("=")[0]
+        desk.exports[name] = desk.shell(f'{command} && printf %s "${name}"')
     elif command == "pre-commit install":
         assert "pre-commit" in text_of("pyproject.toml")
         assert (ROOT / ".pre-commit-config.yaml").exists()
@@ -193,6 +201,9 @@ def runs() -> list[object]:
         commands = "\n".join(line for _, lines in blocks(document) for line in lines)
         if commands:
             marks = [pytest.mark.dist] if STARTS.search(commands) else []
+            if "vqscale cluster up" in commands:
+                lacking = ", ".join(missing())
+                marks += [pytest.mark.slurm, pytest.mark.skipif(bool(lacking), reason=f"{lacking} not installed")]
             found.append(pytest.param(document, marks=marks, id=document))
     return found
 

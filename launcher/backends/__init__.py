@@ -9,5 +9,7 @@ from launcher.backends.base import Backend
 def backend_for(profile: Profile) -> Backend:
     """The backend that a profile names."""
     from launcher.backends.local import LocalBackend
+    from launcher.backends.slurm import SlurmBackend
 
-    return {"local": LocalBackend}[profile.backend]()
+    backends: dict[str, type[Backend]] = {"local": LocalBackend, "slurm": SlurmBackend}
+    return backends[profile.backend]()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.profile import Profile
-from cluster.rendezvous import Variable, inherited
+from cluster.rendezvous import Variable, agent_environment, inherited, thread_environment
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
 
@@ -27,6 +27,8 @@ STAGE_MODULES = {
 
 STAGE_TAG = "VQSCALE_STAGE_OF"
 """Variable that every process of a stage carries: the run directory it belongs to."""
+ATTEMPT = "VQSCALE_ATTEMPT"
+"""Variable with the number of the stage's attempt."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,30 @@ class Job:
     source: Path
     """Folder that holds the packages `pipelines` and `vqscale`; stages start in it."""
     cores: int
-    """Cores that may be used on the machine of the stages."""
+    """Cores that may be used on each machine of the stages."""
+    nodes: int = 1
+    """Machines that share the processes of a stage evenly."""
+
+    @property
+    def processes_per_node(self) -> int:
+        """Processes of a stage on each machine."""
+        return self.recipe.resources.processes // self.nodes
+
+    def variables(self, attempt: int | None = None) -> tuple[Variable, ...]:
+        """Variables of every stage.
+
+        Args:
+            attempt: number of the stage's attempt; None where it is known only when the stage starts.
+        """
+        profile, threads = self.profile, self.recipe.resources.threads
+        return (
+            *thread_environment(threads, self.processes_per_node, self.cores),
+            *agent_environment(grace_s=profile.grace_s),
+            *(Variable(name, value, f"profile {profile.name}") for name, value in profile.environment.items()),
+            *((Variable(ATTEMPT, str(attempt), "launcher"),) if attempt is not None else ()),
+            Variable("VQSCALE_GRACE_S", str(profile.grace_s), f"profile {profile.name}"),
+            Variable(STAGE_TAG, str(self.run), "launcher"),
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,8 @@ class StageCommand:
     """Where the output of the command itself goes; ranks have logs of their own."""
     grace_s: int
     """Seconds between the request to stop and the kill."""
+    script: str = ""
+    """Content of the file that the last word of `argv` names, where the command hands over such a file."""
 
     def environment(self, surroundings: Mapping[str, str] | None = None) -> dict[str, str]:
         """The whole environment of the stage."""
@@ -91,6 +118,7 @@ class StageCommand:
             "directory": str(self.directory),
             "log": str(self.log),
             "grace_s": self.grace_s,
+            "script": self.script,
         }
 
 
@@ -102,6 +130,12 @@ class Poll:
     """Whether someone runs the stages; None when this machine cannot tell."""
     words: str
     """The same in plain words, such as `supervisor 4711 on this host`."""
+    begun: bool = True
+    """Whether the run was ever started."""
+    who: str = "supervisor"
+    """Who it is that runs the stages."""
+    note: str = ""
+    """What the run directory cannot know: what a job waits for, or that it disagrees; empty when there is nothing."""
 
 
 class Backend(Protocol):

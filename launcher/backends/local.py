@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.rendezvous import Variable, agent_arguments, agent_environment, thread_environment
+from cluster.rendezvous import agent_arguments
 from launcher import process
 from launcher.backends.base import STAGE_MODULES, STAGE_TAG, Job, Poll, StageCommand
 from launcher.state import RunState
@@ -52,7 +52,7 @@ class LocalBackend:
                 # `--`: without it the agent takes --run for a short form of its own --run-path.
                 *("-m", "--", self._modules[stage], "--run", str(job.run)),
             ),
-            variables=_variables(job, attempt),
+            variables=job.variables(attempt),
             inherit=job.profile.inherit,
             directory=job.source,
             log=logs / "agent.log",
@@ -63,7 +63,7 @@ class LocalBackend:
         """Start the supervisor in a session of its own, so that it outlives this terminal."""
         if self.poll(layout).alive:
             raise UserError("is running already", where=layout.root.name, mend="vqscale cancel ends it")
-        with (layout.root / "supervisor.log").open("ab") as log:
+        with (layout.log).open("ab") as log:
             supervisor = subprocess.Popen(
                 [sys.executable, "-m", "launcher.supervise", str(layout.root)],
                 stdin=subprocess.DEVNULL,
@@ -80,7 +80,7 @@ class LocalBackend:
         """Whether the supervisor lives; a recycled process id is not mistaken for it."""
         identity = read_json(layout.supervisor)
         if identity is None:
-            return Poll(False, "never started")
+            return Poll(False, "never started", begun=False)
         where = f"supervisor {identity['pid']} on {identity['host']}"
         alive = process.is_alive(identity)
         words = {True: "alive", False: "gone", None: "cannot be asked from here"}[alive]
@@ -116,15 +116,3 @@ def _wait_for_end(layout: RunLayout, identity: Mapping[str, object]) -> None:
 
 def _grace(layout: RunLayout) -> int:
     return int(read_json(layout.info)["profile"]["grace_s"])
-
-
-def _variables(job: Job, attempt: int) -> tuple[Variable, ...]:
-    resources, profile = job.recipe.resources, job.profile
-    return (
-        *thread_environment(resources.threads, resources.processes, job.cores),
-        *agent_environment(grace_s=profile.grace_s),
-        *(Variable(name, value, f"profile {profile.name}") for name, value in profile.environment.items()),
-        Variable("VQSCALE_ATTEMPT", str(attempt), "launcher"),
-        Variable("VQSCALE_GRACE_S", str(profile.grace_s), f"profile {profile.name}"),
-        Variable(STAGE_TAG, str(job.run), "launcher"),
-    )

@@ -36,7 +36,7 @@ def requeue(arguments: argparse.Namespace) -> int:
     if before.alive:
         raise UserError("is running", where=before.id, mend=f"vqscale status {before.id} --watch shows it")
     if before.alive is None:
-        raise UserError("belongs to another host", where=before.id, mend="requeue it there, or copy its directory")
+        raise UserError(f"cannot be gone on with from here: {before.note}", where=before.id, mend="requeue it there")
     state = RunState.read(layout)
     if arguments.stages:
         _add_stages(layout, state, arguments.stages)

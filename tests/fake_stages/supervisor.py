@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.backends.base import STAGE_TAG, StageCommand, Variable
 from launcher.backends.local import LocalBackend
-from launcher.plan import job_of
+from launcher.job import job_of
 from launcher.supervise import supervise
 from vqscale.config.layout import RunLayout
 

@@ -5,12 +5,15 @@ RUN/
   run.json                    name, creation time, command line, host
   code/                       commit, uncommitted diff, environment and versions
   state.json                  how each stage stands; written by the supervisor on the host
-  supervisor.json, .log       process that runs the stages
+  supervisor.json, .log       process that runs the stages, and what it says; under Slurm the log of all jobs
+  slurm.json                  numbers of the jobs, by stage (backend slurm)
   stages/STAGE/events.jsonl   one line a log step, continued over attempts
   stages/STAGE/quarantine.jsonl   bad samples, one line each
   stages/STAGE/done.json      the stage's own marker of success, with its figures
   stages/STAGE/failure.json   why the stage's processes gave up, in one line
   stages/STAGE/preempted.json the step that was saved when the stage was asked to stop
+  stages/STAGE/job.sh         the batch script (backend slurm)
+  stages/STAGE/requeues.json  when a job put itself back into the queue, and at which step (backend slurm)
   stages/STAGE/faults.jsonl   faults on demand that have happened
   stages/STAGE/attempt-NNN/   agent.log, ranks/ (logs by rank), hang/ (stacks, if it hung)
   images/{train,validation}/  generated class folders (stage generate)
@@ -69,6 +72,16 @@ class RunLayout:
         return self.root / "supervisor.json"
 
     @property
+    def log(self) -> Path:
+        """What the supervisor says; under Slurm, what the jobs and Slurm itself say."""
+        return self.root / "supervisor.log"
+
+    @property
+    def slurm(self) -> Path:
+        """Numbers of the Slurm jobs, by stage."""
+        return self.root / "slurm.json"
+
+    @property
     def tensorboard(self) -> Path:
         """Log directory for `tensorboard --logdir`."""
         return self.root / "tensorboard"
@@ -102,6 +115,14 @@ class RunLayout:
     def preempted(self, stage: str) -> Path:
         """Marker that the stage was asked to stop and has saved."""
         return self.stage(stage) / "preempted.json"
+
+    def script(self, stage: str) -> Path:
+        """The batch script of a stage."""
+        return self.stage(stage) / "job.sh"
+
+    def requeues(self, stage: str) -> Path:
+        """When the stage's job put itself back into the queue, and at which step."""
+        return self.stage(stage) / "requeues.json"
 
     def faults(self, stage: str) -> Path:
         """Faults on demand that have happened to the stage."""

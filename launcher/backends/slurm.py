@@ -1,0 +1,278 @@
+"""Backend `slurm`: a job of Slurm for each stage, each waiting for the one before.
+
+On every node of a job one task runs torch's elastic agent. `launcher.batch` watches over it on the first node.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.rendezvous import agent_arguments
+from cluster.slurm import SlurmSettings
+from launcher.backends import slurm_queue as queue
+from launcher.backends.base import STAGE_MODULES, Job, Poll, StageCommand
+from launcher.job import job_of
+from launcher.state import RunState
+from vqscale.config.layout import RunLayout
+from vqscale.errors import UserError
+from vqscale.files import read_json, write_bytes, write_json
+
+_END_S = 120
+"""Longest wait for the end of cancelled jobs, above their grace."""
+
+
+class Shell(str):
+    """Words of a script that the shell expands, as they stand. All other words are quoted."""
+
+
+_RENDEZVOUS = Shell('"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"')
+_ENDPOINT = Shell('"$endpoint"')
+_HEAD = """\
+set -e -o pipefail
+trap '' USR2  # until launcher.batch listens"""
+# Slurm's own address of the first node: its name need not resolve, and the login node is never asked.
+_FIND_EACH_OTHER = """\
+read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
+endpoint="${address:?Slurm knows no address of $first}:$((20000 + SLURM_JOB_ID % 10000))\""""
+# SLURM_NODEID is known inside the tasks only. The first node holds the store in which the agents meet.
+_ON_EACH_NODE = """'PET_RDZV_CONF="is_host=$((SLURM_NODEID == 0))" exec "$@"'"""
+
+
+class SlurmBackend:
+    """Runs each stage as a job of Slurm.
+
+    Args:
+        modules: main of each stage; tests put their own here.
+    """
+
+    def __init__(self, modules: Mapping[str, str] = STAGE_MODULES) -> None:
+        self._modules = modules
+
+    def render(self, job: Job, attempts: Mapping[str, int] | None = None) -> tuple[StageCommand, ...]:
+        """Commands of `sbatch` and their scripts; a pure function. `{STAGE}` stands for the number of a stage's job."""
+        numbers, before = attempts or {}, ("", *job.stages)
+        return tuple(
+            self._stage(job, stage, after, numbers.get(stage, 1))
+            for stage, after in zip(job.stages, before, strict=False)
+        )
+
+    def _stage(self, job: Job, stage: str, after: str, attempt: int) -> StageCommand:
+        layout = RunLayout(job.run)
+        wait = (f"--dependency=afterok:{{{after}}}", "--kill-on-invalid-dep=yes") if after else ()
+        return StageCommand(
+            stage=stage,
+            attempt=attempt,
+            argv=("sbatch", "--parsable", *wait, str(layout.script(stage))),
+            variables=job.variables(),
+            inherit=(*job.profile.inherit, "SLURM_CONF"),
+            directory=job.run,
+            log=layout.log,
+            grace_s=job.profile.grace_s,
+            script=script(job, stage, self._modules[stage]),
+        )
+
+    def submit(self, layout: RunLayout) -> Poll:
+        """Write the scripts of all unfinished stages and submit them as a chain."""
+        now = self.poll(layout)
+        if now.alive:
+            raise UserError("is running already", where=layout.root.name, mend="vqscale cancel ends it")
+        if now.alive is None:
+            raise UserError(now.words, where=layout.root.name)
+        state = RunState.read(layout)
+        unfinished = [stage for stage in state.stages if not layout.done(stage).exists()]
+        attempts = {stage: state.stages[stage].attempt + 1 for stage in unfinished}
+        submitted: dict[str, str] = {}
+        try:
+            for command in self.render(job_of(layout, unfinished), attempts):
+                write_bytes(layout.script(command.stage), command.script.encode())
+                argv = [word.format(**submitted) if "{" in word else word for word in command.argv[:-1]]
+                environment = command.environment()
+                number = queue.submit([*argv, command.argv[-1]], command.directory, environment)
+                submitted[command.stage] = number
+        except BaseException:
+            if submitted:  # a chain is whole, or there is none
+                queue.cancel(submitted.values())
+            raise
+        write_json(layout.slurm, {"jobs": submitted, "cancelled": False})
+        return Poll(True, _words(submitted))
+
+    def poll(self, layout: RunLayout) -> Poll:
+        """What the controller says of the jobs, beside what the run directory says."""
+        jobs = _jobs(layout)
+        if not jobs:
+            return Poll(False, "never submitted", begun=False)
+        try:
+            known = _ours(layout, queue.jobs())
+        except UserError as error:
+            return Poll(None, f"Slurm cannot be asked ({error})", who=_words(jobs))
+        alive = {stage: row for stage, row in known.items() if row.alive}
+        if alive:
+            return Poll(True, _words(jobs), note=_note(RunState.read(layout), jobs, alive))
+        return Poll(False, _words(jobs), who=_who(layout, jobs, known))
+
+    def cancel(self, layout: RunLayout) -> None:
+        """Cancel all jobs of the run, and wait until Slurm has ended their processes."""
+        alive = _alive(layout)
+        if alive:
+            # Before the request: the batch host has to know that it was a person.
+            write_json(layout.slurm, {**_record(layout), "cancelled": True})
+            queue.cancel(alive)
+            _wait_for_end(layout, read_json(layout.info)["profile"]["grace_s"] + _END_S)
+        state = RunState.read(layout)
+        state.stop("cancelled", "cancelled")
+        state.write(layout)
+
+
+def script(job: Job, stage: str, module: str) -> str:
+    """The batch script of a stage; a pure function. Values are quoted, but for `setup`, which is shell.
+
+    Args:
+        job: recipe, profile and run directory.
+        stage: name of the stage.
+        module: its main.
+
+    Raises:
+        ValueError: the profile has no section `slurm`.
+    """
+    slurm = job.profile.slurm
+    if slurm is None:
+        raise ValueError(f"profile {job.profile.name} has no section `slurm`")
+    exports = [f"export {v.name}={shlex.quote(v.value)}  # {v.source}" for v in job.variables()]
+    parts = [
+        "#!/usr/bin/env bash",
+        *(f"#SBATCH {option}" for option in _options(job, slurm, stage)),
+        _HEAD,
+        "",
+        *slurm.setup,
+        *exports,
+        f"cd {shlex.quote(str(job.source))}",
+        "",
+        _FIND_EACH_OTHER,
+        "",
+        f"exec {_watched(job, slurm, stage, module)}",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _options(job: Job, slurm: SlurmSettings, stage: str) -> list[str]:
+    """What stands behind #SBATCH: names that the profile's types have checked, and numbers."""
+    asked: dict[str, Any] = {
+        "job-name": _job_name(job.run, stage),
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "nodes": job.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": slurm.cpus_per_task,
+        "gpus-per-node": slurm.gpus_per_node or None,
+        "mem": f"{slurm.memory_gb}G" if slurm.memory_gb else slurm.memory_gb,
+        "time": slurm.time_min,
+        "exclude": ",".join(slurm.exclude) or None,
+        "signal": f"B:USR2@{slurm.lead_s}",
+        "open-mode": "append",
+        "output": "supervisor.log",  # in the run directory, where sbatch is called: a path here could not be quoted
+    }
+    return [*(f"--{name}={value}" for name, value in asked.items() if value is not None), "--requeue", *slurm.options]
+
+
+def _watched(job: Job, slurm: SlurmSettings, stage: str, module: str) -> str:
+    """`launcher.batch` with srun, the shell on each node, and torch's agent: a line each."""
+    profile, nodes = job.profile, job.nodes
+    agent = agent_arguments(
+        rdzv_id=_RENDEZVOUS,
+        processes=job.processes_per_node,
+        max_restarts=job.recipe.resources.max_restarts,
+        nodes=nodes,
+        endpoint=_ENDPOINT,
+    )
+    lines: list[tuple[str, ...]] = [
+        (job.python, "-m", "launcher.batch", "--run", str(job.run), "--stage", stage),
+        ("--requeues", str(slurm.requeues), "--grace", str(profile.grace_s), "--"),
+        (
+            "srun",
+            f"--nodes={nodes}",
+            f"--ntasks={nodes}",
+            "--ntasks-per-node=1",
+            f"--cpus-per-task={slurm.cpus_per_task}",
+        ),
+        # An agent that was asked to stop ends with 1: that must not end the others, which may still be saving.
+        ("--kill-on-bad-exit=0", f"--wait={profile.grace_s}", "--label"),
+        ("bash", "-c", Shell(_ON_EACH_NODE), "agent"),
+        (job.python, "-m", "torch.distributed.run", *agent[:6]),
+        agent[6:12],
+        agent[12:],
+        ("--redirects", "3", "-m", "--", module, "--run", str(job.run)),
+    ]
+    return " \\\n    ".join(" ".join(map(_quoted, line)) for line in lines)
+
+
+def _quoted(word: str) -> str:
+    return word if isinstance(word, Shell) else shlex.quote(word)
+
+
+def _record(layout: RunLayout) -> dict[str, Any]:
+    record: dict[str, Any] = read_json(layout.slurm) or {"jobs": {}, "cancelled": False}
+    return record
+
+
+def _jobs(layout: RunLayout) -> dict[str, str]:
+    """Stage → number of its newest job."""
+    return dict(_record(layout)["jobs"])
+
+
+def _job_name(run: Path, stage: str) -> str:
+    return "vqscale-" + re.sub(r"[^A-Za-z0-9._-]", "_", f"{run.name}-{stage}")
+
+
+def _ours(layout: RunLayout, rows: Mapping[str, queue.Row]) -> dict[str, queue.Row]:
+    """Stage → its job, among all jobs by number."""
+    found = {stage: rows[number] for stage, number in _jobs(layout).items() if number in rows}
+    return {stage: row for stage, row in found.items() if row.name == _job_name(layout.root, stage)}
+
+
+def _alive(layout: RunLayout) -> list[str]:
+    """Numbers of the run's jobs that have not ended, as of now."""
+    jobs = _jobs(layout)
+    rows = _ours(layout, queue.jobs(fresh=True)) if jobs else {}
+    return [jobs[stage] for stage, row in rows.items() if row.alive]
+
+
+def _words(jobs: Mapping[str, str]) -> str:
+    return f"Slurm job{'s' if len(jobs) > 1 else ''} {', '.join(jobs.values())}"
+
+
+def _note(state: RunState, jobs: Mapping[str, str], alive: Mapping[str, queue.Row]) -> str:
+    """What a living job waits for, or where Slurm and the run directory disagree."""
+    stage, row = next(iter(alive.items()))
+    what = f"Slurm job {jobs[stage]} ({stage}) is {row.words}"
+    word = state.stages[stage].state
+    if state.word in ("failed", "cancelled"):
+        return f"but {what}"
+    if word == "running":
+        return "" if row.state in ("RUNNING", "COMPLETING") else f"but {what}"
+    return what
+
+
+def _who(layout: RunLayout, jobs: Mapping[str, str], known: Mapping[str, queue.Row]) -> str:
+    """The job that should be running, and how it ended as far as Slurm remembers."""
+    state = RunState.read(layout)
+    stage = next((stage for stage in jobs if state.stages[stage].state != "done"), None)
+    if stage is None:
+        return _words(jobs)
+    row = known.get(stage) or _ours(layout, queue.history([jobs[stage]])).get(stage)
+    return f"Slurm job {jobs[stage]}" + (f" ({row.state})" if row else "")
+
+
+def _wait_for_end(layout: RunLayout, limit_s: float) -> None:
+    limit = time.monotonic() + limit_s
+    while left := _alive(layout):
+        if time.monotonic() > limit:
+            numbers = ",".join(left)
+            raise UserError(f"jobs {numbers} do not end", where="scancel", mend=f"see squeue -j {numbers}")
+        time.sleep(0.5)

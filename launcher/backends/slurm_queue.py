@@ -1,0 +1,125 @@
+"""Questions to Slurm, by its own commands in formats that are asked for: their JSON changes from version to version."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqscale.errors import UserError
+
+_ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
+}  # fmt: skip
+_ANSWER_S = 30
+_FRESH_S = 3.0
+"""Age up to which an answer is used again: a display asks twice a second, and the controller serves a whole cluster."""
+
+_answer: tuple[float, str, dict[str, Row] | UserError] | None = None
+"""When the last answer came, from which cluster, and what it was; no answer is one too."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job as the controller sees it."""
+
+    state: str
+    """Slurm's word, such as PENDING."""
+    name: str
+    """What it was called when it was submitted. Numbers come again, after years or on a cluster that is set up anew."""
+    reason: str = ""
+    """Why it waits."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it will run, runs, or has processes that are ending."""
+        return self.state not in _ENDED
+
+    @property
+    def words(self) -> str:
+        """State, and reason where there is one."""
+        return f"{self.state} ({self.reason})" if self.reason not in ("", "None") else self.state
+
+
+def jobs(fresh: bool = False) -> dict[str, Row]:
+    """All jobs of this user that the controller knows, by number, in one query; those that ended lately among them.
+
+    Args:
+        fresh: ask now, however short ago the last answer was.
+
+    Raises:
+        UserError: Slurm cannot be asked.
+    """
+    global _answer
+    conf = os.environ.get("SLURM_CONF", "")
+    if fresh or _answer is None or _answer[1] != conf or time.monotonic() - _answer[0] > _FRESH_S:
+        answer = _ask()
+        _answer = (time.monotonic(), conf, answer)
+    if isinstance(_answer[2], UserError):
+        raise _answer[2]
+    return _answer[2]
+
+
+def _ask() -> dict[str, Row] | UserError:
+    try:
+        lines = call(("squeue", "--noheader", "--me", "--states=all", "--format=%i|%T|%j|%r")).splitlines()
+    except UserError as error:
+        return error
+    rows = (line.strip().split("|", 3) for line in lines)
+    return {row[0]: Row(*row[1:]) for row in rows if len(row) == 4}
+
+
+def history(numbers: Iterable[str]) -> dict[str, Row]:
+    """Jobs that the controller has forgotten, from the accounting; nothing where there is none."""
+    try:
+        text = call(("sacct", "-n", "-P", "-X", "-o", "JobID,State,JobName", "-j", ",".join(numbers)))
+    except UserError:
+        return {}
+    rows = (line.split("|", 2) for line in text.splitlines())
+    # The state may be `CANCELLED by 1000`.
+    return {row[0]: Row(row[1].partition(" ")[0], row[2]) for row in rows if len(row) == 3}
+
+
+def submit(argv: Sequence[str], directory: Path, environment: Mapping[str, str]) -> str:
+    """Run `sbatch --parsable`; returns the job's number.
+
+    Raises:
+        UserError: Slurm refuses; its words are passed on.
+    """
+    _forget()
+    # On federated clusters the answer is `number;cluster`.
+    return call(argv, directory, environment).strip().partition(";")[0]
+
+
+def cancel(numbers: Iterable[str]) -> None:
+    """Ask Slurm to end jobs; those that have ended already are no error."""
+    _forget()
+    call(("scancel", "--quiet", *numbers))
+
+
+def _forget() -> None:
+    global _answer
+    _answer = None
+
+
+def call(argv: Sequence[str], directory: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
+    """Output of a Slurm command.
+
+    Raises:
+        UserError: it is not installed, does not answer, or refuses.
+    """
+    try:
+        done = subprocess.run(
+            argv, cwd=directory, env=environment, capture_output=True, text=True, timeout=_ANSWER_S, check=False
+        )
+    except FileNotFoundError:
+        raise UserError(f"{argv[0]} is not installed here", where="Slurm", mend="go to a login node") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{argv[0]} has not answered for {_ANSWER_S} s", where="Slurm", mend="try again") from None
+    if done.returncode:
+        told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise UserError(told[-1].removeprefix(f"{argv[0]}: ").removeprefix("error: "), where=argv[0])
+    return done.stdout

@@ -1,0 +1,277 @@
+"""Runs under a real Slurm of three nodes on this machine: a chain of jobs, preemption, failure, cancelling."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.devslurm import INSTALL, missing
+from cluster.profile import PROFILES
+from launcher import process
+from launcher.backends import slurm_queue
+from launcher.backends.base import STAGE_TAG
+from launcher.cli import main
+from launcher.keeper import TAG
+from launcher.plan import make_plan
+from launcher.rundir import create
+from launcher.state import RunState
+from launcher.status import read_status
+from pipelines import generate, pack
+from tests.recipes import write_recipe
+from tests.training_helpers import stage_of
+from vqscale.config.layout import RunLayout
+from vqscale.files import read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 12
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.dist,
+    pytest.mark.skipif(bool(missing()), reason=f"{', '.join(missing())} not installed ({INSTALL})"),
+]
+
+
+def vqscale(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher", *words]
+    environment = {**os.environ, "VQSCALE_HOME": str(home)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Path]:
+    """The home of a throw-away Slurm that is up; its path is short, as a socket's has to be."""
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        up = vqscale("cluster", "up", home=home)
+        try:
+            assert up.returncode == 0, up.stderr
+            yield home
+        finally:
+            down = vqscale("cluster", "down", home=home)
+            left = process.tagged(TAG, str(home / "devslurm"))
+        assert down.returncode == 0, down.stderr
+        assert not left, "daemons and slurmstepd too"
+
+
+@pytest.fixture
+def conf(cluster: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Runs of this test go to the cluster; their jobs end with it."""
+    path = cluster / "devslurm/etc/slurm.conf"
+    monkeypatch.setenv("SLURM_CONF", str(path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    slurm_queue._forget()
+    yield path
+    ids = subprocess.run(["squeue", "-h", "-o", "%A"], capture_output=True, text=True, check=True).stdout.split()
+    if ids:
+        slurm_queue.cancel(ids)
+
+
+def recipe(home: Path, processes: int, **training: object) -> Path:
+    set_here = {"steps": STEPS, "checkpoint_every": 4, "validate_every": STEPS, "picture_every": STEPS, **training}
+    return write_recipe(
+        home / "r.yaml",
+        resources={"processes": processes, "threads": 1, "device": "cpu"},
+        data__streams=6,
+        data__clocks={"train": 96, "validation": 24, "shards": 6},
+        **{f"tokenizer__training__{name}": value for name, value in set_here.items()},
+        tokenizer__training__global_batch=12,
+    )
+
+
+def packed(home: Path, path: Path, stages: str = "generate,pack,tokenizer", on: str = "devslurm") -> RunLayout:
+    """A run whose images are packed, ready for `requeue`."""
+    layout = create(make_plan(str(path), on, run=home / "mine", stages=stages))
+    for name, stage in (("generate", generate), ("pack", pack)):
+        stage.main(stage_of(name, layout.root))
+        write_json(layout.done(name), {"stage": name, "attempt": 0})
+    return layout
+
+
+def until(condition: Callable[[], object], layout: RunLayout, seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"waited too long\n{told(layout)}"
+        time.sleep(0.05)
+
+
+def told(layout: RunLayout) -> str:
+    """All that a failed test has to show."""
+    files = [layout.log, layout.state, *sorted(layout.root.rglob("agent.log")), *sorted(layout.root.rglob("std*.log"))]
+    return "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in files if path.exists())
+
+
+def queue() -> dict[str, str]:
+    return {number: row.state for number, row in slurm_queue.jobs(fresh=True).items() if row.alive}
+
+
+def test_a_chain_on_three_nodes_ends_done(conf: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under names that neither the shell nor sbatch may read as anything else."""
+    profile = yaml.safe_load((PROFILES / "devslurm.yaml").read_text())
+    profile["environment"]["HOSTILE"] = "x\n#SBATCH --nodes=99\n'; exit 1; '"
+    (home / "own.yaml").write_text(yaml.safe_dump(profile))
+    path, run = recipe(home, 3, steps=4), home / "it's; a $(run)"
+    words = [
+        "submit",
+        str(path),
+        "--on",
+        str(home / "own.yaml"),
+        "--run",
+        str(run),
+        "--stages",
+        "generate,pack,tokenizer",
+    ]
+    assert main([*words, "--follow"]) == 0, told(RunLayout(run))
+    layout = RunLayout(run)
+    status = read_status(layout)
+    assert (status.words, [stage.state for stage in status.stages]) == ("done", ["done"] * 3)
+    assert len(read_json(layout.slurm)["jobs"]) == 3
+    capsys.readouterr()
+    assert main(["logs", str(run), "--stage", "tokenizer"]) == 0
+    printed = capsys.readouterr().out
+    assert "[0] 3 ranks on cpu" in printed, told(layout)
+    notes = sorted(layout.attempt("tokenizer", 1).glob("ranks/*/attempt_0/0/rank"))
+    assert sorted(note.read_text() for note in notes) == ["0", "1", "2"], "one agent a node, logs by rank"
+    assert not process.tagged(STAGE_TAG, str(run))
+
+
+@pytest.mark.fault
+def test_a_preempted_job_goes_on_by_itself(conf: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = packed(home, recipe(home, 2))
+    # Rank 1 sleeps at step 5, so that the request comes while the stage trains.
+    monkeypatch.setenv("VQSCALE_FAULT", "slow:step=5,rank=1,seconds=4")
+    assert main(["requeue", "mine"]) == 0
+    job = read_json(layout.slurm)["jobs"]["tokenizer"]
+    until(layout.faults("tokenizer").exists, layout)
+    subprocess.run(["scancel", "--batch", "--signal=USR2", job], check=True)
+    until(lambda: RunState.read(layout).stages["tokenizer"].attempt == 2, layout)
+    (step,) = read_json(layout.requeues("tokenizer"))["steps"]
+    assert 5 < step < STEPS
+    until(layout.done("tokenizer").exists, layout)
+    until(lambda: job not in queue(), layout)
+    assert read_status(layout).words == "done"
+    events = [json.loads(line) for line in layout.events("tokenizer").read_text().splitlines()]
+    steps = [event["step"] for event in events if "loss" in event]
+    assert sorted(steps) == list(range(1, STEPS + 1)), "no step was lost or made twice"
+    assert "DUE TO JOB REQUEUE" in layout.log.read_text(), "the logs of both starts are in one file"
+
+
+@pytest.mark.fault
+def test_a_users_fault_ends_the_chain(conf: Path, home: Path) -> None:
+    layout = create(
+        make_plan(str(recipe(home, 1)), "devslurm", run=home / "mine", stages="generate,pack,tokenizer,extract")
+    )
+    for name in ("generate", "pack"):  # but there are no shards
+        write_json(layout.done(name), {"stage": name, "attempt": 0})
+    assert main(["requeue", "mine", "--follow"]) == 1
+    assert read_json(layout.failure("tokenizer"))["kind"] == "user", told(layout)
+    entries = RunState.read(layout).stages
+    assert (entries["tokenizer"].state, entries["tokenizer"].attempt) == ("failed", 1)
+    assert entries["extract"].state == "waiting"
+    assert not layout.requeues("tokenizer").exists()
+    assert not queue(), "the jobs that waited for it are gone"
+
+
+@pytest.mark.fault
+def test_cancelling_leaves_no_process(conf: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = packed(home, recipe(home, 3, steps=1_000_000), stages="generate,pack,tokenizer,extract")
+    assert main(["requeue", "mine"]) == 0
+    until(layout.events("tokenizer").exists, layout)
+    assert main(["requeue", "mine"]) == 2
+    assert "is running" in capsys.readouterr().err
+    assert process.tagged(STAGE_TAG, str(layout.root)), "or the last line would prove nothing"
+    assert main(["cancel", "mine"]) == 0
+    assert not process.tagged(STAGE_TAG, str(layout.root))
+    assert not queue()
+    entry = RunState.read(layout).stages["tokenizer"]
+    assert entry.state == "cancelled", told(layout)
+    assert entry.message.startswith("cancelled, saved at step ")
+    assert read_status(layout).words == "cancelled"
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_a_job_saves_before_its_time_is_over(conf: Path, home: Path) -> None:
+    """By Slurm's own `--signal`, which it sends to the batch host alone."""
+    profile = yaml.safe_load((PROFILES / "devslurm.yaml").read_text())
+    profile["slurm"]["time_min"] = 1
+    (home / "own.yaml").write_text(yaml.safe_dump(profile))
+    layout = packed(home, recipe(home, 2, steps=1_000_000), on=str(home / "own.yaml"))
+    assert main(["requeue", "mine"]) == 0
+    until(lambda: RunState.read(layout).stages["tokenizer"].attempt == 2, layout)
+    (step,) = read_json(layout.requeues("tokenizer"))["steps"]
+    until(lambda: f"from step {step}" in told(layout), layout)
+    assert "DUE TO TIME LIMIT" not in layout.log.read_text()
+    assert main(["cancel", "mine"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_a_lost_node_is_replaced(conf: Path, home: Path) -> None:
+    layout = packed(home, recipe(home, 2, steps=1_000_000))
+    assert main(["requeue", "mine"]) == 0
+    until(lambda: sorted((layout.root / "checkpoints/tokenizer").glob("step-*")), layout)
+    lost = {"nodename": "node1", "reason": "test"}
+    control = ["scontrol", "update", *(f"{name}={value}" for name, value in lost.items())]
+    subprocess.run([*control, "state=down"], check=True)
+    try:
+        until(lambda: RunState.read(layout).stages["tokenizer"].attempt == 2, layout)
+        until(lambda: "from step" in "".join(map(Path.read_text, second_start(layout))), layout)
+        job = read_json(layout.slurm)["jobs"]["tokenizer"]
+        nodes = subprocess.run(["squeue", "-h", "-j", job, "-o", "%N"], capture_output=True, text=True, check=True)
+        assert nodes.stdout.strip() == "node[2-3]"
+        assert main(["cancel", "mine"]) == 0
+    finally:
+        subprocess.run([*control[:2], "nodename=node1", "state=resume"], check=True)
+
+
+def second_start(layout: RunLayout) -> list[Path]:
+    return sorted(layout.attempt("tokenizer", 2).rglob("stdout.log"))
+
+
+def test_what_slurm_refuses_is_one_line(conf: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(home, 6)  # more nodes than there are
+    assert main(["submit", str(path), "--on", "devslurm", "--run", str(home / "mine")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: sbatch: ")
+    assert told.count("\n") == 1
+    assert not queue()
+
+
+@pytest.mark.fault
+def test_a_killed_keeper_takes_its_daemons_along() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        home, tag = Path(name), f"{name}/devslurm"
+        try:
+            up = vqscale("cluster", "up", "--nodes", "1", home=home)
+            assert up.returncode == 0, up.stderr
+            assert len(process.tagged(TAG, tag)) >= 3, "munged, slurmctld, slurmd"
+            os.kill(read_json(home / "devslurm.json")["keeper"]["pid"], signal.SIGKILL)
+            limit = time.monotonic() + 30
+            while process.tagged(TAG, tag):
+                assert time.monotonic() < limit
+                time.sleep(0.05)
+            assert vqscale("cluster", "status", home=home).returncode == 1
+        finally:
+            assert vqscale("cluster", "down", home=home).returncode == 0
+
+
+def test_the_cluster_is_found_from_anywhere(cluster: Path) -> None:
+    status = vqscale("cluster", "status", home=cluster)
+    assert status.returncode == 0
+    assert status.stdout.count("idle") + status.stdout.count("comp") >= 1
+    assert f"export SLURM_CONF={cluster}/devslurm/etc/slurm.conf" in status.stdout
+    assert vqscale("cluster", "status", "--conf", home=cluster).stdout.strip().endswith("etc/slurm.conf")
+    again = vqscale("cluster", "up", home=cluster)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    assert "is up already" in again.stderr

@@ -1,0 +1,324 @@
+"""The batch host and the backend, with stand-ins for Slurm's commands: what they decide and say. Needs no Slurm."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.backends import slurm_queue
+from launcher.backends.slurm import SlurmBackend
+from launcher.batch import requeue_refusal
+from launcher.cli import main
+from launcher.logs import LogChoice, print_logs
+from launcher.plan import make_plan
+from launcher.rundir import create
+from launcher.state import RunState, StageState
+from launcher.status import read_status
+from tests.recipes import write_recipe
+from vqscale.config.layout import RunLayout
+from vqscale.errors import UserError
+from vqscale.files import read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SAVES = """
+import os, signal, sys, time
+from pathlib import Path
+from vqscale.config.layout import RunLayout
+from vqscale.files import write_json
+layout, act = RunLayout(Path(sys.argv[1])), sys.argv[2]
+if act.startswith("wait"):
+    got = []
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: got.append(number))
+    (layout.root / "listening").touch()
+    while not got:
+        time.sleep(0.02)
+step = int(act.removeprefix("wait"))
+attempt = int(os.environ["VQSCALE_ATTEMPT"])
+assert os.environ["PET_LOG_DIR"] == str(layout.attempt("generate", attempt) / "ranks")
+write_json(layout.preempted("generate"), {"attempt": attempt, "step": step})
+sys.exit(1)
+"""
+
+
+@pytest.fixture
+def layout(home: Path, fakes: Path) -> RunLayout:
+    recipe = write_recipe(home / "r.yaml", resources={"processes": 2, "device": "cpu"})
+    return create(make_plan(str(recipe), "devslurm", run=home / "mine", stages="generate,pack"))
+
+
+@pytest.fixture
+def fakes(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder at the head of PATH for stand-ins; a `scontrol` that writes down what it is asked is in it."""
+    folder = home / "fakes"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    slurm_queue._forget()
+    stand_in(folder, "scontrol", 'echo "$@" >> "$(dirname "$0")/asked"')
+    return folder
+
+
+def stand_in(folder: Path, name: str, script: str) -> None:
+    slurm_queue._forget()
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def start(layout: RunLayout, *command: str, job: str = "7", requeues: int = 2) -> subprocess.Popen[bytes]:
+    own = ("--run", str(layout.root), "--stage", "generate", "--requeues", str(requeues), "--grace", "5")
+    return subprocess.Popen(
+        [sys.executable, "-m", "launcher.batch", *own, "--", *command],
+        cwd=ROOT,
+        env={**os.environ, "SLURM_JOB_ID": job},
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def fake(layout: RunLayout, act: str) -> tuple[str, ...]:
+    """A stage of `tests.fake_stages`."""
+    return (
+        sys.executable,
+        "-m",
+        "tests.fake_stages.play",
+        "--run",
+        str(layout.root),
+        "--stage",
+        "generate",
+        "--act",
+        act,
+    )
+
+
+def saves(layout: RunLayout, act: str) -> tuple[str, ...]:
+    """A stage that says it has saved at a step, at once or when it is asked (`wait7`)."""
+    return (sys.executable, "-c", SAVES, str(layout.root), act)
+
+
+def entry(layout: RunLayout) -> StageState:
+    return RunState.read(layout).stages["generate"]
+
+
+def until(condition: Callable[[], object]) -> None:
+    limit = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit, "waited too long"
+        time.sleep(0.02)
+
+
+def test_the_marker_decides(layout: RunLayout) -> None:
+    assert start(layout, *fake(layout, "done")).wait(30) == 0
+    assert (entry(layout).state, entry(layout).attempt) == ("done", 1)
+    assert RunState.read(layout).stages["pack"].state == "waiting", "the next stage is another job's"
+    assert (layout.attempt("generate", 1) / "agent.log").exists()
+
+
+def test_a_failure_is_not_requeued(layout: RunLayout, fakes: Path) -> None:
+    assert start(layout, *fake(layout, "fail")).wait(30) == 1
+    assert (entry(layout).state, entry(layout).message) == ("failed", "the dog ate the shards")
+    assert not (fakes / "asked").exists()
+
+
+def test_a_preempted_stage_is_requeued_while_it_gets_on(layout: RunLayout, fakes: Path) -> None:
+    for step, expected in [
+        ("5", "preempted, saved at step 5; requeued (1 of 2)"),
+        ("5", "preempted, saved at step 5; not requeued: no progress since the last time"),
+        ("6", "preempted, saved at step 6; requeued (2 of 2)"),
+        ("9", "preempted, saved at step 9; not requeued: the profile's limit of 2 is reached"),
+    ]:
+        assert start(layout, *saves(layout, step)).wait(30) == 1
+        assert (entry(layout).state, entry(layout).message) == ("preempted", expected)
+    assert (fakes / "asked").read_text() == "requeue 7\n" * 2
+    assert read_json(layout.requeues("generate")) == {"job": "7", "steps": [5, 6]}
+    start(layout, *saves(layout, "9"), job="8").wait(30)
+    assert entry(layout).message.endswith("requeued (1 of 2)"), "a new job has its own count"
+
+
+def test_the_request_goes_on_to_the_stage(layout: RunLayout, fakes: Path) -> None:
+    batch = start(layout, *saves(layout, "wait7"))
+    until((layout.root / "listening").exists)
+    batch.send_signal(signal.SIGUSR2)
+    assert batch.wait(30) == 1
+    assert entry(layout).message == "preempted, saved at step 7; requeued (1 of 2)"
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_the_end_by_slurm_is_no_cancellation(layout: RunLayout, fakes: Path, cancelled: bool) -> None:
+    write_json(layout.slurm, {"jobs": {"generate": "7"}, "cancelled": cancelled})
+    batch = start(layout, *saves(layout, "wait7"))
+    until((layout.root / "listening").exists)
+    batch.terminate()
+    assert batch.wait(30) == 1
+    word = "cancelled" if cancelled else "preempted"
+    assert (entry(layout).state, entry(layout).message) == (word, f"{word}, saved at step 7")
+    assert not (fakes / "asked").exists(), "Slurm is ending the job, and requeues by itself what it preempts"
+
+
+def test_a_users_fault_is_not_requeued_even_when_asked_to_stop(layout: RunLayout, fakes: Path) -> None:
+    words = "import sys; exec(sys.argv[3])"
+    plant = (
+        "from vqscale.files import write_json; from vqscale.config.layout import RunLayout; from pathlib import Path; "
+        "write_json(RunLayout(Path(sys.argv[1])).failure('generate'), {'kind': 'user', 'message': 'no such shard'})"
+    )
+    hang = f"{plant}; import signal, time; signal.signal(signal.SIGUSR2, lambda *a: sys.exit(1)); time.sleep(60)"
+    batch = start(layout, sys.executable, "-c", words, str(layout.root), "x", hang)
+    until(layout.failure("generate").exists)
+    batch.send_signal(signal.SIGUSR2)
+    assert batch.wait(30) == 1
+    assert (entry(layout).state, entry(layout).message) == ("failed", "no such shard")
+    assert not (fakes / "asked").exists()
+
+
+def test_a_refused_requeue_is_said(layout: RunLayout, fakes: Path) -> None:
+    stand_in(fakes, "scontrol", "echo 'Requeue is disabled for the job' >&2; exit 1")
+    assert start(layout, *saves(layout, "5")).wait(30) == 1
+    assert entry(layout).message == "preempted, saved at step 5; not requeued: Requeue is disabled for the job"
+
+
+def test_outside_of_a_job_it_says_so(layout: RunLayout) -> None:
+    command = [sys.executable, "-m", "launcher.batch", "--run", str(layout.root), "--stage", "generate"]
+    done = subprocess.run(
+        [*command, "--requeues", "1", "--grace", "1", "--", "true"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "runs inside a job of Slurm" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("step", "earlier", "refusal"),
+    [
+        (None, [], ""),
+        (0, [None], ""),
+        (None, [None], "no progress"),
+        (None, [4], "no progress"),
+        (4, [4], "no progress"),
+        (5, [4], ""),
+        (5, [1, 2, 3], "limit of 3"),
+    ],
+)
+def test_when_a_job_may_go_back_into_the_queue(step: int | None, earlier: list[int | None], refusal: str) -> None:
+    told = requeue_refusal(step, earlier, limit=3)
+    assert refusal in told
+    assert bool(told) == bool(refusal)
+
+
+def queued(fakes: Path, *rows: str) -> None:
+    """What `squeue` answers; rows are `NUMBER|STATE|REASON`, jobs 10 and 20 those of the run `mine`."""
+    names = {"10": "vqscale-mine-generate", "20": "vqscale-mine-pack"}
+    parts = [row.split("|") for row in rows]
+    rows = tuple(f"{number}|{state}|{names.get(number, 'other')}|{reason}" for number, state, reason in parts)
+    stand_in(fakes, "squeue", f"cat <<'END'\n{''.join(row + chr(10) for row in rows)}END")
+
+
+def test_a_chain_is_submitted_whole(layout: RunLayout, fakes: Path) -> None:
+    queued(fakes)
+    stand_in(fakes, "sbatch", 'cd "$(dirname "$0")"; echo "$@" >> sent; echo "$(wc -l < sent | tr -d " ")0;cluster"')
+    poll = SlurmBackend().submit(layout)
+    assert (poll.alive, poll.words) == (True, "Slurm jobs 10, 20")
+    assert (fakes / "sent").read_text().splitlines() == [
+        f"--parsable {layout.script('generate')}",
+        f"--parsable --dependency=afterok:10 --kill-on-invalid-dep=yes {layout.script('pack')}",
+    ]
+    planned = make_plan(str(layout.recipe), "devslurm", run=layout.root, stages="generate,pack").commands
+    assert [layout.script(command.stage).read_text() for command in planned] == [c.script for c in planned]
+    assert read_json(layout.slurm)["jobs"] == {"generate": "10", "pack": "20"}
+
+
+def test_a_chain_that_is_refused_leaves_no_job(layout: RunLayout, fakes: Path) -> None:
+    queued(fakes)
+    refuse = "*afterok*) echo 'sbatch: error: invalid partition' >&2; exit 1;;"
+    stand_in(fakes, "sbatch", f'case "$*" in {refuse} *) echo 10;; esac')
+    stand_in(fakes, "scancel", 'echo "$@" > "$(dirname "$0")/cancelled"')
+    with pytest.raises(UserError, match="sbatch: invalid partition"):
+        SlurmBackend().submit(layout)
+    assert (fakes / "cancelled").read_text() == "--quiet 10\n"
+    assert "prepared only" in read_status(layout).words
+
+
+def test_status_compares_slurm_and_the_run_directory(layout: RunLayout, fakes: Path) -> None:
+    write_json(layout.slurm, {"jobs": {"generate": "10", "pack": "20"}, "cancelled": False})
+    stand_in(fakes, "sacct", "exit 1")
+
+    def said(word: str, *rows: str) -> str:
+        state = RunState.new(("generate", "pack"))
+        if word != "waiting":
+            state.begin("generate", 1)
+            state.end("generate", word)  # type: ignore[arg-type]
+        state.write(layout)
+        queued(fakes, *rows)
+        return read_status(layout).words
+
+    waits = "20|PENDING|Dependency"
+    assert said("waiting", "10|PENDING|Priority", waits) == "waiting, Slurm job 10 (generate) is PENDING (Priority)"
+    assert said("running", "10|RUNNING|None", waits) == "running"
+    assert said("running", "10|PENDING|BeginTime", waits).startswith("running, but Slurm job 10 (generate) is PENDING")
+    assert said("preempted", "10|PENDING|BeginTime", waits).startswith("preempted, Slurm job 10 (generate) is PENDING")
+    assert (
+        said("failed", "10|FAILED|NonZeroExitCode", waits) == "failed, but Slurm job 20 (pack) is PENDING (Dependency)"
+    )
+    lost = "but its Slurm job 10 (TIMEOUT) is gone: vqscale requeue mine"
+    assert said("running", "10|TIMEOUT|TimeLimit", "20|CANCELLED|None") == f"running, {lost}"
+    assert said("running", "99|RUNNING|None") == "running, but its Slurm job 10 is gone: vqscale requeue mine"
+    stand_in(fakes, "sacct", "echo '10|CANCELLED by 0|vqscale-mine-generate'")
+    assert "Slurm job 10 (CANCELLED) is gone" in said("running")
+    stand_in(fakes, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    assert "Slurm cannot be asked (squeue: Unable to contact slurm controller)" in read_status(layout).words
+    assert read_status(layout).alive is None
+
+
+def test_a_number_that_came_again_is_not_ours(layout: RunLayout, fakes: Path) -> None:
+    write_json(layout.slurm, {"jobs": {"generate": "99"}, "cancelled": False})
+    queued(fakes, "99|RUNNING|None")
+    stand_in(fakes, "scancel", 'touch "$(dirname "$0")/cancelled"')
+    assert read_status(layout).alive is False
+    SlurmBackend().cancel(layout)
+    assert not (fakes / "cancelled").exists()
+
+
+def test_one_question_serves_all_runs(layout: RunLayout, fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = [create(make_plan(str(layout.recipe), "devslurm", run=layout.root / f"../other-{n}")) for n in range(3)]
+    for each in (layout, *others):
+        write_json(each.slurm, {"jobs": {"generate": "10"}, "cancelled": False})
+    stand_in(fakes, "squeue", 'echo asked >> "$(dirname "$0")/questions"; echo "10|RUNNING|x|None"')
+    assert main(["ls"]) == 0
+    assert (fakes / "questions").read_text() == "asked\n"
+
+
+def test_without_slurm_there_is_one_clear_line(
+    layout: RunLayout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(layout.slurm, {"jobs": {"generate": "10"}, "cancelled": False})
+    monkeypatch.setenv("PATH", str(layout.root))
+    slurm_queue._forget()
+    for command in (["cancel", "mine"], ["requeue", "mine"]):
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        assert "is not installed here" in told
+        assert told.count("\n") == 1
+
+
+def test_logs_are_by_the_rank_in_the_whole_job(layout: RunLayout) -> None:
+    state = RunState.read(layout)
+    state.begin("generate", 1)
+    state.end("generate", "failed")
+    state.write(layout)
+    for node, rank in (("12-0_a", "1"), ("12-0_b", "0")):  # each node's agent counts its own processes from 0
+        folder = layout.attempt("generate", 1) / "ranks" / node / "attempt_0/0"
+        folder.mkdir(parents=True)
+        (folder / "rank").write_text(rank)
+        (folder / "stdout.log").write_text(f"I am {rank}\n")
+    printed: list[Any] = []
+    print_logs(layout, LogChoice(), follow=False, say=printed.append)
+    assert printed == ["[0] I am 0", "[1] I am 1"]
