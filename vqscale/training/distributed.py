@@ -14,6 +14,13 @@ import torch.distributed as dist
 
 from vqscale.errors import UserError
 
+_LEFT: list[Any] = []
+"""The group that was left last, kept so that nobody frees it together with what used it.
+
+Freeing a gloo group waits for its threads, and one of them may still wait for Python's lock to let go of a tensor of
+the last collective. DDP's reducer, where it is the last to know the group, frees it with that lock in its hands: a
+deadlock (torch 2.13). When the next group is left, the threads of this one have been idle for long.
+"""
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -78,6 +85,7 @@ def process_group(device: str = "auto", timeout_s: int = 600) -> Iterator[Ranks]
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, chosen)
     finally:
+        _LEFT[:] = [dist.group.WORLD]
         dist.destroy_process_group()
 
 
