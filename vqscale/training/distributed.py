@@ -17,9 +17,12 @@ from vqscale.errors import UserError
 _OWN: list[dist.ProcessGroup] = []
 """Groups besides the one of the process, as long as that one lives."""
 _LEFT: list[Any] = []
-"""The groups that were left last. A thread of gloo needs Python's lock to let go of the last collective's tensors. Who
-frees a group waits for that thread, and DDP's reducer, or Python itself, does so with the lock in its hands: a
-deadlock, seen with torch 2.13. So a group outlives whatever refers to it, until the next ones are left."""
+"""The groups that were left last, kept so that nobody frees them together with what used them.
+
+Freeing a gloo group waits for its threads, and one of them may still wait for Python's lock to let go of a tensor of
+the last collective. Who frees it with that lock in its hands, as DDP's reducer does where it is the last to know the
+group, waits for ever (torch 2.13). When the next groups are left, the threads of these have been idle for long.
+"""
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
