@@ -35,6 +35,7 @@ from vqscale.extraction import Extraction
 from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Donors
 from vqscale.training.build import build_tokenizer
+from vqscale.training.heap import keep_heap
 
 GOALS = {
     "bytes_vs_uint16": at_most(0.5625),
@@ -77,6 +78,8 @@ def run(bench: Bench) -> None:
     photographs = loader_data.photographs(bench.options.data, generated=sizes.photographs)
     size = recipe.data.image_size
     files = loader_data.presized(photographs.files[: sizes.photographs], bench.folder / "packing", size, _QUALITY)
+    if device.type == "cpu":
+        keep_heap()  # as the stages do
     bench.config |= {"size": size, "images": photographs.facts(), "device": device.type, **vars(sizes)}
     with threads(1):
         levels, extracted = extraction(bench, recipe, files, sizes, device)

@@ -148,7 +148,7 @@ def test_a_fault_of_the_storage_is_read_past(codes: Path, tmp_path: Path, object
     shards = open_codes(there)
     with pytest.raises(UserError, match=r"c1\.tar: its content has another sha256"):
         copy_codes(shards, str(tmp_path / "copy"), range(6), threads=1)
-    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["c0.tar", "c0.tar.json"]
+    assert not {"c1.tar", "c1.tar.json", "manifest.json"} & {path.name for path in (tmp_path / "copy").iterdir()}
     object_store.put("codes/c1.tar", whole)
     copy_codes(shards, str(tmp_path / "copy"), range(6))
     assert contents(tmp_path / "copy") == contents(codes)
