@@ -22,7 +22,8 @@ from tests.training_helpers import (
 )
 from vqscale.training import strategies
 
-pytestmark = pytest.mark.dist
+# The first test waits for the trainings of all of them, under load too.
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
 SPREAD = STRATEGIES[1:]
 OPTIONS: dict[int, dict[str, dict[str, Any]]] = {
