@@ -63,7 +63,9 @@ KillWait=10
 # Nodes may claim more cores and memory than the machine has.
 SlurmdParameters=config_overrides
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+# What can never run is refused when it is submitted.
+EnforcePartLimits=ALL
+PartitionName=main Nodes=ALL MaxNodes={most} Default=YES MaxTime=INFINITE State=UP
 """
 _NODE = "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=64000 Gres=gpu:{gpus}"
 
@@ -220,7 +222,12 @@ def _write_settings(made: DevSlurm, devices: str) -> None:
     controller, *ports = _free_ports(1 + made.nodes)
     nodes = (_NODE.format(name=name, port=port, gpus=GPUS) for name, port in zip(made.names, ports, strict=True))
     text = _CONF.format(
-        head=_HEAD, controller=controller, user=getpass.getuser(), root=made.root, nodes="\n".join(nodes)
+        head=_HEAD,
+        controller=controller,
+        user=getpass.getuser(),
+        root=made.root,
+        nodes="\n".join(nodes),
+        most=made.nodes,
     )
     files = {
         "slurm.conf": text,

@@ -190,7 +190,7 @@ def submit(desk: Desk, command: str, endless: bool) -> None:
     if endless:
         desk.started.append(json.loads(desk.shell("vqscale status latest --json"))["id"])
     elif not whole:
-        state = desk.shell("vqscale status latest --watch").strip().splitlines()[-1]
+        state = desk.shell("vqscale status latest --watch", seconds=240).strip().splitlines()[-1]
         assert state.endswith(": done"), state
 
 
