@@ -195,8 +195,10 @@ def prepare(root: Path, nodes: int) -> DevSlurm:
 
 
 def _check_directory(made: DevSlurm) -> None:
-    root, socket_length = made.root, len(os.fsencode(made.socket))
-    if not re.fullmatch(r"[A-Za-z0-9_./+-]+", str(root)) or socket_length > 100:
+    root = made.root
+    # The longest socket is that of a job's step; the kernel takes 107 bytes, and the jobs would only be held.
+    socket_length = len(f"{root}/spool/{made.names[-1]}/{made.names[-1]}_1234567.4294967291")
+    if not re.fullmatch(r"[A-Za-z0-9_./+-]+", str(root)) or socket_length > 107:
         why = "has characters that slurm.conf cannot hold, or is too long for a socket"
         raise UserError(why, where=str(root), mend="choose a short --dir of letters and digits")
     used = root.exists() and (not root.is_dir() or any(root.iterdir()))

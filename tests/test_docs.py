@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,8 @@ class Desk:
     """Runs that would not end by themselves."""
     exports: dict[str, str] = field(default_factory=dict)
     """Variables that the document has exported."""
+    cluster: str = ""
+    """Folder of the cluster that was started."""
 
     def shell(self, command: str, seconds: int = 120) -> str:
         done = subprocess.run(
@@ -115,8 +118,9 @@ class Desk:
     def close(self) -> None:
         for run in self.started:
             subprocess.run(["vqscale", "cancel", run], capture_output=True, check=False, env=environment(self.folder))
-        if self.exports:  # of a cluster; nothing happens when the document has ended it
-            self.shell("vqscale cluster down")
+        if self.cluster:
+            self.shell("vqscale cluster down")  # which the document has done, unless it failed
+            shutil.rmtree(self.cluster)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +166,9 @@ def execute(desk: Desk, command: str, endless: bool, request: pytest.FixtureRequ
         make(desk, words[0], request)
     elif command == ". .venv/bin/activate":
         assert re.search(r"^VENV +:= \.venv$", text_of("Makefile"), re.MULTILINE)
+    elif command.startswith("vqscale cluster up"):
+        desk.cluster = tempfile.mkdtemp()  # short, as paths of sockets have to be
+        desk.shell(f"{command} --dir {desk.cluster}")
     elif program == "export":
         name = words[0].partition("=")[0]
         desk.exports[name] = desk.shell(f'{command} && printf %s "${name}"')
