@@ -8,28 +8,15 @@ from collections.abc import Sequence
 
 from pipelines.codes_commands import copy, verify
 from pipelines.codes_show import show
-from vqscale.arguments import OneLineParser, choose_command
-from vqscale.errors import EXIT_USER_ERROR, UserError
+from vqscale.arguments import OneLineParser, run_program
 
 _FOLDER = "folder or URL of code shards, or one with train and validation in it, such as RUN/codes"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `vqscale codes` and return its exit code."""
-    try:
-        options = _parse(sys.argv[1:] if arguments is None else arguments)
-        return int(options.run(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-
-
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser, commands = _parsers()
-    return commands[choose_command(parser, commands, arguments)].parse(arguments[1:])
+    words = sys.argv[1:] if arguments is None else arguments
+    return run_program(*_parsers(), words, stopped="stopped; the same command goes on from here")
 
 
 def _parsers() -> tuple[OneLineParser, dict[str, OneLineParser]]:

@@ -10,23 +10,12 @@ from pathlib import Path
 
 from pipelines.data_commands import index, pack, verify
 from pipelines.data_show import show
-from vqscale.arguments import OneLineParser, choose_command
-from vqscale.errors import EXIT_USER_ERROR, UserError
+from vqscale.arguments import OneLineParser, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `vqscale data` and return its exit code."""
-    try:
-        options = _parse(sys.argv[1:] if arguments is None else arguments)
-        return int(options.run(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-
-
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser, commands = _parsers()
-    return commands[choose_command(parser, commands, arguments)].parse(arguments[1:])
+    return run_program(*_parsers(), sys.argv[1:] if arguments is None else arguments)
 
 
 def _parsers() -> tuple[OneLineParser, dict[str, OneLineParser]]:

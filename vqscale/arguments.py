@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
-from vqscale.errors import UserError
+from vqscale.errors import EXIT_USER_ERROR, UserError
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -47,6 +48,28 @@ class OneLineParser(argparse.ArgumentParser):
         kind = "unknown option" if word.startswith("-") else "unexpected argument"
         hint = did_you_mean(word.partition("=")[0], options)
         return UserError(f"{kind} '{word}'", where=self.prog, mend=f"{hint}see {self.prog} --help")
+
+
+def run_program(
+    parser: OneLineParser, commands: Mapping[str, OneLineParser], words: Sequence[str], *, stopped: str = "stopped"
+) -> int:
+    """Run one of a program's commands; returns the exit code.
+
+    Args:
+        parser: of the program.
+        commands: its commands' parsers by name, each with the function that does the work as the default of `run`.
+        words: the command line, from the name of the command on.
+        stopped: what is said upon Ctrl-C.
+    """
+    try:
+        options = commands[choose_command(parser, commands, words)].parse(words[1:])
+        return int(options.run(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130
 
 
 def choose_command(parser: OneLineParser, commands: Iterable[str], words: Sequence[str]) -> str:
