@@ -7,12 +7,14 @@ that is recorded is skipped. Killed and started again at any time, the stage fin
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from pipelines.sources import image_source
 from pipelines.stage import Stage, run_stage
+from vqscale import storage
 from vqscale.data.bad import BadCount
 from vqscale.data.code_records import manifest_from_records, read_record, read_records, write_record
 from vqscale.data.image_source import ImageSource
@@ -21,6 +23,7 @@ from vqscale.data.order import evaluation_shards
 from vqscale.events import EventLog
 from vqscale.export import TrainedTokenizer, load_tokenizer
 from vqscale.extraction import Extraction
+from vqscale.files import clear_beside
 from vqscale.models.quantizer import usage_figures
 
 
@@ -49,6 +52,14 @@ def evaluation_shards_of(manifest: Manifest, stage: Stage) -> range:
     return evaluation_shards(len(manifest.shards), stage.ranks.rank, stage.ranks.world)
 
 
+def _clear(folder: str, names: Sequence[str], first: bool) -> None:
+    """Remove what a killed attempt left half-written: of this rank's shards, and on rank 0 of the manifest."""
+    place = storage.local_path(folder)
+    if place is not None:
+        for name in (*names, *(["manifest.json"] if first else [])):
+            clear_beside(place / name)
+
+
 def extract_split(
     stage: Stage, tokenizer: TrainedTokenizer, source: ImageSource, split: str, events: EventLog | None
 ) -> dict[str, torch.Tensor]:
@@ -57,6 +68,7 @@ def extract_split(
     names, mine, flips = source.shards.flat_names, evaluation_shards_of(source.manifest, stage), how.flips
     count = BadCount(stage.recipe.data.error_budget, stage.ranks.world)
     missing = [shard for shard in mine if not read_record(folder, names[shard], tokenizer.fingerprint, flips=flips)]
+    _clear(folder, [names[shard] for shard in mine], stage.ranks.first)
     done = len(mine) - len(missing)
     if events and done:
         events.log(done)

@@ -158,8 +158,11 @@ def test_killed_and_started_again(finished: tuple[Path, Any], tmp_path: Path) ->
     )
     before = {path: path.stat().st_mtime_ns for path in recorded}
     recorded[0].with_name("half.tmp").write_bytes(b"left by somebody")
+    for name in (recorded[0].name, f"{recorded[-1].name}.json", "manifest.json"):
+        (folder / f".{name}.4711").write_bytes(b"left by the one that was killed")
     assert extract_codes.main(stage_of("extract", run)) == figures
     assert {path: path.stat().st_mtime_ns for path in recorded} == before
+    assert not list(folder.glob(".*.4711"))
     assert contents(run) == contents(undisturbed)
     again = {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
     extract_codes.main(stage_of("extract", run))
