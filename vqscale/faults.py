@@ -112,11 +112,11 @@ class Faults:
     def __init__(
         self, faults: Iterable[Fault] = (), stage: str = "", rank: int = 0, record: Path | None = None
     ) -> None:
-        self._record, self._happened = record, _happened(record)
+        self._record, spent = record, _happened(record)
         self._mine = [
             fault
             for fault in faults
-            if fault.rank == rank and fault.stage in ("", stage) and self._happened.count(str(fault)) < fault.times
+            if fault.rank == rank and fault.stage in ("", stage) and spent.count(str(fault)) < fault.times
         ]
 
     @classmethod

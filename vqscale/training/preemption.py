@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -49,8 +48,6 @@ class Notice:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.received: signal.Signals | None = None
         """The first signal that came to this rank."""
-        self.received_at = 0.0
-        """When, by `time.monotonic`."""
         self._group = group
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._asking: dist.Work | None = None
@@ -70,7 +67,7 @@ class Notice:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
-            self.received, self.received_at = signal.Signals(number), time.monotonic()
+            self.received = signal.Signals(number)
 
 
 @contextmanager
