@@ -25,7 +25,8 @@ from benchmarks.result import at_least, at_most
 from benchmarks.timing import Contender, Race
 from vqscale.checkpoint.folder import open_valid
 from vqscale.config.recipe import Training
-from vqscale.models.transformer import GridShape, Transformer
+from vqscale.models.network import GridShape
+from vqscale.models.transformer import Transformer
 from vqscale.training.checkpoints.keeper import Checkpoints
 from vqscale.training.checkpoints.reader import Checkpoint
 from vqscale.training.pieces import Piece, whole

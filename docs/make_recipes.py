@@ -27,7 +27,7 @@ are read as YAML:
 
 ```console
 $ vqscale plan quickstart seed=7 tokenizer.training.steps=2000 tokenizer.levels.0.codes=256
-$ vqscale plan quickstart 'prior.training.betas=[0.9, 0.99]'
+$ vqscale plan quickstart 'prior.training.betas=[0.9, 0.99]' prior.networks.0.layers=6
 ```
 
 `vqscale schema` prints the same settings as JSON Schema, which editors use to complete and check recipes:
@@ -54,6 +54,8 @@ SECTIONS = {
     "tokenizer.training": "Training",
     "extract": "Extract",
     "prior": "Prior",
+    "prior.networks.N: transformer": "TransformerNetwork",
+    "prior.networks.N: uniform": "UniformNetwork",
     "prior.training": "Training",
     "sample": "Sample",
     "evaluate": "Evaluate",
@@ -95,6 +97,9 @@ def _table(section: dict[str, Any], name: str) -> str:
 def _type(field: dict[str, Any], name: str) -> str:
     if "anyOf" in field:
         return " or ".join(_type(option, name) for option in field["anyOf"])
+    if "oneOf" in field:
+        kinds = [section for section in SECTIONS if section.startswith(f"{name}: ")]
+        return "section: " + " or ".join(f"[{kind.partition(': ')[2]}](#{_anchor(kind)})" for kind in kinds)
     if "$ref" in field:
         return f"[section](#{_anchor(name)})"
     if "enum" in field or "const" in field:
@@ -136,7 +141,7 @@ def _default(value: Any) -> str:
 
 def _anchor(name: str) -> str:
     """Where a heading `name` is on a rendered page."""
-    return name.lower().replace(".", "")
+    return name.lower().replace(".", "").replace(":", "").replace(" ", "-")
 
 
 if __name__ == "__main__":

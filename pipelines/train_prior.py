@@ -1,4 +1,4 @@
-"""Stage `prior`: code shards to a trained transformer over the codes."""
+"""Stage `prior`: code shards to a trained prior over the codes."""
 
 from __future__ import annotations
 

@@ -107,12 +107,12 @@ class _Training:
                 seed=recipe.seed,
             )
             figures = loop.run(start)
-        facts = {"steps": self.training.steps, "parameters": self.task.engine.size, "bad_samples": watch.total}
+        facts = {"steps": self.task.engine.steps, "parameters": self.task.engine.size, "bad_samples": watch.total}
         return {**facts, **figures}
 
     def _tracker(self, start: int, notes: list[str]) -> Tracker | None:
         stage = self.stage
-        events = stage.events(self.unit, self.training.steps)
+        events = stage.events(self.unit, self.task.engine.steps)
         if events is None:
             return None
         tracker = Tracker(stage.layout.tensorboard / stage.name, events, start)

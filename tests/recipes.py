@@ -36,9 +36,7 @@ def tiny_tree(**overrides: Any) -> dict[str, Any]:
         },
         "extract": {"batch": 16, "block": 8},
         "prior": {
-            "layers": 1,
-            "width": 16,
-            "heads": 2,
+            "networks": [{"layers": 1, "width": 16, "heads": 2}],
             "training": {**_TRAINING, "steps": 8, "picture_every": 4, "validate_every": 4},
         },
         "sample": {"per_class": 2, "batch": 16},

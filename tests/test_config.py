@@ -108,7 +108,18 @@ def test_a_recipe_is_frozen() -> None:
         ("data.image_size", 18, "18 is not divisible by 8, the product of tokenizer.levels.*.downsample"),
         ("data.image_size", 18, "use 16 or 24"),
         ("data.image_size", 5, "use 8"),
-        ("prior.heads", 3, "width 16 is not divisible by heads 3"),
+        ("prior.networks.0.heads", 3, "prior.networks.0 width 16 is not divisible by heads 3"),
+        ("prior.networks.0.width", "w", "'prior.networks.0.width' is 'w' (a str); input should be a valid integer"),
+        ("prior.networks.0.kind", "rnn", "'prior.networks.0.kind' is 'rnn'; use 'transformer', 'uniform'"),
+        ("prior.networks", [3], "'prior.networks.0.kind' is '3'; use 'transformer'"),
+        ("prior.networks.0.with", 3, "'prior.networks.0.with'; did you mean 'prior.networks.0.width'? valid"),
+        ("prior.networks", [], "'prior.networks' is []"),
+        ("prior.networks", [{}, {}, {}], "prior.networks model 3 levels, tokenizer.levels has 2; change"),
+        ("prior.networks.0.levels", 1, "prior.networks model 1 levels, tokenizer.levels has 2"),
+        ("prior.networks", [{"kind": "uniform"}, {}], None),
+        ("prior.layers", 6, "unknown key 'prior.layers'; did you mean 'prior.networks.0.layers'?"),
+        ("tokenizer.codes", 6, "did you mean 'tokenizer.levels.0.codes'?"),
+        ("prior.label_smoothing", 1, "'prior.label_smoothing' is 1"),
         ("tokenizer.training.global_batch", 3, "tokenizer.training.global_batch 3 is not divisible by"),
         ("prior.training.global_batch", 7, "resources.processes 1 × data.packet 2; use a multiple of 2"),
         ("resources.processes", 3, "data.streams 2 is not divisible by resources.processes 3"),
@@ -141,7 +152,7 @@ def test_a_size_that_is_named_divides() -> None:
 def test_several_faults_are_counted_and_unknown_keys_come_first() -> None:
     tree = tree_with("prior.training.steps", DELETE)
     tree["prior"]["training"]["step"] = 8
-    tree["prior"]["width"] = "wide"
+    tree["prior"]["networks"][0]["width"] = "wide"
     line = fault(tree)
     assert "unknown key 'prior.training.step' (2 more below it); did you mean 'prior.training.steps'?" in line
 
@@ -187,6 +198,7 @@ def test_overrides_act(recipe_file: Path) -> None:
             "tokenizer.quantizer.restarts=off",
             "extract.batch=3",
             "prior.training.betas=[0.8, 0.9]",
+            "prior.networks.0.layers=6",
             "sample.temperature=1e-1",
         ],
     )
@@ -194,6 +206,7 @@ def test_overrides_act(recipe_file: Path) -> None:
     assert [level.codes for level in recipe.tokenizer.levels] == [256, 16]
     assert (recipe.extract.batch, recipe.extract.block) == (3, 8)
     assert recipe.prior.training.betas == (0.8, 0.9)
+    assert recipe.prior.networks[0].sizes == {"layers": 6, "width": 16, "heads": 2, "dropout": 0.0}
     assert recipe.sample.temperature == 0.1
     assert recipe.tokenizer.quantizer.restarts is False
     assert recipe.name == "other"

@@ -20,7 +20,7 @@ def recipe(**data: Any) -> Recipe:
             "name": "t",
             "data": settings,
             "tokenizer": {"levels": levels, "training": training},
-            "prior": {"training": training},
+            "prior": {"networks": [{}], "training": training},
         }
     )
 

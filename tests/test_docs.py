@@ -36,8 +36,8 @@ TINY = (
     "data.streams=2 data.packet=2 data.shuffle=16 tokenizer.hidden=16 tokenizer.residual_blocks=1 "
     "tokenizer.levels.0.codes=16 tokenizer.levels.1.codes=16 tokenizer.training.steps=4 "
     "tokenizer.quantizer.continuous_steps=0 "
-    "tokenizer.training.global_batch=8 prior.layers=1 prior.width=16 prior.heads=2 prior.training.steps=4 "
-    "prior.training.global_batch=8 sample.per_class=2 "
+    "tokenizer.training.global_batch=8 prior.networks.0.layers=1 prior.networks.0.width=16 prior.networks.0.heads=2 "
+    "prior.training.steps=4 prior.training.global_batch=8 sample.per_class=2 "
     "resources.processes=1 resources.threads=1 resources.device=cpu"
 )
 TINY_CLOCKS = "data.clocks.train=96 data.clocks.validation=24 data.clocks.shards=4"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launcher.plan import make_plan
 from pipelines import evaluate, sample, train_prior
@@ -19,6 +21,8 @@ from vqscale.config.inputs import check_inputs
 from vqscale.config.load import load_recipe
 from vqscale.data.manifest import read_manifest, write_manifest
 from vqscale.errors import UserError
+from vqscale.export import load_prior
+from vqscale.models.generate import Sampling
 from vqscale.training.checkpoints.fitting import require_prior_of
 
 
@@ -84,6 +88,22 @@ def test_it_trains_without_a_tokenizer_and_remembers_whose_codes(
     prior_recipe(run / "recipe.yaml", tmp_path / "new")
     with pytest.raises(UserError, match="was trained on codes of another tokenizer; resume with"):
         train(run, monkeypatch)
+
+
+def test_a_prior_without_weights_goes_through_the_stage(
+    pulled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    prior_recipe(run / "recipe.yaml", pulled, prior__networks=[{"kind": "uniform"}])
+    for _ in range(2):  # killed behind the checkpoint, it starts again
+        figures = train(run, monkeypatch)
+        assert (figures["steps"], figures["parameters"]) == (0, 0)
+        assert figures["nats_per_code"] == pytest.approx(math.log(16))
+        assert figures["bits_per_sample"] == pytest.approx(4 * (4 + 16))
+        assert steps(run / "checkpoints" / "prior") == [0]
+    prior = load_prior(run)
+    assert [grid.shape for grid in prior.generate(torch.tensor([0, 3]), [1, 2], Sampling())] == [(2, 2, 2), (2, 4, 4)]
 
 
 def test_sampling_and_evaluating_with_another_tokenizer_are_refused(

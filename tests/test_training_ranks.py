@@ -366,7 +366,7 @@ def test_prior_resumes_bit_identical(priors: Trained) -> None:
 
 def test_dropout_and_muon_resume_bit_identical(priors: Trained, tmp_path: Path) -> None:
     """Dropout's masks follow from seed, step and rank alone; two optimizers are saved."""
-    recipe = prior_recipe(prior__dropout=0.2, prior__training__optimizer="muon")
+    recipe = prior_recipe(prior__networks__0__dropout=0.2, prior__training__optimizer="muon")
     whole = run_ranks(1, train_prior, priors.run, recipe, tmp_path / "whole")[0]
     half = f"step-{HALF:08d}"
     shutil.copytree(tmp_path / "whole" / half, tmp_path / "resumed" / half)

@@ -15,7 +15,7 @@ from vqscale.config.recipe import Recipe
 from vqscale.data.manifest import read_manifest
 from vqscale.errors import UserError
 from vqscale.models.pixels import from_uint8, to_uint8
-from vqscale.models.transformer import Transformer
+from vqscale.models.prior import Prior
 from vqscale.models.vqvae import VQVAE
 from vqscale.training.averaging import apply_average
 from vqscale.training.build import build_prior, build_tokenizer, grid_shapes
@@ -81,7 +81,7 @@ def load_tokenizer(run: str | Path, device: str | torch.device = "cpu") -> Train
     return TrainedTokenizer(network, names, recipe.data.image_size, fingerprint, torch.device(device), bf16)
 
 
-def load_prior(run: str | Path, device: str | torch.device = "cpu") -> Transformer:
+def load_prior(run: str | Path, device: str | torch.device = "cpu") -> Prior:
     """The prior of a run directory, from its newest valid checkpoint, in evaluation mode.
 
     Raises:

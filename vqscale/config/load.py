@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from vqscale.arguments import did_you_mean
 from vqscale.config.recipe import Recipe
@@ -107,26 +107,28 @@ def _index(node: list[Any], part: str, key: str) -> int:
 def _explain(model: type[BaseModel], error: ValidationError, source: str) -> UserError:
     """The first fault as one line; the number of further ones behind it."""
     # Unknown keys first: a misspelt key that is required is also missing.
-    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
+    faults = sorted(filter(_is_fault, error.errors(include_url=False)), key=lambda f: f["type"] != "extra_forbidden")
     fault = faults[0]
-    location = [str(part) for part in fault["loc"]]
     more = f" ({len(faults) - 1} more below it)" if len(faults) > 1 else ""
-    if fault["type"] == "extra_forbidden":
-        valid = _keys_at(model, location[:-1])
-        hint = did_you_mean(location[-1], valid, prefix="".join(f"{part}." for part in location[:-1]))
-        return UserError(
-            f"unknown key '{'.'.join(location)}'{more}",
-            where=source,
-            mend=f"{hint}valid keys: {', '.join(valid)}",
-        )
+    location, section = _follow(model, [str(part) for part in fault["loc"]])
     key = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        return UserError(f"unknown key '{key}'{more}", where=source, mend=_valid_keys(section, location))
     if fault["type"] == "missing":
         return UserError(f"key '{key}' is missing{more}", where=source, mend=f"set {key}")
     if fault["type"] == "value_error":  # raised by a validator of ours, which names keys and mend itself
         message = str(fault["ctx"]["error"])
         return UserError(f"{key + ' ' if key else ''}{message}{more}", where=source)
+    if fault["type"] == "union_tag_invalid":
+        tag, tags = fault["ctx"]["tag"], fault["ctx"]["expected_tags"]
+        return UserError(f"'{key}.kind' is '{tag}'{more}", where=source, mend=f"use {tags}")
     got = _short(fault["input"])
     return UserError(f"'{key}' is {got}{more}", where=source, mend=fault["msg"][:1].lower() + fault["msg"][1:])
+
+
+def _is_fault(fault: Any) -> bool:
+    """A list whose items are wrong is reported as too short besides."""
+    return fault["type"] != "too_short" or len(fault["input"]) < fault["ctx"]["min_length"]
 
 
 def _short(value: Any, limit: int = 60) -> str:
@@ -134,18 +136,56 @@ def _short(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else f"a {type(value).__name__}"
 
 
-def _keys_at(model: type[BaseModel], location: list[str]) -> list[str]:
-    """Valid keys of the section at `location`, following lists by index and optional sections."""
-    current: type[BaseModel] | None = model
+def _valid_keys(section: type[BaseModel], location: list[str]) -> str:
+    """What could be meant by a key that a section does not have: one of its own, or one of that name further down."""
+    (*above, key), keys = location, list(section.model_fields)
+    prefix = "".join(f"{part}." for part in above)
+    below = next((path for path in _paths(section) if path.endswith(f".{key}")), "")
+    hint = f"did you mean '{prefix}{below}'? " if below else did_you_mean(key, keys, prefix)
+    return f"{hint}valid keys: {', '.join(keys)}"
+
+
+def _paths(section: type[BaseModel]) -> Iterator[str]:
+    """Dotted names of all keys in the sections below one; of a list's items the first's."""
+    for name, field in section.model_fields.items():
+        for found in _sections_in(field.annotation):
+            prefix = f"{name}.0" if found.listed else name
+            for path in (*found.section.model_fields, *_paths(found.section)):
+                yield f"{prefix}.{path}"
+
+
+def _follow(model: type[BaseModel], location: list[str]) -> tuple[list[str], type[BaseModel]]:
+    """A location as people write it, without the kinds that pydantic puts into it; and the section of its last key."""
+    keys, section, found = [], model, [_Found("", model, False)]
     for part in location:
-        if current is not None and part in current.model_fields:
-            current = _section_in(current.model_fields[part].annotation)
-    return list(current.model_fields) if current else []
+        kind = next((each for each in found if part and each.kind == part), None)
+        if kind:
+            found = [kind]
+            continue
+        keys.append(part)
+        if not part.isdigit() and found:
+            section = found[0].section
+            field = section.model_fields.get(part)
+            found = list(_sections_in(field.annotation)) if field else []
+    return keys, section
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
+class _Found(NamedTuple):
+    """A section in an annotation: its kind, if there is a choice, and whether it is a list's item."""
+
+    kind: str
+    section: type[BaseModel]
+    listed: bool
+
+
+def _sections_in(annotation: Any, kind: str = "", listed: bool = False) -> Iterator[_Found]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, UnionType, tuple, list):
-        return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
-    return None
+        yield _Found(kind, annotation, listed)
+    elif get_origin(annotation) is Annotated:
+        inner, *notes = get_args(annotation)
+        tag = next((note.tag for note in notes if isinstance(note, Tag)), kind)
+        yield from _sections_in(inner, tag, listed)
+    elif get_origin(annotation) in (Union, UnionType, tuple, list):
+        inside = listed or get_origin(annotation) in (tuple, list)
+        for argument in get_args(annotation):
+            yield from _sections_in(argument, kind, inside)

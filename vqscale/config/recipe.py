@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from vqscale.config.prior import Network, spans
 from vqscale.config.section import Decay, Fraction, Positive, Section
 from vqscale.config.tokenizer import Level, Losses, Quantizer
 
@@ -213,25 +214,26 @@ class Extract(Section):
 
 
 class Prior(Section):
-    """Decoder-only transformer over the codes, the coarsest level first."""
+    """Networks over the codes, the coarsest level first."""
 
-    layers: Positive = 4
-    """Transformer blocks."""
-    width: Positive = 128
-    """Model dimension."""
-    heads: Positive = 4
-    """Attention heads; must divide `width`."""
-    dropout: Fraction = 0.0
-    """Dropout on the residual branches."""
+    networks: Annotated[tuple[Network, ...], Field(min_length=1)]
+    """From the coarsest level to the finest: one network for all, or several that share the levels, each conditioned on
+    the coarser levels too. They are trained together."""
     class_dropout: Fraction = 0.1
     """Share of samples trained without their class, which classifier-free guidance needs (Ho & Salimans 2022)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target in training that is spread evenly over all codes (Szegedy et al. 2016, section 7)."""
     training: Training
     """Optimisation."""
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; change one of them")
+    def _muon_has_matrices(self) -> Self:
+        kinds = {network.kind for network in self.networks}
+        if self.training.optimizer == "muon" and not any(network.matrices for network in self.networks):
+            raise ValueError(
+                f"training.optimizer muon is for hidden matrices, which no network of kind {', '.join(sorted(kinds))} "
+                f"has; use adamw"
+            )
         return self
 
 
@@ -333,6 +335,11 @@ class Recipe(Section):
                 f"data.image_size {size} is not divisible by {total}, the product of "
                 f"tokenizer.levels.*.downsample; use {' or '.join(near)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _networks_share_the_levels(self) -> Self:
+        spans(self.prior.networks, len(self.tokenizer.levels))
         return self
 
     @model_validator(mode="after")

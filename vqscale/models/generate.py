@@ -1,4 +1,4 @@
-"""Drawing code grids from a prior: one position after the other, with a key-value cache."""
+"""How codes are drawn: truncation, guidance, and where the randomness of a sample comes from."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from vqscale.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -24,35 +22,49 @@ class Sampling:
     """Scale of classifier-free guidance (Ho & Salimans 2022): logits_none + scale · (logits_class - logits_none)."""
 
 
-@torch.no_grad()
-def generate(prior: Transformer, classes: Tensor, seeds: Sequence[int], sampling: Sampling) -> list[Tensor]:
-    """Draw one set of code grids a class entry.
+class Draws:
+    """Draws the codes of a batch of samples.
+
+    All randomness of a sample comes from its seed, so it depends neither on the batch nor on the number of ranks.
 
     Args:
-        prior: the network, in evaluation mode.
-        classes: int64 [B].
-        seeds: one a sample. All randomness of a sample comes from its seed, so it depends neither on the batch
-            nor on the number of ranks.
         sampling: temperature, truncation, guidance.
-
-    Returns:
-        int64 [B, side, side] a level, the coarsest first.
+        seeds: one a sample.
+        device: of what is drawn.
     """
-    batch, device = len(classes), classes.device
-    guided = sampling.guidance != 1.0
-    rows = torch.cat([classes, torch.full_like(classes, prior.no_class)]) if guided else classes
-    uniforms = torch.stack([_uniforms(seed, prior.length) for seed in seeds]).to(device)
-    flat = [torch.zeros(len(rows), length, dtype=torch.int64, device=device) for length in prior.lengths]
-    caches = prior.caches(len(rows), prior.class_token.weight)
-    for position in range(prior.length):
-        logits = prior.step(position, rows, flat, caches).float()
-        if guided:
-            given, none = logits[:batch], logits[batch:]
-            logits = none + sampling.guidance * (given - none)
-        drawn = draw(logits, uniforms[:, position], sampling)
-        level, cell = prior.locate(position)
-        flat[level][:, cell] = torch.cat([drawn, drawn]) if guided else drawn
-    return [codes[:batch].view(batch, grid.side, grid.side) for codes, grid in zip(flat, prior.grids, strict=True)]
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device) -> None:
+        self.sampling, self._device = sampling, device
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def uniforms(self, count: int) -> Tensor:
+        """The next numbers in [0, 1) of each sample: float64 [B, count]."""
+        numbers = [torch.rand(count, generator=generator, dtype=torch.float64) for generator in self._generators]
+        return torch.stack(numbers).to(self._device)
+
+    @property
+    def guided(self) -> bool:
+        """Whether logits without the class are needed too."""
+        return self.sampling.guidance != 1.0
+
+    def rows(self, classes: Tensor, no_class: int) -> Tensor:
+        """The classes that logits are needed for: those of the samples, and as often none if they are guided."""
+        return torch.cat([classes, torch.full_like(classes, no_class)]) if self.guided else classes
+
+    def spread(self, samples: Tensor) -> Tensor:
+        """What belongs to the samples [B, ...], for each of the `rows`."""
+        return torch.cat([samples, samples]) if self.guided else samples
+
+    def guide(self, logits: Tensor) -> Tensor:
+        """Logits fp32 [B, ...] of the samples, from those of the `rows`."""
+        if not self.guided:
+            return logits.float()
+        given, none = logits.float().chunk(2)
+        return none + self.sampling.guidance * (given - none)
+
+    def codes(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """As `draw`, by the sampling of this batch."""
+        return draw(logits, uniform, self.sampling)
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
@@ -73,7 +85,3 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     # Rounding may point behind the last kept code; step back onto it.
     rank = torch.minimum(rank, keep.sum(dim=-1, keepdim=True) - 1)
     return order.gather(1, rank).squeeze(1)
-
-
-def _uniforms(seed: int, count: int) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

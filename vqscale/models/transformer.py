@@ -10,19 +10,15 @@ bottom prior on the top in the same way). Layer norm before each branch and a GE
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class GridShape:
-    """One level as the prior sees it."""
-
-    side: int
-    codes: int
+from vqscale.models.conditioning import Conditioner
+from vqscale.models.convnets import Stack
+from vqscale.models.generate import Draws
+from vqscale.models.network import GridShape, Network
 
 
 class KeyValueCache:
@@ -71,31 +67,31 @@ class Block(nn.Module):
         return out.transpose(1, 2).reshape(batch, length, width)
 
 
-class Transformer(nn.Module):
-    """The prior.
+class Transformer(Network):
+    """One sequence over its levels; levels that are given come in through a `Conditioner`.
 
     Args:
         grids: one a level, the coarsest first (the order in which codes are predicted).
         classes: number of classes; 0 for an unconditional prior.
+        given: the coarser levels that it is conditioned on.
         layers, width, heads, dropout: size of the network.
     """
 
-    units = (Block,)
-    """Modules that a strategy shards, recomputes and compiles each as one; none lies inside another."""
+    units = (Block, Stack)
 
     def __init__(
         self,
         grids: Sequence[GridShape],
         classes: int,
+        given: Sequence[GridShape] = (),
         *,
         layers: int,
         width: int,
         heads: int,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.grids, self.classes = tuple(grids), classes
-        self.lengths = [grid.side**2 for grid in grids]
+        super().__init__(grids, classes, given)
+        self.lengths = [grid.length for grid in grids]
         self.length = sum(self.lengths)
         self.class_token = nn.Embedding(classes + 1, width)  # the last one stands for "no class"
         self.tokens = nn.ModuleList(nn.Embedding(grid.codes, width) for grid in grids)
@@ -103,6 +99,7 @@ class Transformer(nn.Module):
         self.class_everywhere = nn.Embedding(classes + 1, width)
         self.above = nn.ModuleList(nn.Embedding(grid.codes, width) for grid in grids)
         self.parents = nn.ModuleList(nn.Embedding(grid.codes, width) for grid in grids[:-1])
+        self.condition = Conditioner(given, grids[0].side, width) if given else None
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width, bias=False)
         self.heads = nn.ModuleList(nn.Linear(width, grid.codes, bias=False) for grid in grids)
@@ -112,32 +109,41 @@ class Transformer(nn.Module):
             )
         self._initialise(layers)
 
-    @property
-    def no_class(self) -> int:
-        """Class index that stands for "no class"."""
-        return self.classes
-
-    def forward(self, codes: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
-        """Logits of every code given those before it.
-
-        Args:
-            codes: int [B, side, side] a level, the coarsest first.
-            classes: int [B].
-
-        Returns:
-            [B, side², K] a level.
-        """
+    def forward(self, given: Sequence[Tensor], codes: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
+        """Logits [B, side², K] a level, of every code given those before it."""
         flat = [grid.flatten(1).long() for grid in codes]
         embedded = [tokens(grid) for tokens, grid in zip(self.tokens, flat, strict=True)]
         inputs = torch.cat([self.class_token(classes)[:, None], *embedded], dim=1)[:, :-1]
-        targets = torch.cat([self._targets(level, flat) for level in range(len(flat))], dim=1)
+        context = self._context(given)
+        targets = torch.cat([self._targets(level, flat, context) for level in range(len(flat))], dim=1)
         x = inputs + targets + self.class_everywhere(classes)[:, None]
         for block in self.blocks:
             x = block(x)
         parts = self.norm(x).split(self.lengths, dim=1)
         return [head(part) for head, part in zip(self.heads, parts, strict=True)]
 
-    def step(self, position: int, classes: Tensor, flat: Sequence[Tensor], caches: Sequence[KeyValueCache]) -> Tensor:
+    def sample(self, given: Sequence[Tensor], classes: Tensor, draws: Draws, known: Sequence[Tensor]) -> list[Tensor]:
+        """Draw code by code."""
+        rows, uniforms = draws.rows(classes, self.no_class), draws.uniforms(self.length)
+        context = self._context([draws.spread(grid) for grid in given])
+        kept = [grid.flatten(1) for grid in known]
+        flat = [torch.zeros(len(rows), length, dtype=torch.int64, device=classes.device) for length in self.lengths]
+        caches = self.caches(len(rows), self.class_token.weight)
+        for position in range(self.length):
+            level, cell = self.locate(position)
+            logits = draws.guide(self.step(position, rows, flat, caches, context))
+            drawn, stays = draws.codes(logits, uniforms[:, position]), kept[level][:, cell]
+            flat[level][:, cell] = draws.spread(torch.where(stays < 0, drawn, stays))
+        return [codes[: len(classes)].view_as(grid) for codes, grid in zip(flat, known, strict=True)]
+
+    def step(
+        self,
+        position: int,
+        classes: Tensor,
+        flat: Sequence[Tensor],
+        caches: Sequence[KeyValueCache],
+        context: Tensor | None = None,
+    ) -> Tensor:
         """Logits [B, K] of the code at `position`, from the codes before it and the cache.
 
         Args:
@@ -145,6 +151,7 @@ class Transformer(nn.Module):
             classes: int [B].
             flat: int64 [B, side²] a level; filled up to `position`.
             caches: one a layer, holding the positions before.
+            context: what the given levels say of the first level, [B, side², width].
         """
         level, cell = self.locate(position)
         if position:
@@ -153,6 +160,8 @@ class Transformer(nn.Module):
         else:
             x = self.class_token(classes)
         x = x + self.class_everywhere(classes) + self.positions[level][cell]
+        if context is not None and level == 0:
+            x = x + context[:, cell]
         if level:
             parent = self._parent_cell(level)[cell]
             x = x + self.parents[level - 1](flat[level - 1][:, parent])
@@ -178,11 +187,17 @@ class Transformer(nn.Module):
             position -= length
         raise IndexError("position behind the end of the sequence")
 
-    def _targets(self, level: int, flat: Sequence[Tensor]) -> Tensor:
+    def _context(self, given: Sequence[Tensor]) -> Tensor | None:
+        """What the given levels say of the first level's cells: [B, side², width]."""
+        return self.condition(given).flatten(2).transpose(1, 2) if self.condition is not None else None
+
+    def _targets(self, level: int, flat: Sequence[Tensor], context: Tensor | None) -> Tensor:
         """What is known of a level's cells before they are predicted: [B, side², width]."""
         side = self.grids[level].side
         above = self.above[level](flat[level][:, :-side])
         known = self.positions[level] + F.pad(above, (0, 0, side, 0))
+        if context is not None and level == 0:
+            known = known + context
         if level:
             known = known + self.parents[level - 1](flat[level - 1][:, self._parent_cell(level)])
         return known

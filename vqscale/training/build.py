@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vqscale.config.prior import spans
 from vqscale.config.recipe import Prior, Recipe, Tokenizer
 from vqscale.config.tokenizer import Level
 from vqscale.models.codebooks import GradientCodebook, UnitCodebook, UnitGradientCodebook
 from vqscale.models.convnets import Widths
+from vqscale.models.network import GridShape, Network
+from vqscale.models.prior import Prior as PriorNetwork
 from vqscale.models.quantizer import Codebook
-from vqscale.models.transformer import GridShape, Transformer
+from vqscale.models.transformer import Transformer
+from vqscale.models.uniform import Uniform
 from vqscale.models.vqvae import VQVAE, LevelShape
+
+NETWORKS: Mapping[str, Callable[..., Network]] = {"transformer": Transformer, "uniform": Uniform}
+"""The network of each kind (`prior.networks.N.kind`). It takes its grids, the number of classes, the given levels,
+and the settings of its section by their names."""
 
 
 def build_tokenizer(settings: Tokenizer) -> VQVAE:
@@ -51,16 +59,17 @@ def _shape(settings: Tokenizer, level: Level) -> LevelShape:
     )
 
 
-def build_prior(settings: Prior, grids: Sequence[GridShape], classes: int) -> Transformer:
+def build_prior(settings: Prior, grids: Sequence[GridShape], classes: int) -> PriorNetwork:
     """The prior with fresh weights; `grids` from the coarsest level to the finest."""
-    return Transformer(
-        grids,
-        classes,
-        layers=settings.layers,
-        width=settings.width,
-        heads=settings.heads,
-        dropout=settings.dropout,
-    )
+    networks: list[Network] = []
+    done = 0
+    for section, levels in zip(settings.networks, spans(settings.networks, len(grids)), strict=True):
+        each = levels if section.joint else 1
+        for first in range(done, done + levels, each):
+            build = NETWORKS[section.kind]
+            networks.append(build(grids[first : first + each], classes, grids[:first], **section.sizes))
+        done += levels
+    return PriorNetwork(networks, settings.label_smoothing)
 
 
 def grid_shapes(recipe: Recipe) -> list[GridShape]:

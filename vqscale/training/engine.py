@@ -20,7 +20,9 @@ from vqscale.config.recipe import Training
 from vqscale.training.distributed import Ranks
 from vqscale.training.optimizers import learning_rate
 from vqscale.training.pieces import MODEL, Piece, assemble
-from vqscale.training.strategies import TORCH, Make, Outcome, units
+from vqscale.training.strategies import TORCH, Make, Outcome
+from vqscale.training.units import units
+from vqscale.training.untrained import Untrained
 from vqscale.training.zero import zero
 
 STRATEGIES: dict[str, Make] = {**TORCH, **{f"zero{stage}": functools.partial(zero, stage) for stage in (1, 2, 3)}}
@@ -44,13 +46,15 @@ class Engine:
         self.training, self.ranks, self.bare, self.strategy = training, ranks, model, strategy
         self.size = sum(parameter.numel() for parameter in model.parameters())
         """Weights of the network, over all ranks."""
+        self.steps = training.steps if self.size else 0
+        """Steps that its training takes: without weights, none."""
         twin = _structure(model)
         model.to(ranks.device)
         for tensor in (*model.parameters(), *model.buffers()):
             torch.distributed.broadcast(tensor.detach(), 0)
         _equip(model, training)
         dtypes = {name: buffer.dtype for name, buffer in model.named_buffers()}
-        self._strategy = STRATEGIES[strategy](model, training, ranks)
+        self._strategy = STRATEGIES[strategy](model, training, ranks) if self.size else Untrained(model)
         if {name: buffer.dtype for name, buffer in model.named_buffers()} != dtypes:
             raise RuntimeError(f"{strategy} casts buffers, codebooks among them")
         self.model = self._strategy.model

@@ -71,18 +71,20 @@ class Loop:
             PreemptedError: the stage was asked to stop, and what it has done is saved.
             DivergedError: too many steps in a row had a gradient that is not finite.
         """
-        training, task = self._training, self._task
-        if start >= training.steps:  # everything but the stage's marker was written
+        training, task, steps = self._training, self._task, self._engine.steps
+        if not steps:
+            return self._only_measure()
+        if start >= steps:  # everything but the stage's marker was written
             return self._validate(start, tracked=False)
         figures: dict[str, float] = {}
         save_due = False
         self._begin_window()
         self._engine.model.train()
-        for step, batch in zip(range(start, training.steps), self._loader, strict=False):
+        for step, batch in zip(range(start, steps), self._loader, strict=False):
             # All of torch's randomness (dropout) is a function of seed, step and rank: resuming needs no state of it.
             torch.manual_seed(mix(self._seed, step, self._ranks.rank))
             self._step(batch)
-            done, last = step + 1, step + 1 == training.steps
+            done, last = step + 1, step + 1 == steps
             signal = self._vigil.asked_to_stop()
             # The last step has to be taken: what a skipped one leaves is not known to be good.
             require_progress(self._steps.in_a_row, 0 if last else training.max_skipped, done)
@@ -101,6 +103,13 @@ class Loop:
                 self._save(done, signal, last)
                 save_due = False
             self._checkpoints.poll(self._tracker)
+        return figures
+
+    def _only_measure(self) -> dict[str, float]:
+        """What is left of a training without steps: a checkpoint, figures and pictures."""
+        self._checkpoints.save(self._task, 0, self._tracker, final=True)
+        figures = self._validate(0)
+        self._task.pictures(0, self._tracker)
         return figures
 
     def _step(self, batch: DeviceBatch) -> None:

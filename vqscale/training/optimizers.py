@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vqscale.config.recipe import Training
 from vqscale.errors import UserError
+from vqscale.training.units import units
 
 
 def learning_rate(training: Training, step: int) -> float:
@@ -52,16 +53,17 @@ def make_optimizers(model: nn.Module, training: Training) -> dict[str, torch.opt
 
 
 def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of the linear layers inside the blocks of a network.
+    """Weights of the linear layers inside the units of a network.
 
     Raises:
         UserError: it has none.
     """
-    blocks = getattr(model, "blocks", nn.ModuleList())
+    kinds = units(model)
     found = [
         parameter
-        for block in blocks
-        for module in block.modules()
+        for unit in model.modules()
+        if isinstance(unit, kinds)
+        for module in unit.modules()
         if isinstance(module, nn.Linear)
         for parameter in module.parameters()
         if parameter.dim() == 2

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vqscale.config.recipe import Prior
-from vqscale.models.transformer import Transformer
+from vqscale.config.recipe import Prior as Settings
+from vqscale.models.prior import Prior
 from vqscale.seeds import mix
 from vqscale.training.engine import Engine
 from vqscale.training.task import Task
@@ -26,7 +25,7 @@ class PriorTask(Task):
     """Maximum likelihood of code grids; with class dropout for classifier-free guidance (Ho & Salimans 2022).
 
     Args:
-        engine: over a `Transformer`.
+        engine: over a `Prior`.
         settings: the recipe's prior.
         levels: level names, the coarsest first.
         seed: the run's seed.
@@ -37,20 +36,21 @@ class PriorTask(Task):
     def __init__(
         self,
         engine: Engine,
-        settings: Prior,
+        settings: Settings,
         levels: Sequence[str],
         seed: int,
         held_out: Callable[[], Iterable[CodeFields]],
-        draw: Callable[[Transformer], np.ndarray] | None = None,
+        draw: Callable[[Prior], np.ndarray] | None = None,
     ) -> None:
         self.engine, self._settings, self._levels, self._seed = engine, settings, list(levels), seed
         self._held_out, self._draw = held_out, draw
-        self._model: Transformer = engine.bare  # type: ignore[assignment]
+        self._model: Prior = engine.bare  # type: ignore[assignment]
 
     def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:
         """Cross-entropy in nats a code: over all codes (`total`) and by level."""
         classes = self._drop(self._classes(batch.fields), batch)
-        return self._nats(self.engine.model, batch.fields, classes)
+        chance = self._chance(batch, "network", self._model.chances)
+        return self._nats(self.engine.model, batch.fields, classes, chance)
 
     def validate(self) -> dict[str, float]:
         """Nats a code on held-out codes, and bits of a whole sample, with the class given."""
@@ -76,28 +76,27 @@ class PriorTask(Task):
                 if tracker:
                     tracker.picture(step, "samples", self._draw(network))  # type: ignore[arg-type]
 
-    def _nats(self, network: torch.nn.Module, fields: CodeFields, classes: Tensor) -> dict[str, Tensor]:
+    def _nats(
+        self, network: torch.nn.Module, fields: CodeFields, classes: Tensor, chance: Tensor | None = None
+    ) -> dict[str, Tensor]:
         codes = [fields[name].long() for name in self._levels]
         with self.engine.autocast():
-            logits = network(codes, classes)
-        levels = [
-            F.cross_entropy(level.flatten(0, 1).float(), grid.flatten())
-            for level, grid in zip(logits, codes, strict=True)
-        ]
-        sizes = [grid[0].numel() for grid in codes]
-        total = sum(size * nats for size, nats in zip(sizes, levels, strict=True)) / sum(sizes)
-        return {"total": torch.as_tensor(total), **dict(zip(self._levels, levels, strict=True))}
+            sums = [level.mean() for level in network(codes, classes, chance)]
+        total = torch.stack(sums).sum() / self._model.length
+        sizes = [grid.length for grid in self._model.grids]
+        return {"total": total, **{name: n / size for name, n, size in zip(self._levels, sums, sizes, strict=True)}}
 
     def _classes(self, fields: CodeFields) -> Tensor:
         labels = fields["label"]
         return torch.where(labels < 0, self._model.no_class, labels).clamp(max=self._model.no_class)
 
     def _drop(self, classes: Tensor, batch: DeviceBatch) -> Tensor:
-        """Forget the class of a share of the samples, chosen by seed, step and global index alone."""
-        share = self._settings.class_dropout
-        if not share:
-            return classes
-        generator = torch.Generator().manual_seed(mix(self._seed, batch.step, "class"))
-        chance = torch.rand(self._settings.training.global_batch, generator=generator)
-        dropped = chance.to(batch.index.device)[batch.index] < share
+        """Forget the class of a share of the samples."""
+        dropped = self._chance(batch, "class", 1)[:, 0] < self._settings.class_dropout
         return torch.where(dropped, self._model.no_class, classes)
+
+    def _chance(self, batch: DeviceBatch, purpose: str, count: int) -> Tensor:
+        """Uniform numbers fp32 [B, count] that depend on seed, step, purpose and the samples' global indices alone."""
+        generator = torch.Generator().manual_seed(mix(self._seed, batch.step, purpose))
+        numbers = torch.rand(self._settings.training.global_batch, count, generator=generator)
+        return numbers.to(batch.index.device)[batch.index]

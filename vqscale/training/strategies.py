@@ -25,6 +25,7 @@ from vqscale.config.recipe import Training
 from vqscale.training.distributed import Ranks
 from vqscale.training.optimizers import fresh_state, make_optimizers
 from vqscale.training.pieces import MODEL, OPTIMIZER, Piece
+from vqscale.training.units import units
 
 _KIND = {"cpu": DistributedType.MULTI_CPU, "cuda": DistributedType.MULTI_GPU}
 
@@ -186,12 +187,6 @@ def fsdp2(model: nn.Module, training: Training, ranks: Ranks) -> TorchStrategy:
     if homes != {ranks.device.type}:
         raise RuntimeError(f"asked for fsdp2 on {ranks.device.type}, Accelerate sharded over {homes or 'nothing'}")
     return strategy
-
-
-def units(model: nn.Module) -> tuple[type[nn.Module], ...]:
-    """The modules that a network declares to be sharded, recomputed and compiled each as one; those it has."""
-    kinds = {type(module) for module in model.modules()}
-    return tuple(unit for unit in getattr(model, "units", ()) if unit in kinds)
 
 
 def state(ranks: Ranks) -> dict[str, Any]:

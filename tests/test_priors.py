@@ -1,0 +1,136 @@
+"""What every kind of network keeps to, alone and beside others."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.recipes import tiny_recipe
+from vqscale.config.prior import Network as Sections
+from vqscale.models.generate import Sampling
+from vqscale.models.network import GridShape
+from vqscale.models.prior import Prior
+from vqscale.training.build import NETWORKS, build_prior
+
+GRIDS = (GridShape(2, 5), GridShape(4, 7))
+CLASSES = 3
+SMALL: dict[str, dict[str, Any]] = {
+    "transformer": {"layers": 2, "width": 16, "heads": 2},
+    "uniform": {},
+}
+SECTIONS = {get_args(member)[0] for member in get_args(get_args(Sections)[0])}
+
+
+def sections(*kinds: str) -> list[dict[str, Any]]:
+    return [{"kind": kind, **SMALL[kind]} for kind in kinds]
+
+
+def make(*kinds: str, **settings: Any) -> Prior:
+    recipe = tiny_recipe(prior__networks=sections(*kinds), **settings)
+    torch.manual_seed(0)
+    prior = build_prior(recipe.prior, GRIDS, CLASSES).eval()
+    for parameter in prior.parameters():  # the initial scale is too small to tell positions apart
+        torch.nn.init.normal_(parameter, std=0.3)
+    return prior
+
+
+def sample_codes(batch: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(grid.codes, (batch, grid.side, grid.side), generator=generator) for grid in GRIDS]
+
+
+every_kind = pytest.mark.parametrize(
+    "kinds", [("transformer",), ("uniform",), *((kind, "transformer") for kind in SMALL), ("transformer", "uniform")]
+)
+
+
+def test_a_kind_is_one_section_and_one_network() -> None:
+    assert len(SECTIONS) == len(NETWORKS)
+    for section in SECTIONS:
+        (kind,) = get_args(section.model_fields["kind"].annotation)
+        taken = set(inspect.signature(NETWORKS[kind]).parameters) - {"grids", "classes", "given"}
+        assert taken == set(section.model_fields) - {"kind", "levels"}
+        assert kind in SMALL
+
+
+@every_kind
+def test_the_levels_are_shared(kinds: tuple[str, ...]) -> None:
+    prior = make(*kinds)
+    assert prior.grids == GRIDS
+    assert prior.length == 20
+    given = [tuple(network.given) for network in prior.networks]  # type: ignore[arg-type]
+    assert given == [GRIDS[: GRIDS.index(network.grids[0])] for network in prior.networks]  # type: ignore[index]
+
+
+@every_kind
+@torch.no_grad()
+def test_a_sample_depends_on_its_seed_alone(kinds: tuple[str, ...]) -> None:
+    prior, sampling = make(*kinds), Sampling(temperature=0.9, top_k=4, top_p=0.95, guidance=1.5)
+    classes, seeds = torch.arange(64) % 4, list(range(64))
+    together = prior.generate(classes, seeds, sampling)
+    for some in (slice(5, 6), slice(9, 16)):
+        apart = prior.generate(classes[some], seeds[some], sampling)
+        assert all(torch.equal(one, all_[some]) for one, all_ in zip(apart, together, strict=True))
+    for grid, codes in zip(GRIDS, together, strict=True):
+        assert codes.dtype == torch.int64
+        assert 0 <= codes.min() <= codes.max() < grid.codes
+    assert len(together[1].flatten(1).unique(dim=0)) > 60
+
+
+@every_kind
+@torch.no_grad()
+def test_known_codes_stay(kinds: tuple[str, ...]) -> None:
+    prior, classes, seeds = make(*kinds), torch.tensor([0, 1, 2]), [4, 5, 6]
+    free = prior.generate(classes, seeds, Sampling())
+    wanted = sample_codes(3, seed=8)
+    half = [wanted[0], wanted[1].clone()]
+    half[1][:, 2:] = -1
+    kept = prior.generate(classes, seeds, Sampling(guidance=1.3), half)
+    assert torch.equal(kept[0], wanted[0])
+    assert torch.equal(kept[1][:, :2], wanted[1][:, :2])
+    assert (kept[1][:, 2:] >= 0).all()
+    # What is drawn anyway may as well be given: the numbers that other codes are drawn with stay the same.
+    again = prior.generate(classes, seeds, Sampling(), [free[0], torch.full_like(free[1], -1)])
+    assert all(torch.equal(one, other) for one, other in zip(again, free, strict=True))
+
+
+@every_kind
+@torch.no_grad()
+def test_a_level_is_told_the_coarser_ones_and_not_the_finer(kinds: tuple[str, ...]) -> None:
+    prior, codes, classes = make(*kinds), sample_codes(2), torch.tensor([0, 1])
+    before = prior(codes, classes)
+    assert [nats.shape for nats in before] == [(2,), (2,)]
+    finer = prior([codes[0], (codes[1] + 1) % 7], classes)
+    coarser = prior([(codes[0] + 1) % 5, codes[1]], classes)
+    assert torch.equal(finer[0], before[0])
+    learned = kinds[-1] != "uniform"
+    assert torch.equal(finer[1], before[1]) != learned
+    assert torch.equal(coarser[1], before[1]) != learned
+
+
+@torch.no_grad()
+def test_the_nats_are_those_of_a_distribution() -> None:
+    """Over all codes of one cell, with all others fixed by a grid of one cell, the probabilities add up to one."""
+    for kind in SMALL:
+        recipe = tiny_recipe(prior__networks=[*sections("uniform"), *sections(kind)])
+        torch.manual_seed(0)
+        prior = build_prior(recipe.prior, (GridShape(1, 3), GridShape(1, 7)), CLASSES).eval()
+        codes = [torch.full((7, 1, 1), 2), torch.arange(7).view(7, 1, 1)]
+        nats = prior(codes, torch.full((7,), 1))
+        assert torch.exp(-nats[1]).sum().item() == pytest.approx(1, abs=1e-5)
+        assert nats[0].tolist() == pytest.approx([math.log(3)] * 7)
+
+
+def test_label_smoothing_is_for_training_alone() -> None:
+    plain, smooth = make("transformer"), make("transformer", prior__label_smoothing=0.2)
+    codes, classes = sample_codes(2), torch.tensor([0, 1])
+    assert torch.equal(plain(codes, classes)[1], smooth(codes, classes)[1])
+    smooth.train()
+    logits = plain.networks[0]([], codes, classes)[1]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), codes[1].flatten(1), label_smoothing=0.2)
+    assert smooth(codes, classes)[1].mean().item() / 16 == pytest.approx(expected.item(), rel=1e-5)

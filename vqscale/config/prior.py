@@ -1,0 +1,87 @@
+"""The parts of a recipe's prior: its networks, one kind a section."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Discriminator, Tag, model_validator
+
+from vqscale.config.section import Fraction, Positive, Section
+
+
+class NetworkSection(Section):
+    """What all kinds have in common. The other settings of a kind are the arguments of its network, by name."""
+
+    joint: ClassVar[bool] = False
+    """Whether one network of this kind models several levels as one sequence; else each level gets its own."""
+    matrices: ClassVar[bool] = False
+    """Whether it has hidden matrices, which `optimizer: muon` is for."""
+    kind: str
+    """Kind of network."""
+    levels: Positive | None = None
+    """Levels that it models, of those that the networks before it left; left out, one, and for the last network all."""
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The settings of the kind alone."""
+        return self.model_dump(exclude=set(NetworkSection.model_fields))
+
+
+class TransformerNetwork(NetworkSection):
+    """Decoder-only transformer: all codes of its levels as one sequence, the coarsest level first."""
+
+    joint: ClassVar[bool] = True
+    matrices: ClassVar[bool] = True
+    kind: Literal["transformer"] = "transformer"
+    """Transformer; the kind that is meant where none is given."""
+    layers: Positive = 4
+    """Transformer blocks."""
+    width: Positive = 128
+    """Model dimension."""
+    heads: Positive = 4
+    """Attention heads; must divide `width`."""
+    dropout: Fraction = 0.0
+    """Dropout on the residual branches."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; change one of them")
+        return self
+
+
+class UniformNetwork(NetworkSection):
+    """Every code equally likely: nothing is trained. The baseline of the others."""
+
+    kind: Literal["uniform"]
+    """Uniform."""
+
+
+def _kind(value: Any) -> Any:
+    """A union over a field would know no default."""
+    return value.get("kind", "transformer") if isinstance(value, dict) else getattr(value, "kind", value)
+
+
+Network = Annotated[
+    Annotated[TransformerNetwork, Tag("transformer")] | Annotated[UniformNetwork, Tag("uniform")],
+    Discriminator(_kind),
+]
+"""One network of the prior, by its `kind`."""
+
+
+def spans(networks: Sequence[NetworkSection], levels: int) -> list[int]:
+    """How many levels each network models, of so many.
+
+    Raises:
+        ValueError: they model more or fewer.
+    """
+    wanted = [network.levels or 1 for network in networks]
+    if networks[-1].levels is None:
+        wanted[-1] = max(1, levels - sum(wanted[:-1]))
+    if sum(wanted) != levels:
+        raise ValueError(
+            f"prior.networks model {sum(wanted)} levels, tokenizer.levels has {levels}; "
+            f"change prior.networks.*.levels, or the number of networks"
+        )
+    return wanted

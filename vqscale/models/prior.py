@@ -1,0 +1,94 @@
+"""The prior over the code grids of all levels: networks that share the levels, the coarsest first."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.models.generate import Draws, Sampling
+from vqscale.models.network import Network
+
+
+class Prior(nn.Module):
+    """The product of its networks' likelihoods, each given the levels of those before it.
+
+    Args:
+        networks: the first models the coarsest levels, each of the others the next finer ones, given all before.
+        label_smoothing: share of the target that training spreads over all codes.
+    """
+
+    def __init__(self, networks: Sequence[Network], label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.label_smoothing = label_smoothing
+        self.classes, self.no_class = networks[0].classes, networks[0].no_class
+        self.grids = tuple(grid for network in networks for grid in network.grids)
+        """All levels, the coarsest first."""
+        self.length = sum(grid.length for grid in self.grids)
+        """Codes of a sample."""
+        self.chances = sum(network.chances for network in networks)
+        """Uniform numbers that `forward` takes for each sample."""
+        self.exact = all(network.exact for network in networks)
+        """Whether `forward` is the likelihood; else it estimates an upper bound of its nats."""
+        self.units = tuple(dict.fromkeys(unit for network in networks for unit in network.units))
+        """Modules that a strategy shards, recomputes and compiles each as one; none lies inside another."""
+
+    def forward(self, codes: Sequence[Tensor], classes: Tensor, chance: Tensor | None = None) -> list[Tensor]:
+        """Nats of each sample's codes, summed over the cells of a level: fp32 [B] a level, the coarsest first.
+
+        Args:
+            codes: int64 [B, side, side] a level, the coarsest first.
+            classes: int64 [B].
+            chance: fp32 [B, chances], uniform in [0, 1); None makes them from the codes, so that what is found for a
+                sample depends on nothing else.
+        """
+        if chance is None:
+            chance = _chance(codes, self.chances)
+        parts = chance.split([network.chances for network in self._networks()], dim=1)
+        smoothing = self.label_smoothing if self.training else 0.0
+        found: list[Tensor] = []
+        for network, part in zip(self._networks(), parts, strict=True):
+            first, last = len(found), len(found) + len(network.grids)
+            found += network.nats(codes[:first], codes[first:last], classes, part, smoothing)
+        return found
+
+    @torch.no_grad()
+    def generate(
+        self, classes: Tensor, seeds: Sequence[int], sampling: Sampling, known: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Draw one set of code grids a class entry: int64 [B, side, side] a level, the coarsest first.
+
+        Args:
+            classes: int64 [B].
+            seeds: one a sample. All randomness of a sample comes from its seed, so it depends neither on the batch
+                nor on the number of ranks.
+            sampling: temperature, truncation, guidance.
+            known: int64 [B, side, side] a level, the coarsest first: codes that stay as they are; negative where one
+                is drawn. None draws all.
+        """
+        if known is None:
+            known = [torch.full((len(classes), grid.side, grid.side), -1, device=classes.device) for grid in self.grids]
+        draws = Draws(sampling, seeds, classes.device)
+        grids: list[Tensor] = []
+        for network in self._networks():
+            wanted = known[len(grids) : len(grids) + len(network.grids)]
+            grids += network.sample(grids, classes, draws, wanted)
+        return grids
+
+    def _networks(self) -> Iterator[Network]:
+        for network in self.networks:
+            assert isinstance(network, Network)
+            yield network
+
+
+def _chance(codes: Sequence[Tensor], count: int) -> Tensor:
+    """Uniform numbers fp32 [B, count], each sample's from its codes alone."""
+    flat = torch.cat([grid.flatten(1) for grid in codes], dim=1)
+    if not count:
+        return torch.empty(len(flat), 0, device=flat.device)
+    seeds = [zlib.crc32(row.tobytes()) for row in flat.cpu().numpy()]
+    rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(flat.device)
