@@ -55,6 +55,7 @@ SECTIONS = {
     "extract": "Extract",
     "prior": "Prior",
     "prior.networks.N: transformer": "TransformerNetwork",
+    "prior.networks.N: pixelcnn": "PixelCNNNetwork",
     "prior.networks.N: uniform": "UniformNetwork",
     "prior.training": "Training",
     "sample": "Sample",

@@ -110,7 +110,7 @@ def test_a_recipe_is_frozen() -> None:
         ("data.image_size", 5, "use 8"),
         ("prior.networks.0.heads", 3, "prior.networks.0 width 16 is not divisible by heads 3"),
         ("prior.networks.0.width", "w", "'prior.networks.0.width' is 'w' (a str); input should be a valid integer"),
-        ("prior.networks.0.kind", "rnn", "'prior.networks.0.kind' is 'rnn'; use 'transformer', 'uniform'"),
+        ("prior.networks.0.kind", "rnn", "'prior.networks.0.kind' is 'rnn'; use 'transformer', 'pixelcnn'"),
         ("prior.networks", [3], "'prior.networks.0.kind' is '3'; use 'transformer'"),
         ("prior.networks.0.with", 3, "'prior.networks.0.with'; did you mean 'prior.networks.0.width'? valid"),
         ("prior.networks", [], "'prior.networks' is []"),

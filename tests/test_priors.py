@@ -21,6 +21,7 @@ GRIDS = (GridShape(2, 5), GridShape(4, 7))
 CLASSES = 3
 SMALL: dict[str, dict[str, Any]] = {
     "transformer": {"layers": 2, "width": 16, "heads": 2},
+    "pixelcnn": {"layers": 3, "width": 8},
     "uniform": {},
 }
 SECTIONS = {get_args(member)[0] for member in get_args(get_args(Sections)[0])}
@@ -45,7 +46,7 @@ def sample_codes(batch: int, seed: int = 0) -> list[Tensor]:
 
 
 every_kind = pytest.mark.parametrize(
-    "kinds", [("transformer",), ("uniform",), *((kind, "transformer") for kind in SMALL), ("transformer", "uniform")]
+    "kinds", [*((kind,) for kind in SMALL), *((kind, "transformer") for kind in SMALL), ("transformer", "uniform")]
 )
 
 

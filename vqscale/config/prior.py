@@ -51,6 +51,21 @@ class TransformerNetwork(NetworkSection):
         return self
 
 
+class PixelCNNNetwork(NetworkSection):
+    """Gated PixelCNN (van den Oord et al. 2016b): convolutions over the codes above and to the left."""
+
+    kind: Literal["pixelcnn"]
+    """Gated PixelCNN."""
+    layers: Positive = 10
+    """Gated layers. A cell sees half a kernel further with each."""
+    width: Positive = 128
+    """Channels."""
+    kernel: Literal[3, 5, 7] = 3
+    """Side of the kernels, half of which is cut away."""
+    dropout: Fraction = 0.0
+    """Dropout inside the layers."""
+
+
 class UniformNetwork(NetworkSection):
     """Every code equally likely: nothing is trained. The baseline of the others."""
 
@@ -64,7 +79,9 @@ def _kind(value: Any) -> Any:
 
 
 Network = Annotated[
-    Annotated[TransformerNetwork, Tag("transformer")] | Annotated[UniformNetwork, Tag("uniform")],
+    Annotated[TransformerNetwork, Tag("transformer")]
+    | Annotated[PixelCNNNetwork, Tag("pixelcnn")]
+    | Annotated[UniformNetwork, Tag("uniform")],
     Discriminator(_kind),
 ]
 """One network of the prior, by its `kind`."""

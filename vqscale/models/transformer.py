@@ -37,11 +37,18 @@ class KeyValueCache:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to the residual stream."""
+    """Attention and feed-forward, each added to the residual stream.
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    Args:
+        width: of the stream.
+        heads: of the attention.
+        dropout: on both branches.
+        causal: whether a position sees none behind it.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm_attention, self.norm_feed = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
@@ -63,7 +70,7 @@ class Block(nn.Module):
             key, value = cache.extend(start, key, value)
         with torch.autocast(x.device.type, enabled=False):  # which would cast back to bf16
             # Several new positions behind cached ones would need a mask; sampling adds them one by one.
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=length > 1)
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal and length > 1)
         return out.transpose(1, 2).reshape(batch, length, width)
 
 
