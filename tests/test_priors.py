@@ -22,6 +22,7 @@ CLASSES = 3
 SMALL: dict[str, dict[str, Any]] = {
     "transformer": {"layers": 2, "width": 16, "heads": 2},
     "pixelcnn": {"layers": 3, "width": 8},
+    "masked": {"layers": 2, "width": 16, "heads": 2, "passes": 3},
     "uniform": {},
 }
 SECTIONS = {get_args(member)[0] for member in get_args(get_args(Sections)[0])}
@@ -104,10 +105,11 @@ def test_known_codes_stay(kinds: tuple[str, ...]) -> None:
 @torch.no_grad()
 def test_a_level_is_told_the_coarser_ones_and_not_the_finer(kinds: tuple[str, ...]) -> None:
     prior, codes, classes = make(*kinds), sample_codes(2), torch.tensor([0, 1])
-    before = prior(codes, classes)
+    chance = torch.rand(2, prior.chances)
+    before = prior(codes, classes, chance)
     assert [nats.shape for nats in before] == [(2,), (2,)]
-    finer = prior([codes[0], (codes[1] + 1) % 7], classes)
-    coarser = prior([(codes[0] + 1) % 5, codes[1]], classes)
+    finer = prior([codes[0], (codes[1] + 1) % 7], classes, chance)
+    coarser = prior([(codes[0] + 1) % 5, codes[1]], classes, chance)
     assert torch.equal(finer[0], before[0])
     learned = kinds[-1] != "uniform"
     assert torch.equal(finer[1], before[1]) != learned

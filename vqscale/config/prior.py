@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from vqscale.config.section import Fraction, Positive, Section
 
@@ -28,13 +28,10 @@ class NetworkSection(Section):
         return self.model_dump(exclude=set(NetworkSection.model_fields))
 
 
-class TransformerNetwork(NetworkSection):
-    """Decoder-only transformer: all codes of its levels as one sequence, the coarsest level first."""
+class Attending(NetworkSection):
+    """What networks of transformer blocks have in common."""
 
-    joint: ClassVar[bool] = True
     matrices: ClassVar[bool] = True
-    kind: Literal["transformer"] = "transformer"
-    """Transformer; the kind that is meant where none is given."""
     layers: Positive = 4
     """Transformer blocks."""
     width: Positive = 128
@@ -49,6 +46,14 @@ class TransformerNetwork(NetworkSection):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; change one of them")
         return self
+
+
+class TransformerNetwork(Attending):
+    """Decoder-only transformer: all codes of its levels as one sequence, the coarsest level first."""
+
+    joint: ClassVar[bool] = True
+    kind: Literal["transformer"] = "transformer"
+    """Transformer; the kind that is meant where none is given."""
 
 
 class PixelCNNNetwork(NetworkSection):
@@ -66,6 +71,19 @@ class PixelCNNNetwork(NetworkSection):
     """Dropout inside the layers."""
 
 
+class MaskedNetwork(Attending):
+    """Masked prediction (MaskGIT, Chang et al. 2022): a grid is drawn in a few passes; its nats are an upper bound."""
+
+    kind: Literal["masked"]
+    """Masked prediction."""
+    passes: Positive = 8
+    """Forwards that a grid is drawn in."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the number of masked codes falls over the passes."""
+    choice_temperature: Annotated[float, Field(ge=0)] = 4.5
+    """Gumbel noise on the log-probabilities by which codes are kept: it falls linearly, to none in the last pass."""
+
+
 class UniformNetwork(NetworkSection):
     """Every code equally likely: nothing is trained. The baseline of the others."""
 
@@ -81,6 +99,7 @@ def _kind(value: Any) -> Any:
 Network = Annotated[
     Annotated[TransformerNetwork, Tag("transformer")]
     | Annotated[PixelCNNNetwork, Tag("pixelcnn")]
+    | Annotated[MaskedNetwork, Tag("masked")]
     | Annotated[UniformNetwork, Tag("uniform")],
     Discriminator(_kind),
 ]

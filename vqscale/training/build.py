@@ -10,6 +10,7 @@ from vqscale.config.recipe import Prior, Recipe, Tokenizer
 from vqscale.config.tokenizer import Level
 from vqscale.models.codebooks import GradientCodebook, UnitCodebook, UnitGradientCodebook
 from vqscale.models.convnets import Widths
+from vqscale.models.masked import Masked
 from vqscale.models.network import GridShape, Network
 from vqscale.models.pixelcnn import PixelCNN
 from vqscale.models.prior import Prior as PriorNetwork
@@ -18,7 +19,12 @@ from vqscale.models.transformer import Transformer
 from vqscale.models.uniform import Uniform
 from vqscale.models.vqvae import VQVAE, LevelShape
 
-NETWORKS: Mapping[str, Callable[..., Network]] = {"transformer": Transformer, "pixelcnn": PixelCNN, "uniform": Uniform}
+NETWORKS: Mapping[str, Callable[..., Network]] = {
+    "transformer": Transformer,
+    "pixelcnn": PixelCNN,
+    "masked": Masked,
+    "uniform": Uniform,
+}
 """The network of each kind (`prior.networks.N.kind`). It takes its grids, the number of classes, the given levels,
 and the settings of its section by their names."""
 

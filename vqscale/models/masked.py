@@ -1,0 +1,132 @@
+"""Masked prediction of one code grid, drawn in a few passes (MaskGIT, Chang et al. 2022).
+
+A transformer that sees in all directions predicts the codes that are masked from those that are not. In training the
+number of masked codes is drawn evenly from 1 to all T. T times the mean of their losses is then, on average, the nats of
+the grid in a random order: an upper bound of its nats under all orders together (Hoogeboom et al. 2021, Autoregressive
+Diffusion Models). To draw, all masked codes are drawn at once, and those stay that the network is surest of (Chang et
+al., section 3.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vqscale.models.conditioning import Conditioner
+from vqscale.models.convnets import Stack
+from vqscale.models.generate import Draws
+from vqscale.models.network import GridShape, Network, nats
+from vqscale.models.transformer import Block
+
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "cosine": lambda done: math.cos(done * math.pi / 2),
+    "linear": lambda done: 1 - done,
+}
+"""Share of the codes that is still masked when a share of the passes is done."""
+
+
+class Masked(Network):
+    """One level.
+
+    Args:
+        grids: the one level that it models.
+        classes: number of classes; 0 for an unconditional prior.
+        given: the coarser levels that it is conditioned on.
+        layers: blocks of the transformer.
+        width: of the blocks.
+        heads: of the blocks.
+        dropout: inside the blocks.
+        passes: forwards that a grid is drawn in.
+        schedule: key of `SCHEDULES`.
+        choice_temperature: scale of the Gumbel noise on the log-probabilities by which codes are kept. It falls
+            linearly to none in the last pass.
+    """
+
+    units = (Block, Stack)
+    exact = False
+
+    def __init__(
+        self,
+        grids: Sequence[GridShape],
+        classes: int,
+        given: Sequence[GridShape] = (),
+        *,
+        layers: int,
+        width: int,
+        heads: int,
+        dropout: float,
+        passes: int,
+        schedule: str,
+        choice_temperature: float,
+    ) -> None:
+        super().__init__(grids, classes, given)
+        (self.grid,) = grids
+        self.chances = 1 + self.grid.length
+        self.passes, self.schedule, self.choice_temperature = passes, SCHEDULES[schedule], choice_temperature
+        self.tokens = nn.Embedding(self.grid.codes + 1, width)  # the last one stands for a masked code
+        self.class_everywhere = nn.Embedding(classes + 1, width)  # the last one stands for "no class"
+        self.positions = nn.ParameterList([nn.Parameter(torch.zeros(self.grid.length, width))])
+        self.condition = Conditioner(given, self.grid.side, width) if given else None
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, causal=False) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, bias=False)
+        self.head = nn.Linear(width, self.grid.codes, bias=False)
+        for table in (self.tokens, self.class_everywhere, self.head):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, given: Sequence[Tensor], codes: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
+        """Logits [[B, side², K]] of every code given those that are not masked, which negative ones are."""
+        return [self._logits(codes[0].flatten(1), self._context(given, classes))]
+
+    def nats(
+        self, given: Sequence[Tensor], codes: Sequence[Tensor], classes: Tensor, chance: Tensor, smoothing: float
+    ) -> list[Tensor]:
+        """An estimate of the bound, from one set of masked codes a sample: [[B]]."""
+        flat, length = codes[0].flatten(1), self.grid.length
+        count = 1 + (chance[:, :1] * length).long().clamp(max=length - 1)
+        masked = chance[:, 1:].argsort(dim=1).argsort(dim=1) < count
+        (logits,) = self(given, [torch.where(masked, -1, flat)], classes)
+        losses = nats(logits, flat, smoothing) * masked
+        return [losses.sum(dim=1) * length / count[:, 0]]
+
+    def sample(self, given: Sequence[Tensor], classes: Tensor, draws: Draws, known: Sequence[Tensor]) -> list[Tensor]:
+        """Draw all codes that are masked, keep the surest, and again."""
+        context = self._context([draws.spread(grid) for grid in given], draws.rows(classes, self.no_class))
+        uniforms = draws.uniforms(2 * self.passes * self.grid.length).view(len(classes), self.passes, 2, -1)
+        codes = known[0].flatten(1)
+        free = (codes < 0).sum(dim=1, keepdim=True)
+        for number in range(self.passes):
+            done = (number + 1) / self.passes
+            logits = draws.guide(self._logits(draws.spread(codes), context))
+            drawn = draws.codes(logits.flatten(0, 1), uniforms[:, number, 0].flatten()).view_as(codes)
+            sure = torch.log_softmax(logits.double(), dim=-1).gather(2, drawn[..., None])[..., 0]
+            gumbel = -torch.log(-torch.log(uniforms[:, number, 1].clamp(1e-12, 1 - 1e-12)))
+            sure = sure + (1 - done) * self.choice_temperature * gumbel
+            left = self._left(free, (codes < 0).sum(dim=1, keepdim=True), done)
+            codes = _keep_surest(codes, drawn, sure, left)
+        return [codes.view_as(known[0])]
+
+    def _left(self, free: Tensor, masked: Tensor, done: float) -> Tensor:
+        """How many codes [B, 1] stay masked: by the schedule, but at least one is kept in each pass."""
+        wanted = (free * self.schedule(done)).long() if done < 1 else torch.zeros_like(free)
+        return torch.minimum(wanted, masked - 1).clamp(min=0)
+
+    def _context(self, given: Sequence[Tensor], classes: Tensor) -> Tensor:
+        """What is known of each cell beforehand: [B, side², width]."""
+        known = self.class_everywhere(classes)[:, None] + self.positions[0]
+        return known + self.condition(given).flatten(2).transpose(1, 2) if self.condition is not None else known
+
+    def _logits(self, flat: Tensor, context: Tensor) -> Tensor:
+        x = self.tokens(torch.where(flat < 0, self.grid.codes, flat)) + context
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def _keep_surest(codes: Tensor, drawn: Tensor, sure: Tensor, left: Tensor) -> Tensor:
+    """Fill masked codes [B, T] with drawn ones, but for the `left` [B, 1] that are the least sure."""
+    sure = sure.masked_fill(codes >= 0, torch.inf)
+    stays_masked = sure.argsort(dim=1, stable=True).argsort(dim=1) < left
+    return torch.where((codes < 0) & ~stays_masked, drawn, codes)
