@@ -58,7 +58,8 @@ def tokenizer_recipe(strategy: str, **training: Any) -> Recipe:
 def prior_recipe(strategy: str, **training: Any) -> Recipe:
     training = {"steps": STEPS, "learning_rate": 3e-3} | training
     settings = {f"prior__training__{key}": value for key, value in training.items()}
-    return tiny_recipe(**many_streams(**settings, prior__networks__0__layers=2, resources__strategy=strategy))
+    networks = [{"kind": "pixelcnn", "layers": 2, "width": 16}, {"kind": "transformer", "layers": 2, "width": 16}]
+    return tiny_recipe(**many_streams(**settings, prior__networks=networks, resources__strategy=strategy))
 
 
 @contextmanager

@@ -18,10 +18,8 @@ from tests.recipes import tiny_recipe
 from tests.training_helpers import (
     State,
     clock_run,
-    code_shards,
     many_streams,
     one_process,
-    prior_experiment,
     tokenizer_experiment,
 )
 from vqscale.config.layout import RunLayout
@@ -50,12 +48,6 @@ def tokenizer_recipe(**overrides: Any) -> Recipe:
     training = {"steps": STEPS, "learning_rate": 2e-3, "warmup": 4, "checkpoint_every": HALF, "keep": 9}
     settings = {f"tokenizer__training__{key}": value for key, value in training.items()}
     return tiny_recipe(**many_streams(**settings, tokenizer__quantizer=quantizer, **overrides))
-
-
-def prior_recipe(**overrides: Any) -> Recipe:
-    training = {"steps": STEPS, "learning_rate": 3e-3, "checkpoint_every": HALF, "keep": 9}
-    settings = {f"prior__training__{key}": value for key, value in training.items()}
-    return tiny_recipe(**many_streams(**settings, prior__class_dropout=0.3, **overrides))
 
 
 @dataclass
@@ -103,16 +95,6 @@ def train_tokenizer(run: Path, recipe: Recipe, folder: Path, weights: int = 0) -
         return found
 
 
-def train_prior(codes: Path, recipe: Recipe, folder: Path, weights: int = 0) -> Training:
-    with process_group("cpu", 60) as ranks:
-        made, found = prior_experiment(ranks, codes, recipe, weights), Training()
-        found.validation = made.run(folder)
-        found.state = made.state()
-        if ranks.first:
-            found.curves = {name: made.recorder.curve(f"loss/{name}") for name in ("total", "top", "bottom")}
-        return found
-
-
 @dataclass
 class Trained:
     """Undisturbed trainings by number of ranks."""
@@ -137,14 +119,6 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     run = clock_run(root / "run", **many_streams())
     recipe = tokenizer_recipe()
     return Trained(root, run, {n: run_ranks(n, train_tokenizer, run, recipe, root / f"world-{n}") for n in WORLDS})
-
-
-@pytest.fixture(scope="module")
-def priors(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    root = tmp_path_factory.mktemp("priors")
-    code_shards(root / "codes")
-    found = {n: run_ranks(n, train_prior, root / "codes", prior_recipe(), root / f"world-{n}") for n in (1, 2)}
-    return Trained(root, root / "codes", found)
 
 
 def equal(one: State, other: State) -> bool:
@@ -346,30 +320,3 @@ def test_another_kind_than_asked_is_refused(tokenizers: Trained, monkeypatch: py
     expected = "asked for ddp .*MULTI_GPU.* Accelerate gave .*MULTI_CPU"
     with one_process(monkeypatch) as ranks, pytest.raises(RuntimeError, match=expected):
         tokenizer_experiment(ranks, tokenizers.run, tokenizer_recipe())
-
-
-def test_prior_does_not_depend_on_the_ranks(priors: Trained) -> None:
-    alone, (first, second) = priors.ranks[1][0], priors.ranks[2]
-    for name in ("total", "top", "bottom"):
-        np.testing.assert_allclose(first.curves[name], alone.curves[name], rtol=1e-4)
-    assert alone.curves["total"][-1] < 0.9 * alone.curves["total"][0]
-    assert first.validation == pytest.approx(alone.validation, rel=1e-4)
-    assert equal(first.state, second.state)
-
-
-def test_prior_resumes_bit_identical(priors: Trained) -> None:
-    folder = priors.interrupted(2, "resumed")
-    resumed = run_ranks(2, train_prior, priors.run, prior_recipe(), folder, 99)[0]
-    assert resumed.curves["total"] == priors.ranks[2][0].curves["total"][HALF:]
-    assert equal(resumed.state, priors.ranks[2][0].state)
-
-
-def test_dropout_and_muon_resume_bit_identical(priors: Trained, tmp_path: Path) -> None:
-    """Dropout's masks follow from seed, step and rank alone; two optimizers are saved."""
-    recipe = prior_recipe(prior__networks__0__dropout=0.2, prior__training__optimizer="muon")
-    whole = run_ranks(1, train_prior, priors.run, recipe, tmp_path / "whole")[0]
-    half = f"step-{HALF:08d}"
-    shutil.copytree(tmp_path / "whole" / half, tmp_path / "resumed" / half)
-    resumed = run_ranks(1, train_prior, priors.run, recipe, tmp_path / "resumed", 99)[0]
-    assert equal(resumed.state, whole.state)
-    assert not equal(whole.state, priors.ranks[1][0].state)

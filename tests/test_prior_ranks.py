@@ -1,0 +1,111 @@
+"""Priors of every kind through real processes: nothing may depend on the number of ranks, or on being interrupted."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.ranks import run_ranks
+from tests.recipes import tiny_recipe
+from tests.training_helpers import State, code_shards, many_streams, prior_experiment
+from vqscale.config.recipe import Recipe
+from vqscale.training.distributed import Ranks, process_group
+
+pytestmark = pytest.mark.dist
+
+STEPS, HALF = 20, 8
+SIZES = {"layers": 1, "width": 16, "heads": 2}
+
+
+def recipe(networks: list[dict[str, Any]], **overrides: Any) -> Recipe:
+    training = {"steps": STEPS, "learning_rate": 3e-3, "checkpoint_every": HALF, "keep": 9}
+    settings = {f"prior__training__{key}": value for key, value in training.items()}
+    return tiny_recipe(
+        **many_streams(**settings, prior__class_dropout=0.3, prior__networks=networks) | overrides,
+    )
+
+
+RECIPES = {
+    "transformer": recipe([SIZES]),
+    "pixelcnn": recipe([{"kind": "pixelcnn", "layers": 2, "width": 16}]),
+    "masked": recipe([SIZES, {"kind": "masked", **SIZES}]),
+    "dropout-and-muon": recipe([{**SIZES, "dropout": 0.2}], prior__training__optimizer="muon"),
+}
+"""Dropout's masks follow from seed, step and rank alone; Muon is a second optimizer to be saved."""
+EQUAL_ON_ANY_RANKS = ("transformer", "pixelcnn", "masked")
+
+
+@dataclass
+class Training:
+    """What a training left behind on one rank."""
+
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    """On rank 0."""
+    state: State = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+
+
+def train(codes: Path, folder: Path, weights: int = 0) -> dict[str, Training]:
+    """All recipes, one after the other; each goes on from what it finds in the folder."""
+    with process_group("cpu", 60) as ranks:
+        return {name: train_one(ranks, codes, name, folder / name, weights) for name in RECIPES}
+
+
+def train_one(ranks: Ranks, codes: Path, name: str, folder: Path, weights: int) -> Training:
+    made, found = prior_experiment(ranks, codes, RECIPES[name], weights), Training()
+    found.validation = made.run(folder)
+    found.state = made.state()
+    if ranks.first:
+        found.curves = {name: made.recorder.curve(f"loss/{name}") for name in ("total", "top", "bottom")}
+    return found
+
+
+@dataclass
+class Trained:
+    """One and two ranks that were left alone, and two that go on from the half-way of two, with other first weights."""
+
+    one: dict[str, Training]
+    two: list[dict[str, Training]]
+    resumed: dict[str, Training]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    root = tmp_path_factory.mktemp("priors")
+    code_shards(root / "codes")
+    (one,) = run_ranks(1, train, root / "codes", root / "one")
+    two = run_ranks(2, train, root / "codes", root / "two")
+    half = f"step-{HALF:08d}"
+    for name in RECIPES:
+        shutil.copytree(root / "two" / name / half, root / "resumed" / name / half)
+    return Trained(one, two, run_ranks(2, train, root / "codes", root / "resumed", 99)[0])
+
+
+def equal(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", EQUAL_ON_ANY_RANKS)
+def test_a_prior_does_not_depend_on_the_ranks(trained: Trained, name: str) -> None:
+    alone, first = trained.one[name], trained.two[0][name]
+    for level in ("total", "top", "bottom"):
+        np.testing.assert_allclose(first.curves[level], alone.curves[level], rtol=1e-4)
+    assert first.validation == pytest.approx(alone.validation, rel=1e-4)
+    assert alone.curves["total"][-1] < 0.95 * alone.curves["total"][0]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_ranks_hold_the_same_and_a_resumed_prior_is_bit_identical(trained: Trained, name: str) -> None:
+    first, second = (each[name] for each in trained.two)
+    assert equal(first.state, second.state)
+    assert trained.resumed[name].curves["total"] == first.curves["total"][HALF:]
+    assert equal(trained.resumed[name].state, first.state)
+
+
+def test_dropout_acts(trained: Trained) -> None:
+    assert not equal(trained.one["dropout-and-muon"].state, trained.one["transformer"].state)
