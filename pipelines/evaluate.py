@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipelines.sources import image_source
 from pipelines.stage import Stage, run_stage
+from vqscale.data.drawn import open_drawn
 from vqscale.data.images import encode_png
 from vqscale.data.sheet import labelled_sheet
-from vqscale.errors import UserError
 from vqscale.evaluation.hours import HourCounts
 from vqscale.evaluation.metrics import mse, psnr
 from vqscale.export import TrainedTokenizer, load_tokenizer
@@ -80,16 +79,12 @@ def measure_reconstructions(stage: Stage, tokenizer: TrainedTokenizer) -> dict[s
 
 def measure_hours(stage: Stage) -> dict[str, Any]:
     """Read the hour of every sample and compare it with the class that was asked for."""
-    folder = stage.layout.samples
-    record = read_json(folder / "samples.json")
-    if record is None:
-        raise UserError("has no samples.json", where=str(folder), mend="run the stage 'sample' first")
-    mine = list(range(stage.ranks.rank, len(record["files"]), stage.ranks.world))
+    drawn = open_drawn(stage.layout.samples)
+    mine = range(stage.ranks.rank, len(drawn.labels), stage.ranks.world)
     counts = HourCounts()
     for start in range(0, len(mine), stage.recipe.evaluate.batch):
         part = mine[start : start + stage.recipe.evaluate.batch]
-        images = np.stack([_read(folder / record["files"][number]) for number in part])
-        counts.add(images, np.array([record["labels"][number] for number in part]))
+        counts.add(drawn.read(part), np.array([drawn.labels[number] for number in part]))
     total = HourCounts().merge(stage.ranks.gather(counts))
     return {
         "hour_accuracy": total.accuracy,
@@ -114,10 +109,6 @@ def assemble(stage: Stage, figures: dict[str, Any], seconds: float) -> dict[str,
         "codes": {level.name: level.codes for level in stage.recipe.tokenizer.levels},
         "seconds": times | {stage.name: round(seconds, 2)},
     }
-
-
-def _read(path: Path) -> NDArray[np.uint8]:
-    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def _write_sheet(folder: Path, images: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> None:

@@ -241,7 +241,14 @@ class Sample(Section):
     """Images drawn from the prior."""
 
     per_class: Positive = 16
-    """Images drawn for each class."""
+    """Images drawn for each class, unless `count` is set."""
+    count: Positive | None = None
+    """Images drawn in all; the classes take turns, so that image i is of class i modulo their number."""
+    classes: tuple[int | str, ...] = ()
+    """Classes to draw, by name or index; empty draws all."""
+    output: Literal["png", "webdataset", "npz"] = "png"
+    """What is written: a PNG file an image, WebDataset shards that can be trained on, or one `samples.npz` as ADM's
+    evaluation reads it (Dhariwal & Nichol 2021)."""
     batch: Positive = 256
     """Images that are drawn at once on each rank."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -253,7 +260,7 @@ class Sample(Section):
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Classifier-free guidance scale; 1 is none."""
     seed: int = 0
-    """Sample i depends on (this seed, i) alone, not on the batch or the number of ranks."""
+    """Image i depends on (this seed, i) and its class alone, not on the batch or the number of ranks."""
 
 
 class Evaluate(Section):
