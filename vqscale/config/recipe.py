@@ -208,6 +208,9 @@ class Extract(Section):
     """Images that are encoded at once on each rank."""
     block: Positive = 512
     """Samples of one block inside a code shard."""
+    crops: Positive = 1
+    """Squares that are cut from each training image, each a sample of its own: the centre square, then random ones of
+    0.8 of its side or more, whose keys end in `~crop1`, `~crop2`, ... Needs images larger than `data.image_size`."""
     flips: bool = False
     """Extract each training image a second time, mirrored horizontally, as a sample of its own whose key ends in
     `~flip`."""
@@ -364,6 +367,15 @@ class Recipe(Section):
                     f"{stage}.training.compile does not go with resources.strategy zero3, which gathers weights in "
                     f"hooks of every layer; use fsdp2"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _crops_have_room(self) -> Self:
+        if self.extract.crops > 1:
+            if self.data.clocks:
+                raise ValueError("extract.crops: clocks are drawn at data.image_size, with no room for crops; use 1")
+            if self.data.decoder == "cuda":
+                raise ValueError("extract.crops are cut on the CPU, data.decoder is cuda; use cpu")
         return self
 
     @model_validator(mode="after")
