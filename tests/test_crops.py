@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines import extract_codes
 from tests.data_helpers import image_shards, picture
 from tests.recipes import tiny_recipe, write_recipe
-from tests.test_extraction import save_tokenizer
+from tests.trained import save_tokenizer
 from tests.training_helpers import stage_of
 from vqscale.config.inputs import check_inputs
 from vqscale.config.load import load_recipe

@@ -143,6 +143,8 @@ def test_the_report(finished: Finished) -> None:
     assert len(report["hour_accuracy_by_hour"]) == 12
     assert report["samples_per_hour"] == 2
     assert report["held_out_images"] == 48
+    assert 0 < report["bits_per_dim_codes"] < report["bits_per_dim_codes_uniform"]
+    assert report["bits_per_dim_pixels"] < report["bits_per_dim"] < 8
     assert 12 < report["psnr"] < 40
     assert 0 < report["mse"] < report["mse_over_variance"] < 1
     assert report["bits_per_sample"] == pytest.approx(report["nats_per_code"] * 20 / np.log(2))

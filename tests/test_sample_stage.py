@@ -2,61 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from pipelines import evaluate, sample
 from tests.ranks import run_ranks
-from tests.test_extraction import save_tokenizer
-from tests.training_helpers import clock_run, code_shards, save_network, stage_of
+from tests.trained import copy_of, save_prior, trained_run
+from tests.training_helpers import stage_of
 from vqscale.config.layout import RunLayout
 from vqscale.data.drawn import open_drawn
 from vqscale.data.images import decode
 from vqscale.errors import UserError
 from vqscale.events import last_event
-from vqscale.export import load_tokenizer
 from vqscale.files import read_json
-from vqscale.training.build import build_prior, grid_shapes
 from vqscale.training.distributed import process_group
 
 SAMPLE = {"per_class": 3, "batch": 64, "guidance": 1.5, "seed": 5}
 
 
-def save_prior(run: Path, seed: int = 0, step: int = 8) -> None:
-    """A prior with random weights, large enough for the classes to matter."""
-    torch.manual_seed(seed)
-    recipe = RunLayout(run).read_recipe()
-    network = build_prior(recipe.prior, grid_shapes(recipe), 12)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(8)
-    save_network(network, run / "checkpoints" / "prior", step)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a tokenizer and a prior, and nothing drawn."""
-    run = clock_run(
-        tmp_path_factory.mktemp("sample") / "run", data__clocks={"train": 64, "validation": 16, "shards": 4}
-    )
-    save_tokenizer(run, 0)
-    save_prior(run)
-    code_shards(run / "codes" / "train", fingerprint=load_tokenizer(run).fingerprint)
-    return run
-
-
-def with_settings(trained: Path, folder: Path, **settings: Any) -> Path:
-    """A copy of the run with other settings of the stage."""
-    from tests.recipes import write_recipe
-
-    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("images", "shards"))
-    write_recipe(folder / "recipe.yaml", sample=SAMPLE | settings)
-    return folder
+    return trained_run(tmp_path_factory.mktemp("sample") / "run")
 
 
 def draw(run: Path) -> dict[str, Any]:
@@ -72,7 +41,7 @@ def all_of(run: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def alone(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = with_settings(trained, tmp_path_factory.mktemp("alone") / "run")
+    run = copy_of(trained, tmp_path_factory.mktemp("alone") / "run", sample=SAMPLE)
     assert sample.main(stage_of("sample", run)) == {"samples": 36}
     return run
 
@@ -93,7 +62,7 @@ def test_files_labels_and_sheet(alone: Path) -> None:
 
 @pytest.mark.parametrize("batch", [1, 7])
 def test_the_batch_changes_nothing(alone: Path, trained: Path, batch: int, tmp_path: Path) -> None:
-    run = with_settings(trained, tmp_path / "run", batch=batch)
+    run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"batch": batch})
     sample.main(stage_of("sample", run))
     assert np.array_equal(all_of(run), all_of(alone))
     assert read_json(run / "samples" / "samples.json") == read_json(alone / "samples" / "samples.json")
@@ -101,14 +70,14 @@ def test_the_batch_changes_nothing(alone: Path, trained: Path, batch: int, tmp_p
 
 @pytest.mark.dist
 def test_the_number_of_ranks_changes_nothing(alone: Path, trained: Path, tmp_path: Path) -> None:
-    run = with_settings(trained, tmp_path / "run")
+    run = copy_of(trained, tmp_path / "run", sample=SAMPLE)
     run_ranks(3, draw, run)
     assert np.array_equal(all_of(run), all_of(alone))
 
 
 @pytest.mark.parametrize("output", ["webdataset", "npz"])
 def test_the_output_changes_nothing(alone: Path, trained: Path, output: str, tmp_path: Path) -> None:
-    run = with_settings(trained, tmp_path / "run", output=output, batch=10)
+    run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"output": output, "batch": 10})
     sample.main(stage_of("sample", run))
     assert np.array_equal(all_of(run), all_of(alone))
     figures = evaluate.measure_hours(stage_of("evaluate", run))
@@ -118,7 +87,7 @@ def test_the_output_changes_nothing(alone: Path, trained: Path, output: str, tmp
 
 @pytest.mark.fault
 def test_a_killed_drawing_goes_on(alone: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = with_settings(trained, tmp_path / "run", batch=8)
+    run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"batch": 8})
     drawing, calls = sample.draw_images, []
 
     def die(*arguments: Any) -> Any:
@@ -145,21 +114,21 @@ def test_a_killed_drawing_goes_on(alone: Path, trained: Path, tmp_path: Path, mo
 
 
 def test_chosen_classes_and_count(alone: Path, trained: Path, tmp_path: Path) -> None:
-    run = with_settings(trained, tmp_path / "run", classes=["03", 7], count=5)
+    run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"classes": ["03", 7], "count": 5})
     assert sample.main(stage_of("sample", run)) == {"samples": 5}
     assert open_drawn(run / "samples").labels == (3, 7, 3, 7, 3)
     assert not np.array_equal(all_of(run)[0], all_of(alone)[0]), "image 0 is of another class"
 
 
 def test_an_image_is_that_of_its_number_and_class(alone: Path, trained: Path, tmp_path: Path) -> None:
-    run = with_settings(trained, tmp_path / "run", classes=[1, 1, 2, 3], count=4)
+    run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"classes": [1, 1, 2, 3], "count": 4})
     sample.main(stage_of("sample", run))
     assert np.array_equal(all_of(run)[1:], all_of(alone)[1:4])
 
 
 @pytest.mark.parametrize(("wanted", "why"), [("noon", "no class 'noon'; a name, or 0 to 11"), (12, "no class '12'")])
 def test_a_class_that_there_is_not(trained: Path, wanted: Any, why: str, tmp_path: Path) -> None:
-    run = with_settings(trained, tmp_path / "run", classes=[wanted])
+    run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"classes": [wanted]})
     with pytest.raises(UserError, match=why):
         sample.main(stage_of("sample", run))
     assert not (run / "samples").exists()

@@ -271,6 +271,9 @@ class Evaluate(Section):
 
     batch: Positive = 256
     """Images that are evaluated at once on each rank."""
+    likelihood: Literal["logistic", "gaussian"] = "logistic"
+    """Distribution of a pixel around its reconstruction, cut into the 256 grey levels; its scales, one a colour, are
+    fitted to training images."""
 
 
 class Resources(Section):
