@@ -8,88 +8,68 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from pipelines.sources import image_source
+from pipelines.held_out import Likelihoods, Reconstructions, fitted_pixels, rebuild
 from pipelines.stage import Stage, run_stage
+from vqscale.checkpoint.folder import steps
+from vqscale.data.drawn import open_drawn
 from vqscale.data.images import encode_png
 from vqscale.data.sheet import labelled_sheet
-from vqscale.errors import UserError
 from vqscale.evaluation.hours import HourCounts
-from vqscale.evaluation.metrics import mse, psnr
-from vqscale.export import TrainedTokenizer, load_tokenizer
+from vqscale.export import TrainedTokenizer, load_prior, load_tokenizer
 from vqscale.files import read_json, write_bytes, write_json
+from vqscale.models.prior import Prior
 from vqscale.training.checkpoints.fitting import require_prior_of
+from vqscale.training.tracking import write_hparams
 
 SHEET_IMAGES = 12
 
 
 def main(stage: Stage) -> dict[str, Any]:
-    """Measure reconstructions of held-out images and, on clocks, the hours that samples show."""
+    """Measure held-out images and, on clocks, the hours that samples show."""
     began = time.time()
-    tokenizer = load_tokenizer(stage.layout.root, stage.ranks.device)
-    require_prior_of(tokenizer.fingerprint, stage.layout.checkpoints(stage.recipe, "prior"))
+    layout, recipe = stage.layout, stage.recipe
+    tokenizer = load_tokenizer(layout.root, stage.ranks.device)
+    priors = layout.checkpoints(recipe, "prior")
+    require_prior_of(tokenizer.fingerprint, priors)
+    prior = load_prior(layout.root, stage.ranks.device) if steps(priors) else None
     events = stage.events("images/s", 2)
-    figures = measure_reconstructions(stage, tokenizer)
+    figures = measure_held_out(stage, tokenizer, prior)
     if events:
         events.log(1)
-    if stage.recipe.data.clocks:
+    if recipe.data.clocks:
         figures |= measure_hours(stage)
     if events:
         events.log(2)
         events.close()
     if stage.ranks.first:
-        write_json(stage.layout.report, assemble(stage, figures, time.time() - began))
+        write_json(layout.report, assemble(stage, figures, time.time() - began))
+        write_hparams(layout.tensorboard / stage.name, recipe.model_dump(mode="json"), figures)
     return {key: value for key, value in figures.items() if isinstance(value, float)}
 
 
-def measure_reconstructions(stage: Stage, tokenizer: TrainedTokenizer) -> dict[str, Any]:
-    """PSNR and MSE (a mean over images) on the held-out shards, and a sheet of inputs above their reconstructions."""
-    source = image_source(stage, "validation")
-    errors: list[NDArray[np.float64]] = []
-    squares = sums = pixels = 0.0
-    hours = HourCounts()
-    ranks = stage.ranks
-    for batch in stage.read_once(source, source.shards.counts):
-        images = batch.fields["image"]
-        rebuilt = tokenizer.decode(tokenizer.encode(images))
-        if not errors and ranks.first:
-            _write_sheet(stage.layout.samples, images, rebuilt)
-        errors.append(mse(images, rebuilt))
-        scaled = images.astype(np.float64) / 255
-        squares, sums, pixels = (
-            squares + float((scaled**2).sum()),
-            sums + float(scaled.sum()),
-            pixels + scaled.size,
-        )
-        if stage.recipe.data.clocks:
-            hours.add(rebuilt, batch.fields["label"])
-    gathered = stage.ranks.gather((np.concatenate([np.empty(0), *errors]), squares, sums, pixels, hours))
-    error = np.concatenate([part[0] for part in gathered])
-    squares, sums, pixels = (sum(part[i] for part in gathered) for i in (1, 2, 3))
-    figures: dict[str, Any] = {
-        "held_out_images": len(error),
-        "mse": float(error.mean()),
-        "psnr": float(psnr(error).mean()),
-        "mse_over_variance": float(error.mean() / (squares / pixels - (sums / pixels) ** 2)),
-    }
-    if stage.recipe.data.clocks:
-        figures["hour_accuracy_reconstructed"] = HourCounts().merge(part[4] for part in gathered).accuracy
-    return figures
+def measure_held_out(stage: Stage, tokenizer: TrainedTokenizer, prior: Prior | None) -> dict[str, Any]:
+    """Reconstructions and likelihoods of the held-out images, and a sheet of inputs above their reconstructions."""
+    measures = (
+        Reconstructions(bool(stage.recipe.data.clocks)),
+        Likelihoods(fitted_pixels(stage, tokenizer), tokenizer, prior),
+    )
+    for number, rebuilt in enumerate(rebuild(stage, tokenizer)):
+        if number == 0 and stage.ranks.first:
+            _write_sheet(stage.layout.samples, rebuilt.batch.fields["image"], rebuilt.pixels)
+        for measure in measures:
+            measure.add(rebuilt)
+    return {name: value for measure in measures for name, value in measure.figures(stage).items()}
 
 
 def measure_hours(stage: Stage) -> dict[str, Any]:
     """Read the hour of every sample and compare it with the class that was asked for."""
-    folder = stage.layout.samples
-    record = read_json(folder / "samples.json")
-    if record is None:
-        raise UserError("has no samples.json", where=str(folder), mend="run the stage 'sample' first")
-    mine = list(range(stage.ranks.rank, len(record["files"]), stage.ranks.world))
+    drawn = open_drawn(stage.layout.samples)
+    mine = range(stage.ranks.rank, len(drawn.labels), stage.ranks.world)
     counts = HourCounts()
     for start in range(0, len(mine), stage.recipe.evaluate.batch):
         part = mine[start : start + stage.recipe.evaluate.batch]
-        images = np.stack([_read(folder / record["files"][number]) for number in part])
-        counts.add(images, np.array([record["labels"][number] for number in part]))
+        counts.add(drawn.read(part), np.array([drawn.labels[number] for number in part]))
     total = HourCounts().merge(stage.ranks.gather(counts))
     return {
         "hour_accuracy": total.accuracy,
@@ -100,7 +80,10 @@ def measure_hours(stage: Stage) -> dict[str, Any]:
 
 
 def assemble(stage: Stage, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The report: what was measured here, what the stages before recorded, and how long each took."""
+    """The report: what was measured here, what the stages before recorded, and how long each took.
+
+    Likelihoods of codes that were measured here, in fp32, take the place of those that the prior's stage found.
+    """
     done = {name: read_json(stage.layout.done(name)) or {} for name in stage.recipe.stages}
     usage = {k: v for k, v in done["extract"].items() if k.startswith(("usage_", "perplexity_", "codes_differ_"))}
     likelihood = {k: v for k, v in done["prior"].items() if k.startswith(("nats_", "bits_"))}
@@ -108,16 +91,12 @@ def assemble(stage: Stage, figures: dict[str, Any], seconds: float) -> dict[str,
     return {
         "name": stage.recipe.name,
         "run": str(stage.layout.root),
+        **likelihood,
         **figures,
         **usage,
-        **likelihood,
         "codes": {level.name: level.codes for level in stage.recipe.tokenizer.levels},
         "seconds": times | {stage.name: round(seconds, 2)},
     }
-
-
-def _read(path: Path) -> NDArray[np.uint8]:
-    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def _write_sheet(folder: Path, images: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> None:

@@ -15,8 +15,10 @@ import torch
 from pipelines.sources import image_source
 from pipelines.stage import Stage, run_stage
 from vqscale import storage
+from vqscale.config.inputs import require_room
 from vqscale.data.bad import BadCount
-from vqscale.data.code_records import manifest_from_records, read_record, read_records, write_record
+from vqscale.data.code_records import Views, manifest_from_records, read_record, read_records, write_record
+from vqscale.data.crops import Crops
 from vqscale.data.image_source import ImageSource
 from vqscale.data.manifest import CodeLevel, Manifest, read_manifest, write_manifest
 from vqscale.data.order import evaluation_shards
@@ -30,7 +32,8 @@ from vqscale.models.quantizer import usage_figures
 def main(stage: Stage) -> dict[str, Any]:
     """Encode the training and the held-out images with the run's tokenizer."""
     tokenizer = load_tokenizer(stage.layout.root, stage.ranks.device)
-    sources = {split: image_source(stage, split) for split in ("train", "validation")}
+    sources = {split: image_source(stage, split, crops_of(stage, split)) for split in ("train", "validation")}
+    require_room(stage.recipe, sources["train"].shards)
     events = stage.events("images/s", len(evaluation_shards_of(sources["train"].manifest, stage)))
     figures: dict[str, Any] = {}
     for split, source in sources.items():
@@ -65,9 +68,9 @@ def extract_split(
 ) -> dict[str, torch.Tensor]:
     """Write this rank's code shards, then (rank 0) the manifest; returns the use of the codes over the whole split."""
     folder, how = str(stage.layout.codes(split)), extraction(stage, tokenizer, split)
-    names, mine, flips = source.shards.flat_names, evaluation_shards_of(source.manifest, stage), how.flips
+    names, mine, views = source.shards.flat_names, evaluation_shards_of(source.manifest, stage), how.views
     count = BadCount(stage.recipe.data.error_budget, stage.ranks.world)
-    missing = [shard for shard in mine if not read_record(folder, names[shard], tokenizer.fingerprint, flips=flips)]
+    missing = [shard for shard in mine if not read_record(folder, names[shard], tokenizer.fingerprint, views)]
     _clear(folder, [names[shard] for shard in mine], stage.ranks.first)
     done = len(mine) - len(missing)
     if events and done:
@@ -77,7 +80,7 @@ def extract_split(
         if events:
             events.log(done + number + 1)
     stage.ranks.barrier()
-    records = read_records(folder, names, tokenizer.fingerprint, flips=flips)
+    records = read_records(folder, names, tokenizer.fingerprint, views)
     # From the records: those of an earlier attempt are counted too.
     bad = [(source.name(shard), key, kind) for shard in mine for key, kind in records[shard].bad]
     read = sum(source.manifest.counts[shard] for shard in mine)
@@ -89,7 +92,7 @@ def extract_split(
             classes=source.manifest.classes,
             image_size=stage.recipe.data.image_size,
             fingerprint=tokenizer.fingerprint,
-            source={"images": source.shards.spec, "flips": flips},
+            source={"images": source.shards.spec, **views._asdict()},
         )
         write_manifest(folder, finished)
     stage.ranks.barrier()
@@ -103,10 +106,17 @@ def code_levels(stage: Stage) -> list[CodeLevel]:
 
 
 def extraction(stage: Stage, tokenizer: TrainedTokenizer, split: str) -> Extraction:
-    """How the recipe wants a split extracted; held-out images are not flipped, so that they count once."""
+    """How the recipe wants a split extracted; held-out images count once."""
     wanted, data = stage.recipe.extract, stage.recipe.data
-    flips = wanted.flips and split == "train"
-    return Extraction(tokenizer, code_levels(stage), wanted.batch, wanted.block, data.threads, flips)
+    crops = crops_of(stage, split)
+    views = Views(wanted.flips and split == "train", *((crops.count, crops.seed) if crops else ()))
+    return Extraction(tokenizer, code_levels(stage), wanted.batch, wanted.block, data.threads, views)
+
+
+def crops_of(stage: Stage, split: str) -> Crops | None:
+    """The squares that the recipe wants cut from the images of a split; None for the centre square alone."""
+    count = stage.recipe.extract.crops
+    return Crops(count, stage.recipe.seed) if count > 1 and split == "train" else None
 
 
 if __name__ == "__main__":

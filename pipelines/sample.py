@@ -1,68 +1,59 @@
-"""Stage `sample`: images from the prior, as PNG files and a labelled sheet."""
+"""Stage `sample`: images from the prior, in the form that `sample.output` names, and a labelled sheet."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
 
+from pipelines.drawing import fill
 from pipelines.stage import Stage, run_stage
-from vqscale.data.images import encode_png
-from vqscale.data.sheet import labelled_sheet
-from vqscale.export import class_names, load_prior, load_tokenizer
-from vqscale.files import write_bytes, write_json
-from vqscale.sampling import draw_images
+from vqscale.config.recipe import Sample
+from vqscale.data.drawn import DrawnSet
+from vqscale.export import TrainedTokenizer, class_names, load_prior, load_tokenizer
+from vqscale.models.prior import Prior
+from vqscale.sampling import draw_images, labels_to_draw
 from vqscale.training.checkpoints.fitting import require_prior_of
-
-SHEET_PER_CLASS = 12
+from vqscale.training.checkpoints.reader import content_hash
 
 
 def main(stage: Stage) -> dict[str, Any]:
-    """Draw `sample.per_class` images of every class, each rank its share."""
+    """Draw the images that the recipe asks for, each rank its share; parts that are there are kept."""
     recipe, ranks, layout = stage.recipe, stage.ranks, stage.layout
     tokenizer, prior = load_tokenizer(layout.root, ranks.device), load_prior(layout.root, ranks.device)
     require_prior_of(tokenizer.fingerprint, layout.checkpoints(recipe, "prior"))
-    names = class_names(layout, recipe)
-    wanted = [number // recipe.sample.per_class if names else prior.no_class for number in range(_count(stage, names))]
-    mine = list(range(ranks.rank, len(wanted), ranks.world))
-    events = stage.events("images/s", len(mine))
-    for start in range(0, len(mine), recipe.sample.batch):
-        numbers = mine[start : start + recipe.sample.batch]
-        images = draw_images(prior, tokenizer, recipe.sample, [wanted[n] for n in numbers], numbers)
-        for number, image in zip(numbers, images, strict=True):
-            write_bytes(sample_path(layout.samples, names, wanted[number], number), encode_png(image))
+    drawn = drawn_set(layout.samples, recipe.sample, class_names(layout, recipe), tokenizer, prior)
+    mine = range(ranks.rank, len(drawn.parts), ranks.world)
+    events = stage.events("images/s", sum(len(drawn.parts[part]) for part in mine))
+
+    def draw(numbers: Sequence[int]) -> NDArray[np.uint8]:
+        labels = [drawn.labels[number] for number in numbers]
+        return draw_images(prior, tokenizer, recipe.sample, labels, numbers)
+
+    def report(done: int, rate: float | None) -> None:
         if events:
-            events.log(start + len(numbers))
-    ranks.barrier()
-    if ranks.first:
-        _write_sheet(layout.samples, names, wanted)
-        files = [str(sample_path(Path(), names, c, n)) for n, c in enumerate(wanted)]
-        write_json(layout.samples / "samples.json", {"classes": names, "labels": wanted, "files": files})
+            events.log(done, rate=rate)
+
+    fill(drawn, ranks, mine, recipe.sample.batch, draw, report)
     if events:
         events.close()
-    return {"samples": len(wanted)}
+    return {"samples": len(drawn.labels)}
 
 
-def sample_path(folder: Path, names: tuple[str, ...], label: int, number: int) -> Path:
-    """File of a sample: in a folder of its class where there are classes."""
-    return folder / (names[label] if names else "") / f"{number:06d}.png"
-
-
-def _count(stage: Stage, names: tuple[str, ...]) -> int:
-    return stage.recipe.sample.per_class * max(1, len(names))
-
-
-def _write_sheet(folder: Path, names: tuple[str, ...], wanted: list[int]) -> None:
-    """A row a class, with its name."""
-    rows: dict[int, list[np.ndarray]] = {}
-    for number, label in enumerate(wanted):
-        row = rows.setdefault(label, [])
-        if len(row) < SHEET_PER_CLASS:
-            row.append(np.asarray(Image.open(sample_path(folder, names, label, number))))
-    sheet = labelled_sheet({names[label] if names else "": np.stack(row) for label, row in rows.items()})
-    write_bytes(folder / "sheet.png", encode_png(sheet))
+def drawn_set(
+    folder: Path, settings: Sample, names: tuple[str, ...], tokenizer: TrainedTokenizer, prior: Prior
+) -> DrawnSet:
+    """The images that the settings ask for, and what they follow from."""
+    drawn_from = {
+        "tokenizer": tokenizer.fingerprint,
+        "prior": content_hash(prior.state_dict()),
+        "settings": settings.model_dump(mode="json", exclude={"batch", "output", "count", "per_class", "classes"}),
+    }
+    labels = labels_to_draw(settings, names)
+    return DrawnSet(folder, settings.output, tokenizer.image_size, names, labels, drawn_from)
 
 
 if __name__ == "__main__":

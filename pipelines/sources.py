@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipelines.stage import Stage
 from vqscale.data.code_source import CodeSource
+from vqscale.data.crops import Crops
 from vqscale.data.image_source import Decoder, ImageSource
 from vqscale.data.images import decode_each
 from vqscale.data.shards import open_shards
@@ -13,11 +14,11 @@ from vqscale.storage.faulty import FaultyStore
 from vqscale.storage.store import Store
 
 
-def image_source(stage: Stage, split: str) -> ImageSource:
-    """The images of a split, `train` or `validation`, at the recipe's size."""
+def image_source(stage: Stage, split: str, crops: Crops | None = None) -> ImageSource:
+    """The images of a split, `train` or `validation`, at the recipe's size; several squares of each with `crops`."""
     data = stage.recipe.data
     shards = open_shards(stage.layout.shards(stage.recipe, split))
-    return ImageSource(shards, data.image_size, store_of(stage), _decoder(stage))
+    return ImageSource(shards, data.image_size, store_of(stage), _decoder(stage), crops)
 
 
 def code_source(stage: Stage, split: str) -> CodeSource:

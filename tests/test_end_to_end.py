@@ -143,6 +143,8 @@ def test_the_report(finished: Finished) -> None:
     assert len(report["hour_accuracy_by_hour"]) == 12
     assert report["samples_per_hour"] == 2
     assert report["held_out_images"] == 48
+    assert 0 < report["bits_per_dim_codes"] < report["bits_per_dim_codes_uniform"]
+    assert report["bits_per_dim_pixels"] < report["bits_per_dim"] < 8
     assert 12 < report["psnr"] < 40
     assert 0 < report["mse"] < report["mse_over_variance"] < 1
     assert report["bits_per_sample"] == pytest.approx(report["nats_per_code"] * 20 / np.log(2))
@@ -170,7 +172,7 @@ def test_data_and_codes_belong_together(finished: Finished) -> None:
 def test_samples_and_sheets_open(finished: Finished) -> None:
     samples = finished.layout.samples
     record = read_json(samples / "samples.json")
-    assert record["labels"] == [n // 2 for n in range(24)]
+    assert record["labels"] == [n % 12 for n in range(24)]
     for label, name in zip(record["labels"], record["files"], strict=True):
         assert opened(samples / name).shape == (16, 16, 3)
         assert Path(name).parent.name == CLASSES[label]

@@ -16,9 +16,8 @@ from pipelines.codes import main as codes_command
 from pipelines.data_show import arranged
 from tests.ranks import RanksFailedError, run_ranks
 from tests.recipes import write_recipe
-from tests.training_helpers import clock_run, save_network, stage_of
-from vqscale.config.layout import RunLayout
-from vqscale.data import clocks
+from tests.trained import save_tokenizer
+from tests.training_helpers import clock_run, stage_of
 from vqscale.data.bad import BadCount
 from vqscale.data.code_records import read_record
 from vqscale.data.code_source import CodeSource
@@ -31,8 +30,6 @@ from vqscale.errors import UserError
 from vqscale.export import load_tokenizer
 from vqscale.files import read_json, write_json
 from vqscale.models.pixels import from_uint8
-from vqscale.models.quantizer import Donors
-from vqscale.training.build import build_tokenizer
 from vqscale.training.distributed import process_group
 
 SPLITS = ("train", "validation")
@@ -40,17 +37,6 @@ SHARDS: dict[str, Any] = {
     "data__clocks": {"train": 90, "validation": 20, "shards": 5},
     "extract": {"batch": 7, "block": 8},
 }
-
-
-def save_tokenizer(run: Path, seed: int, step: int = 8) -> None:
-    """A tokenizer with random weights, whose codes lie among the latents."""
-    torch.manual_seed(seed)
-    recipe = RunLayout(run).read_recipe()
-    network = build_tokenizer(recipe.tokenizer)
-    images, _ = clocks.draw(0, 64, recipe.data.image_size, seed)
-    pixels, donors = from_uint8(images, torch.device("cpu")), Donors(torch.arange(64), 64, seed)
-    network.initialise_codebooks(pixels, donors, lambda tensor: tensor)
-    save_network(network, RunLayout(run).root / "checkpoints" / "tokenizer", step)
 
 
 def extract(run: Path) -> dict[str, Any]:

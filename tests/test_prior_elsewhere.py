@@ -13,7 +13,7 @@ from launcher.plan import make_plan
 from pipelines import evaluate, sample, train_prior
 from pipelines.codes import main as codes
 from tests.recipes import tiny_tree, write_recipe
-from tests.test_extraction import save_tokenizer
+from tests.trained import save_tokenizer
 from tests.training_helpers import clock_run, code_shards, one_process, stage_of
 from vqscale.checkpoint.folder import open_stored, steps
 from vqscale.checkpoint.manifest import CODES_OF

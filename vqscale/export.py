@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
 from vqscale.data.manifest import read_manifest
 from vqscale.errors import UserError
-from vqscale.models.pixels import from_uint8, to_uint8
+from vqscale.models.pixels import from_uint8, to_grey_levels, to_uint8
 from vqscale.models.prior import Prior
 from vqscale.models.vqvae import VQVAE
 from vqscale.training.averaging import apply_average
@@ -53,12 +54,20 @@ class TrainedTokenizer:
             codes = self.network.encode(from_uint8(images, self.device))
         return {name: grid.cpu().numpy().astype(np.uint16) for name, grid in zip(self.levels, codes, strict=True)}
 
-    @torch.no_grad()
     def decode(self, codes: Mapping[str, NDArray[np.integer]]) -> NDArray[np.uint8]:
         """Images uint8 [B, S, S, 3] of code grids by level name."""
+        return to_uint8(self._decoded(codes))
+
+    def decode_means(self, codes: Mapping[str, NDArray[np.integer]]) -> NDArray[np.float32]:
+        """The same in grey levels that are not rounded, fp32 [B, S, S, 3] in [0, 255]."""
+        means: NDArray[np.float32] = to_grey_levels(self._decoded(codes)).contiguous().cpu().numpy()
+        return means
+
+    @torch.no_grad()
+    def _decoded(self, codes: Mapping[str, NDArray[np.integer]]) -> Tensor:
         grids = [torch.from_numpy(codes[name].astype(np.int64)).to(self.device) for name in self.levels]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return to_uint8(self.network.decode(grids))
+            return self.network.decode(grids)
 
 
 def load_tokenizer(run: str | Path, device: str | torch.device = "cpu") -> TrainedTokenizer:

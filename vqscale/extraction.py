@@ -14,14 +14,11 @@ from numpy.typing import NDArray
 from vqscale import storage
 from vqscale.data.ahead import ShardPart, read_ahead
 from vqscale.data.bad import BadCount, BadPick
-from vqscale.data.code_records import CodeRecord
+from vqscale.data.code_records import PLAIN, CodeRecord, Views
 from vqscale.data.codes import CodeBlock, write_code_shard
 from vqscale.data.image_source import ImageSource
 from vqscale.data.manifest import CodeLevel
 from vqscale.export import TrainedTokenizer
-
-FLIPPED = "~flip"
-"""End of the key of a mirrored sample."""
 
 _COMPARED = 256  # images whose codes are compared with those of fp32
 
@@ -39,8 +36,8 @@ class Extraction:
     """Samples of a block."""
     threads: int
     """Threads that decode."""
-    flips: bool = False
-    """Whether each image is followed by its mirror image."""
+    views: Views = PLAIN
+    """What of each image is encoded; the source's crops are the same."""
 
     def shards(self, source: ImageSource, shards: Sequence[int], folder: str, count: BadCount) -> Iterator[CodeRecord]:
         """Write code shards in their order, and give each one's record when it is written; bad images are left out.
@@ -99,18 +96,19 @@ class Extraction:
         return CodeRecord(
             shard=write_code_shard(url, _recut(encoded.blocks, self.block), self.levels, fingerprint),
             fingerprint=fingerprint,
-            flips=self.flips,
+            **self.views._asdict(),
             skipped=len(encoded.bad),
             bad=tuple((pick.key, pick.kind) for pick in encoded.bad),
             usage={name: counts.tolist() for name, counts in encoded.usage.items()},
         )
 
     def _encode_part(self, part: ShardPart) -> CodeBlock:
-        images, labels, keys = part.fields["image"], part.fields["label"], part.keys
-        if self.flips:
-            images = np.stack([images, images[:, :, ::-1]], axis=1).reshape(-1, *images.shape[1:])
-            labels, keys = labels.repeat(2), [name for key in keys for name in (key, f"{key}{FLIPPED}")]
-        return CodeBlock(self._encode(images), labels, keys)
+        images, endings = part.fields["image"], self.views.endings
+        if self.views.flips:
+            images = np.stack([images, images[..., ::-1, :]], axis=-4)
+        keys = [f"{key}{ending}" for key in part.keys for ending in endings]
+        codes = self._encode(images.reshape(-1, *images.shape[-3:]))
+        return CodeBlock(codes, part.fields["label"].repeat(len(endings)), keys)
 
     def _encode(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.uint16]]:
         starts = range(0, len(images), self.batch)

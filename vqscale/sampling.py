@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vqscale.arguments import did_you_mean
 from vqscale.config.recipe import Sample
+from vqscale.data.labels import NO_LABEL
 from vqscale.data.sheet import tile
+from vqscale.errors import UserError
 from vqscale.export import TrainedTokenizer
 from vqscale.models.generate import Sampling
 from vqscale.models.prior import Prior
@@ -31,12 +34,13 @@ def draw_images(
         prior: in evaluation mode.
         tokenizer: the one that made the prior's codes, on the prior's device.
         settings: temperature, truncation, guidance, seed.
-        classes: class indices; `prior.no_class` for none.
+        classes: class indices; -1 for none.
         numbers: the samples' numbers; sample i depends on (settings.seed, i) and its class alone.
     """
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.guidance)
     seeds = [mix(settings.seed, number) for number in numbers]
-    grids = prior.generate(torch.tensor(classes, device=tokenizer.device), seeds, sampling)
+    labels = [prior.no_class if label == NO_LABEL else label for label in classes]
+    grids = prior.generate(torch.tensor(labels, device=tokenizer.device), seeds, sampling)
     by_level = dict(zip(reversed(tokenizer.levels), (grid.cpu().numpy() for grid in grids), strict=True))
     return tokenizer.decode(by_level)
 
@@ -44,6 +48,29 @@ def draw_images(
 def preview(prior: Prior, tokenizer: TrainedTokenizer, settings: Sample) -> NDArray[np.uint8]:
     """A sheet uint8 [H, W, 3] of a few samples: a column a class, always the same seeds."""
     columns = min(PREVIEW_CLASSES, prior.classes) or PREVIEW_CLASSES
-    classes = [i if prior.classes else prior.no_class for i in range(columns)] * PREVIEW_PER_CLASS
+    classes = [i if prior.classes else NO_LABEL for i in range(columns)] * PREVIEW_PER_CLASS
     images = draw_images(prior, tokenizer, settings, classes, range(len(classes)))
     return tile(images, columns)
+
+
+def labels_to_draw(settings: Sample, names: Sequence[str]) -> tuple[int, ...]:
+    """Class of every image that the settings ask for: the chosen classes take turns; -1 where there are no classes.
+
+    Raises:
+        UserError: a class that there is not.
+    """
+    chosen = [_class_number(wanted, names) for wanted in settings.classes] or range(len(names)) or [NO_LABEL]
+    count = settings.count or settings.per_class * len(chosen)
+    return tuple(chosen[number % len(chosen)] for number in range(count))
+
+
+def _class_number(wanted: int | str, names: Sequence[str]) -> int:
+    """A class by its name, else by its index."""
+    if str(wanted) in names:
+        return names.index(str(wanted))
+    if str(wanted).isdecimal() and int(wanted) < len(names):
+        return int(wanted)
+    if not names:
+        raise UserError("the prior knows no classes", where="sample.classes", mend="leave it empty")
+    hint = did_you_mean(str(wanted), names)
+    raise UserError(f"no class '{wanted}'", where="sample.classes", mend=f"{hint}a name, or 0 to {len(names) - 1}")

@@ -45,6 +45,7 @@ def check_inputs(recipe: Recipe) -> list[str]:
             mend="pack both with one `vqscale data pack SRC DEST --holdout N`, or index both with the same classes",
         )
     check_streams(train.counts, streams=data.streams, packet=data.packet, where=train.spec)
+    require_room(recipe, train)
     return [line for shards in (train, validation) for line in _size_warnings(shards, data.image_size)]
 
 
@@ -80,6 +81,18 @@ def check_levels(recipe: Recipe, shards: ShardSet) -> None:
         theirs, ours = (", ".join(f"{n} {g}×{g} of {k}" for n, g, k in levels) for levels in (held, wanted))
         mend = "give data.image_size and tokenizer.levels of the recipe that made them"
         raise UserError(f"holds {theirs}, but the recipe has {ours}", where=shards.spec, mend=mend)
+
+
+def require_room(recipe: Recipe, shards: ShardSet) -> None:
+    """Whether squares can be cut from stored images, where the recipe wants several.
+
+    Raises:
+        UserError: they are stored at the size of the squares, or smaller.
+    """
+    stored, size = shards.manifest.image_size, recipe.data.image_size
+    if recipe.extract.crops > 1 and stored is not None and stored <= size:
+        what = f"{recipe.extract.crops} squares of {size} pixels cannot be cut from images of {stored} in {shards.spec}"
+        raise UserError(what, where="extract.crops", mend="pack them larger, or use 1")
 
 
 def _check_weights(recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ RUN/
   shards/{train,validation}/  image shards (stage pack)
   checkpoints/STAGE/          committed checkpoints, where the recipe names no other place
   codes/{train,validation}/   code shards
-  samples/                    PNG files and sheet.png
+  samples/                    drawn images, samples.json, sheet.png
   tensorboard/STAGE/          event files
   report.json                 the evaluation
 """

@@ -208,6 +208,9 @@ class Extract(Section):
     """Images that are encoded at once on each rank."""
     block: Positive = 512
     """Samples of one block inside a code shard."""
+    crops: Positive = 1
+    """Squares that are cut from each training image, each a sample of its own: the centre square, then random ones of
+    0.8 of its side or more, whose keys end in `~crop1`, `~crop2`, ... Needs images larger than `data.image_size`."""
     flips: bool = False
     """Extract each training image a second time, mirrored horizontally, as a sample of its own whose key ends in
     `~flip`."""
@@ -241,7 +244,14 @@ class Sample(Section):
     """Images drawn from the prior."""
 
     per_class: Positive = 16
-    """Images drawn for each class."""
+    """Images drawn for each class, unless `count` is set."""
+    count: Positive | None = None
+    """Images drawn in all; the classes take turns, so that image i is of class i modulo their number."""
+    classes: tuple[int | str, ...] = ()
+    """Classes to draw, by name or index; empty draws all."""
+    output: Literal["png", "webdataset", "npz"] = "png"
+    """What is written: a PNG file an image, WebDataset shards that can be trained on, or one `samples.npz` as ADM's
+    evaluation reads it (Dhariwal & Nichol 2021)."""
     batch: Positive = 256
     """Images that are drawn at once on each rank."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -253,7 +263,7 @@ class Sample(Section):
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Classifier-free guidance scale; 1 is none."""
     seed: int = 0
-    """Sample i depends on (this seed, i) alone, not on the batch or the number of ranks."""
+    """Image i depends on (this seed, i) and its class alone, not on the batch or the number of ranks."""
 
 
 class Evaluate(Section):
@@ -261,6 +271,9 @@ class Evaluate(Section):
 
     batch: Positive = 256
     """Images that are evaluated at once on each rank."""
+    likelihood: Literal["logistic", "gaussian"] = "logistic"
+    """Distribution of a pixel around its reconstruction, cut into the 256 grey levels; its scales, one a colour, are
+    fitted to training images."""
 
 
 class Resources(Section):
@@ -357,6 +370,15 @@ class Recipe(Section):
                     f"{stage}.training.compile does not go with resources.strategy zero3, which gathers weights in "
                     f"hooks of every layer; use fsdp2"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _crops_have_room(self) -> Self:
+        if self.extract.crops > 1:
+            if self.data.clocks:
+                raise ValueError("extract.crops: clocks are drawn at data.image_size, with no room for crops; use 1")
+            if self.data.decoder == "cuda":
+                raise ValueError("extract.crops are cut on the CPU, data.decoder is cuda; use cpu")
         return self
 
     @model_validator(mode="after")

@@ -7,13 +7,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from vqscale import storage
 from vqscale.data.manifest import CODES, CodeLevel, Manifest, Shard
 from vqscale.errors import UserError
+
+FLIPPED = "~flip"
+"""End of the key of a mirrored sample."""
+CROPPED = "~crop"
+"""End of the key of a further square of an image, before its number."""
+
+
+class Views(NamedTuple):
+    """What of each image has codes."""
+
+    flips: bool = False
+    """Whether each image is there a second time, mirrored."""
+    crops: int = 1
+    """Squares that were cut from it."""
+    crop_seed: int = 0
+    """Which ones."""
+
+    @property
+    def endings(self) -> list[str]:
+        """End of the key of each of an image's samples, in their order."""
+        crops = ["", *(f"{CROPPED}{number}" for number in range(1, self.crops))]
+        return [f"{crop}{flip}" for crop in crops for flip in (("", FLIPPED) if self.flips else ("",))]
+
+
+PLAIN = Views()
+"""The centre square alone."""
 
 
 class CodeRecord(BaseModel):
@@ -26,13 +52,20 @@ class CodeRecord(BaseModel):
     fingerprint: str = ""
     """Identity of the tokenizer."""
     flips: bool = False
-    """Whether each image is there a second time, mirrored."""
+    """As in `Views`."""
+    crops: int = 1
+    crop_seed: int = 0
     skipped: int = 0
     """Bad images that have no codes."""
     bad: tuple[tuple[str, str], ...] = ()
     """Key and kind of each of them."""
     usage: dict[str, list[int]] = {}
     """Level name → how often each code was used."""
+
+    @property
+    def views(self) -> Views:
+        """What of each image has codes."""
+        return Views(self.flips, self.crops, self.crop_seed)
 
 
 def write_record(folder: str, record: CodeRecord) -> None:
@@ -41,15 +74,15 @@ def write_record(folder: str, record: CodeRecord) -> None:
     storage.write_bytes(_record_url(folder, record.shard.name), text.encode())
 
 
-def read_record(folder: str, name: str, fingerprint: str = "", *, flips: bool = False) -> CodeRecord | None:
+def read_record(folder: str, name: str, fingerprint: str = "", views: Views = PLAIN) -> CodeRecord | None:
     """The record of a finished code shard.
 
     Returns:
         None when the shard has to be written: no record, no such file or one of another size, or written by
-        another tokenizer than `fingerprint` names, or with other flips.
+        another tokenizer than `fingerprint` names, or of other views.
     """
     record = stored_record(folder, name)
-    if record is None or (record.fingerprint, record.flips) != (fingerprint, flips):
+    if record is None or (record.fingerprint, record.views) != (fingerprint, views):
         return None
     return record if storage.size(storage.join(folder, name)) == record.shard.bytes else None
 
@@ -65,7 +98,7 @@ def stored_record(folder: str, name: str) -> CodeRecord | None:
         return None
 
 
-def read_records(folder: str, names: Sequence[str], fingerprint: str, *, flips: bool = False) -> list[CodeRecord]:
+def read_records(folder: str, names: Sequence[str], fingerprint: str, views: Views = PLAIN) -> list[CodeRecord]:
     """The records of all shards, in the order of `names`.
 
     Raises:
@@ -73,7 +106,7 @@ def read_records(folder: str, names: Sequence[str], fingerprint: str, *, flips: 
     """
     records = []
     for name in names:
-        record = read_record(folder, name, fingerprint, flips=flips)
+        record = read_record(folder, name, fingerprint, views)
         if record is None:
             where = storage.join(folder, name)
             raise UserError("code shard is not finished", where=where, mend="run the extraction again")

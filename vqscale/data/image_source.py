@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vqscale import storage
 from vqscale.data import tar
 from vqscale.data.bad import BadPick, BadSample
+from vqscale.data.crops import Crops
 from vqscale.data.images import Bytes, Pixels, decode_each
 from vqscale.data.labels import NO_LABEL, label_number, stored_label
 from vqscale.data.manifest import IMAGES, Manifest
@@ -52,17 +53,25 @@ class ImageSource:
         size: side S of the images; stored images of another size are cropped and resized.
         store: opens the shards.
         decoder: decodes the images of a packet; by default one by one on the CPU.
+        crops: several squares of each image, decoded on the CPU: `image` is uint8 [count, S, S, 3] then.
     """
 
-    def __init__(self, shards: ShardSet, size: int, store: Store | None = None, decoder: Decoder = decode_each) -> None:
+    def __init__(
+        self,
+        shards: ShardSet,
+        size: int,
+        store: Store | None = None,
+        decoder: Decoder = decode_each,
+        crops: Crops | None = None,
+    ) -> None:
         if shards.manifest.format != IMAGES:
             raise UserError(
                 f"holds {shards.manifest.format}, not images", where=shards.spec, mend="name a folder of image shards"
             )
-        self.shards, self.size, self.decoder = shards, size, decoder
+        self.shards, self.size, self.decoder, self.crops = shards, size, decoder, crops
         self.store = store or Store()
         self.spec = {
-            "image": Spec((size, size, 3), np.dtype(np.uint8)),
+            "image": Spec((*((crops.count,) if crops else ()), size, size, 3), np.dtype(np.uint8)),
             "label": Spec((), np.dtype(np.int64)),
         }
         self._numbers = {name: number for number, name in enumerate(shards.manifest.classes)}
@@ -165,7 +174,10 @@ class ImageGroup:
             files.append(None if at in index.bad else buffer[offset : offset + size])
             if at in index.bad:
                 kinds[number] = index.bad[at]
-        kinds.update(self._source.decoder(files, out["image"][row : row + len(picks)]))
+        images, crops = out["image"][row : row + len(picks)], self._source.crops
+        kinds.update(
+            crops.decode_each(files, self.keys(picks), images) if crops else self._source.decoder(files, images)
+        )
         return [self._bad(number, *places[number], kind) for number, kind in sorted(kinds.items())]
 
     def _bad(self, number: int, place: int, at: int, kind: str) -> BadPick:

@@ -7,6 +7,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import simplejpeg
@@ -50,6 +51,20 @@ def decode_into(data: Bytes, out: Pixels) -> None:
             _fit(_open(data), out)
     elif not (data[:8] == _PNG and _decode_plain_png(data, out)):
         _fit(_open(data), out)
+
+
+def decode_whole(data: Bytes, least: int) -> Pixels:
+    """All of an image, uint8 [H, W, 3] RGB; a large JPEG is shrunk, but never below `least` pixels on its short side.
+
+    Raises:
+        BadSample: as `decode`.
+    """
+    if data[:3] == _JPEG:
+        with suppress(ValueError):
+            size = _jpeg_size(data)
+            if size:
+                return _shrunk_jpeg(data, size, least)
+    return _pixels(_open(data))
 
 
 def decode_each(files: Sequence[Bytes | None], out: Pixels) -> list[tuple[int, str]]:
@@ -109,20 +124,34 @@ def probe(data: Bytes) -> tuple[str, int, int]:
 def _decode_jpeg(data: Bytes, out: Pixels) -> bool:
     """The fast way; False where Pillow has to judge: CMYK, and what simplejpeg refuses."""
     try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        if space in ("CMYK", "YCCK"):
+        size = _jpeg_size(data)
+        if not size:
             return False
-        if height * width > MAX_PIXELS:
-            raise BadSample("bomb")
-        if (height, width) == out.shape[:2]:
+        if size == out.shape[:2]:
             simplejpeg.decode_jpeg(data, buffer=out)
         else:
-            scale = _scale(min(height, width), out.shape[0])
-            least = {"min_height": -(-height // scale), "min_width": -(-width // scale), "min_factor": scale}
-            resize(_centre(simplejpeg.decode_jpeg(data, **least)), out)
+            resize(_centre(_shrunk_jpeg(data, size, out.shape[0])), out)
     except ValueError:
         return False
     return True
+
+
+def _jpeg_size(data: Bytes) -> tuple[int, int] | None:
+    """Height and width; None where Pillow has to decode. Raises BadSample, and ValueError where it is none."""
+    height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    if space in ("CMYK", "YCCK"):
+        return None
+    if height * width > MAX_PIXELS:
+        raise BadSample("bomb")
+    return height, width
+
+
+def _shrunk_jpeg(data: Bytes, size: tuple[int, int], least: int) -> Pixels:
+    """A JPEG of `size`, with `least` pixels or more on its short side where it has them. Raises ValueError."""
+    scale = _scale(min(size), least)
+    height, width = (-(-side // scale) for side in size)
+    pixels: Pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=scale)
+    return pixels
 
 
 def _scale(side: int, size: int) -> int:
@@ -183,10 +212,12 @@ def _open(data: Bytes) -> Image.Image:
 
 
 def _fit(image: Image.Image, out: Pixels) -> None:
+    resize(_centre(_pixels(image)), out)
+
+
+def _pixels(image: Image.Image) -> Pixels:
     try:
-        resize(_centre(np.array(_rgb(image))), out)  # a copy: torch takes no read-only memory
-    except BadSample:
-        raise
+        return np.array(_rgb(image))  # a copy: torch takes no read-only memory
     except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise BadSample("corrupt") from None
 

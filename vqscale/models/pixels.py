@@ -15,5 +15,9 @@ def from_uint8(images: NDArray[np.uint8] | Tensor, device: torch.device) -> Tens
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     """[B, 3, S, S] in [-1, 1] (clipped) to uint8 [B, S, S, 3]."""
-    scaled = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return to_grey_levels(images).round().to(torch.uint8).contiguous().cpu().numpy()
+
+
+def to_grey_levels(images: Tensor) -> Tensor:
+    """[B, 3, S, S] in [-1, 1] (clipped) to fp32 [B, S, S, 3] in [0, 255], not rounded."""
+    return images.detach().float().clamp(-1, 1).add(1).mul(127.5).permute(0, 2, 3, 1)

@@ -1,0 +1,99 @@
+"""What the stage `sample` and the command `vqscale sample` share: filling a folder with drawn images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqscale.data.drawn import DrawnSet, write_parts
+from vqscale.data.images import encode_png
+from vqscale.data.sheet import labelled_sheet
+from vqscale.files import write_bytes
+
+SHEET, SHEET_CLASSES, SHEET_PER_CLASS = "sheet.png", 32, 12
+
+Report = Callable[[int, float | None], None]
+"""Told how many of this process's images are there, and images a second."""
+
+
+class Together(Protocol):
+    """The processes that fill a folder together, as `Ranks`."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that does what is done once."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        ...
+
+
+def fill(
+    drawn: DrawnSet,
+    ranks: Together,
+    mine: Sequence[int],
+    batch: int,
+    draw: Callable[[Sequence[int]], NDArray[np.uint8]],
+    report: Report,
+    *,
+    replace: bool = True,
+) -> None:
+    """Draw what is missing, finish the set and put a sheet beside it; every process calls it.
+
+    Args:
+        drawn: the set.
+        ranks: the processes that share it.
+        mine: parts that are this process's own.
+        batch: images that are drawn at once.
+        draw: from numbers to images uint8 [n, S, S, 3].
+        report: called after every batch.
+        replace: whether another drawing may be replaced.
+
+    Raises:
+        UserError: the folder holds another drawing, which may not be replaced.
+    """
+    finished, sheet = drawn.is_finished(), drawn.folder / SHEET
+    ranks.barrier()  # nobody changes anything before all have looked
+    if not finished:
+        if ranks.first:
+            drawn.prepare(replace=replace)
+            sheet.unlink(missing_ok=True)
+        ranks.barrier()
+        _draw_missing(drawn, mine, batch, draw, report)
+        ranks.barrier()
+        if ranks.first:
+            drawn.finish()
+    if ranks.first and not sheet.exists():
+        write_bytes(sheet, encode_png(sheet_of(drawn)))
+    ranks.barrier()
+
+
+def sheet_of(drawn: DrawnSet) -> NDArray[np.uint8]:
+    """A row of images a class with its name, uint8 [H, W, 3]; of many classes the first ones."""
+    rows: dict[int, list[int]] = {}
+    for number, label in enumerate(drawn.labels):
+        if label in rows or len(rows) < SHEET_CLASSES:
+            rows.setdefault(label, []).append(number)
+    shown = {label: drawn.read(numbers[:SHEET_PER_CLASS]) for label, numbers in sorted(rows.items())}
+    return labelled_sheet({drawn.classes[label] if label >= 0 else "": images for label, images in shown.items()})
+
+
+def _draw_missing(
+    drawn: DrawnSet,
+    mine: Sequence[int],
+    batch: int,
+    draw: Callable[[Sequence[int]], NDArray[np.uint8]],
+    report: Report,
+) -> None:
+    missing = drawn.missing(mine)
+    there = sum(len(drawn.parts[part]) for part in set(mine) - set(missing))
+    if there:
+        report(there, None)
+    began = time.perf_counter()
+    for done in write_parts(drawn, missing, batch, draw):
+        report(there + done, done / (time.perf_counter() - began))
