@@ -34,7 +34,9 @@ def draw_images(
         classes: class indices; `prior.no_class` for none.
         numbers: the samples' numbers; sample i depends on (settings.seed, i) and its class alone.
     """
-    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.guidance)
+    sampling = Sampling(
+        settings.temperature, settings.top_k, settings.top_p, settings.guidance, settings.guidance_schedule
+    )
     seeds = [mix(settings.seed, number) for number in numbers]
     grids = prior.generate(torch.tensor(classes, device=tokenizer.device), seeds, sampling)
     by_level = dict(zip(reversed(tokenizer.levels), (grid.cpu().numpy() for grid in grids), strict=True))
