@@ -206,7 +206,7 @@ def test_overrides_act(recipe_file: Path) -> None:
     assert [level.codes for level in recipe.tokenizer.levels] == [256, 16]
     assert (recipe.extract.batch, recipe.extract.block) == (3, 8)
     assert recipe.prior.training.betas == (0.8, 0.9)
-    assert recipe.prior.networks[0].sizes == {"layers": 6, "width": 16, "heads": 2, "dropout": 0.0}
+    assert recipe.prior.networks[0].sizes.items() >= {"layers": 6, "width": 16, "heads": 2, "dropout": 0.0}.items()
     assert recipe.sample.temperature == 0.1
     assert recipe.tokenizer.quantizer.restarts is False
     assert recipe.name == "other"

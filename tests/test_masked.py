@@ -27,8 +27,11 @@ def make(grid: GridShape, **settings: Any) -> Masked:
 
 
 @torch.no_grad()
-def test_a_masked_code_is_not_seen_and_all_others_are() -> None:
-    network, grid = make(GridShape(3, 4)), torch.arange(9).view(1, 3, 3) % 4
+@pytest.mark.parametrize(
+    "options", [{}, {"positions": "rotary", "feed": "swiglu", "norm": "rms", "key_value_heads": 1}]
+)
+def test_a_masked_code_is_not_seen_and_all_others_are(options: dict[str, Any]) -> None:
+    network, grid = make(GridShape(3, 4), **options), torch.arange(9).view(1, 3, 3) % 4
     top, classes = torch.tensor([[[2]]]), torch.tensor([1])
     shown: list[Tensor] = []
     network.blocks[0].register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0]))

@@ -37,7 +37,9 @@ def draw_images(
         classes: class indices; -1 for none.
         numbers: the samples' numbers; sample i depends on (settings.seed, i) and its class alone.
     """
-    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.guidance)
+    sampling = Sampling(
+        settings.temperature, settings.top_k, settings.top_p, settings.guidance, settings.guidance_schedule
+    )
     seeds = [mix(settings.seed, number) for number in numbers]
     labels = [prior.no_class if label == NO_LABEL else label for label in classes]
     grids = prior.generate(torch.tensor(labels, device=tokenizer.device), seeds, sampling)

@@ -40,11 +40,29 @@ class Attending(NetworkSection):
     """Attention heads; must divide `width`."""
     dropout: Fraction = 0.0
     """Dropout on the residual branches."""
+    key_value_heads: Positive | None = None
+    """Heads of keys and values; a group of queries shares each, which makes the cache smaller. Must divide `heads`;
+    left out, as many."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Layer norm without bias, or RMSNorm."""
+    feed: Literal["gelu", "swiglu"] = "gelu"
+    """Feed-forward: GELU as in GPT-2, or SwiGLU."""
+    feed_width: Positive | None = None
+    """Width inside the feed-forward; left out, 4 times `width`, and 8/3 times for SwiGLU, which has as many weights."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """A learned vector for each cell, or rotations by row and column and a learned vector for each level."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; change one of them")
+        if self.key_value_heads and self.heads % self.key_value_heads:
+            raise ValueError(f"heads {self.heads} is not divisible by key_value_heads {self.key_value_heads}")
+        if self.positions == "rotary" and self.width // self.heads % 4:
+            raise ValueError(
+                f"positions rotary turns rows and columns in pairs; width {self.width} over heads {self.heads} "
+                f"is not divisible by 4"
+            )
         return self
 
 

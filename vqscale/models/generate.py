@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +22,17 @@ class Sampling:
     """Keep the smallest set of codes with this probability."""
     guidance: float = 1.0
     """Scale of classifier-free guidance (Ho & Salimans 2022): logits_none + scale · (logits_class - logits_none)."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the scale rises from 1 at a sequence's first code to `guidance` at its last; `constant` has it everywhere."""
+
+    def scales(self, length: int) -> Tensor:
+        """Scale of guidance at each of `length` positions, fp32."""
+        share = torch.linspace(0, 1, length, dtype=torch.float64)
+        if self.guidance_schedule == "constant":
+            share = torch.ones_like(share)
+        elif self.guidance_schedule == "cosine":
+            share = (1 - torch.cos(math.pi * share)) / 2
+        return (1 + (self.guidance - 1) * share).float()
 
 
 class Draws:
@@ -55,12 +68,17 @@ class Draws:
         """What belongs to the samples [B, ...], for each of the `rows`."""
         return torch.cat([samples, samples]) if self.guided else samples
 
-    def guide(self, logits: Tensor) -> Tensor:
-        """Logits fp32 [B, ...] of the samples, from those of the `rows`."""
+    def guide(self, logits: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Logits fp32 [B, ...] of the samples, from those of the `rows`.
+
+        Args:
+            logits: [rows, ...].
+            scale: of the guidance, broadcast to the logits; one of `Sampling.scales`. None: `guidance`.
+        """
         if not self.guided:
             return logits.float()
         given, none = logits.float().chunk(2)
-        return none + self.sampling.guidance * (given - none)
+        return none + (self.sampling.guidance if scale is None else scale) * (given - none)
 
     def codes(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """As `draw`, by the sampling of this batch."""
@@ -70,18 +88,27 @@ class Draws:
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """Codes int64 [B] by inverting the cumulative distribution of logits [B, K] at uniform numbers [B] in [0, 1).
 
-    Truncation happens on sorted codes: top-k by rank, top-p by the probability of the codes before.
+    Truncation happens on sorted codes: top-k by rank, top-p by the probability of the codes before. Nothing is sorted
+    without it.
     """
     probabilities = torch.softmax(logits.double() / sampling.temperature, dim=-1)
-    sorted_p, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = sorted_p.cumsum(dim=-1) - sorted_p
-    keep = before < sampling.top_p  # the likeliest code always stays: nothing lies before it
-    if sampling.top_k:
-        keep &= torch.arange(logits.shape[-1], device=logits.device) < sampling.top_k
-    sorted_p = torch.where(keep, sorted_p, 0.0)
-    cumulative = sorted_p.cumsum(dim=-1)
-    target = (uniform.double() * cumulative[:, -1]).unsqueeze(1)
-    rank = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
-    # Rounding may point behind the last kept code; step back onto it.
-    rank = torch.minimum(rank, keep.sum(dim=-1, keepdim=True) - 1)
-    return order.gather(1, rank).squeeze(1)
+    order, kept = _truncated(probabilities, sampling)
+    cumulative = kept.cumsum(dim=-1)
+    total = cumulative[:, -1:].contiguous()
+    rank = torch.searchsorted(cumulative, uniform.double()[:, None] * total, right=True)
+    # Rounding may point behind the last code that was kept; step back onto it.
+    rank = torch.minimum(rank, torch.searchsorted(cumulative, total))
+    return (rank if order is None else order.gather(1, rank)).squeeze(1)
+
+
+def _truncated(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor | None, Tensor]:
+    """Codes in the order in which they stand (None: their own), and their probabilities, 0 where they are left out."""
+    if sampling.top_p < 1:
+        kept, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = kept.cumsum(dim=-1) - kept
+        kept = kept.masked_fill(before >= sampling.top_p, 0.0)  # the likeliest stays: nothing lies before it
+        return order, kept[:, : sampling.top_k] if sampling.top_k else kept
+    if 0 < sampling.top_k < probabilities.shape[-1]:
+        kept, order = probabilities.topk(sampling.top_k, dim=-1)
+        return order, kept
+    return None, probabilities

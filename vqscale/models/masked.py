@@ -19,7 +19,8 @@ from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
 from vqscale.models.generate import Draws
 from vqscale.models.network import GridShape, Network, nats
-from vqscale.models.transformer import Block
+from vqscale.models.transformer_block import Block, Feed, Norm, Positions, Shape, make_norm
+from vqscale.models.transformer_body import turns_of
 
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "cosine": lambda done: math.cos(done * math.pi / 2),
@@ -35,10 +36,7 @@ class Masked(Network):
         grids: the one level that it models.
         classes: number of classes; 0 for an unconditional prior.
         given: the coarser levels that it is conditioned on.
-        layers: blocks of the transformer.
-        width: of the blocks.
-        heads: of the blocks.
-        dropout: inside the blocks.
+        layers, width, ...: size and architecture, explained at `Shape`.
         passes: forwards that a grid is drawn in.
         schedule: key of `SCHEDULES`.
         choice_temperature: scale of the Gumbel noise on the log-probabilities by which codes are kept. It falls
@@ -57,21 +55,32 @@ class Masked(Network):
         layers: int,
         width: int,
         heads: int,
-        dropout: float,
+        dropout: float = 0.0,
+        key_value_heads: int | None = None,
+        norm: Norm = "layer",
+        feed: Feed = "gelu",
+        feed_width: int | None = None,
+        positions: Positions = "learned",
         passes: int,
         schedule: str,
         choice_temperature: float,
     ) -> None:
         super().__init__(grids, classes, given)
+        shape = Shape(layers, width, heads, dropout, key_value_heads, norm, feed, feed_width, positions)
         (self.grid,) = grids
         self.chances = 1 + self.grid.length
         self.passes, self.schedule, self.choice_temperature = passes, SCHEDULES[schedule], choice_temperature
         self.tokens = nn.Embedding(self.grid.codes + 1, width)  # the last one stands for a masked code
         self.class_everywhere = nn.Embedding(classes + 1, width)  # the last one stands for "no class"
-        self.positions = nn.ParameterList([nn.Parameter(torch.zeros(self.grid.length, width))])
+        count = self.grid.length if positions == "learned" else 1
+        self.positions = nn.ParameterList([nn.Parameter(torch.zeros(count, width))])
+        self.register_buffer(
+            "turns", turns_of(grids, shape.head_width) if positions == "rotary" else None, persistent=False
+        )
+        self.turns: Tensor | None
         self.condition = Conditioner(given, self.grid.side, width) if given else None
-        self.blocks = nn.ModuleList(Block(width, heads, dropout, causal=False) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, bias=False)
+        self.blocks = nn.ModuleList(Block(shape, causal=False) for _ in range(layers))
+        self.norm = make_norm(shape)
         self.head = nn.Linear(width, self.grid.codes, bias=False)
         for table in (self.tokens, self.class_everywhere, self.head):
             nn.init.normal_(table.weight, std=0.02)
@@ -121,7 +130,7 @@ class Masked(Network):
     def _logits(self, flat: Tensor, context: Tensor) -> Tensor:
         x = self.tokens(torch.where(flat < 0, self.grid.codes, flat)) + context
         for block in self.blocks:
-            x = block(x)
+            x = block(x, self.turns)
         return self.head(self.norm(x))
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqscale.models.cross_entropy import cross_entropy
 from vqscale.models.generate import Draws
 
 
@@ -93,5 +93,4 @@ class Network(nn.Module, ABC):
 
 def nats(logits: Tensor, codes: Tensor, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy fp32 [B, T] of codes int64 [B, T] or [B, side, side] under logits [B, T, K], in fp32."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="none", label_smoothing=smoothing)
-    return losses.view(logits.shape[:2])
+    return cross_entropy(logits.flatten(0, 1), codes.flatten(), smoothing).view(logits.shape[:2])

@@ -1,0 +1,39 @@
+"""Linear layers whose rows do not depend on how many rows there are, nor on the number of threads.
+
+A sample's codes follow from its logits, so these may not change with the batch that it is drawn in. On a CPU
+`F.linear` takes other kernels for one row, few and many, which add up in another order, and splits long sums over
+threads. oneDNN's kernels for matrices add up in one order for two rows or more, whatever the threads; with weights in
+their layout they are the faster ones too, from about eight rows on (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Linear = Callable[[Tensor], Tensor]
+_ROWS = 64
+"""Number of rows for which the layout of the weights is chosen; it has to be the same for all batches."""
+
+
+def steady(layer: nn.Linear) -> Linear:
+    """The layer as a function of [..., in], without gradient. On a CPU with fp32 weights it holds a copy of them."""
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return lambda x: F.linear(x, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
+
+    def apply(x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(_two(rows), packed, bias, "none", [], "")
+        return out[: len(rows)].unflatten(0, x.shape[:-1])
+
+    return apply
+
+
+def _two(rows: Tensor) -> Tensor:
+    """A single row twice: for one row there are other kernels."""
+    return rows.expand(2, -1).contiguous() if len(rows) == 1 else rows
