@@ -46,6 +46,10 @@ class Task(ABC):
     def check(self, step: int) -> None:
         """Compare ranks; raises when they differ."""
 
+    def sample_flops(self) -> int:
+        """Floating-point operations of one sample's forward; collective. 0 where they are not counted."""
+        return 0
+
     @abstractmethod
     def validate(self) -> dict[str, float]:
         """Figures over the held-out data."""
