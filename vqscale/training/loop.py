@@ -162,7 +162,8 @@ class Loop:
         """What training takes of the machine, at so many samples a second over all ranks."""
         device = self._ranks.device
         compute = compute_figures(self._flops, rate / self._ranks.world, peak_tflops(device)) if self._flops else {}
-        return {**memory_figures(device), **compute, **self._engine.collective_figures()}
+        speeds = {f"speed/{name}_per_second": rate * count for name, count in self._task.parts.items()}
+        return {**speeds, **memory_figures(device), **compute, **self._engine.collective_figures()}
 
     def _validate(self, done: int, *, tracked: bool = True) -> dict[str, float]:
         self._vigil.doing("validation", done)
