@@ -110,6 +110,16 @@ def _add_control(add: Add) -> None:
     cancel = add("cancel", "control:cancel", "stop a run; none of its processes is left", "vqscale cancel latest")
     _run(cancel)
     _json(cancel)
+    trace = add(
+        "trace",
+        "control:trace",
+        "record what some steps of a training spend their time on, while it goes on",
+        "vqscale trace latest --steps 5",
+    )
+    _run(trace)
+    trace.add_argument("--stage", metavar="STAGE", help="tokenizer or prior (default: the one that runs)")
+    trace.add_argument("--steps", type=int, default=3, metavar="N", help="steps to record (default: 3)")
+    _json(trace)
     requeue = add(
         "requeue",
         "control:requeue",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,15 @@ from vqscale.data.source import Source
 from vqscale.files import read_json
 from vqscale.quarantine import Quarantine
 from vqscale.training.checkpoints.keeper import Checkpoints
+from vqscale.training.dashboard import layout, leaves
 from vqscale.training.data_watch import DataWatch
 from vqscale.training.guards import DivergedError
 from vqscale.training.loop import Loop
 from vqscale.training.task import Task
+from vqscale.training.tracing import Tracer
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatches, pinned
+from vqscale.training.utilisation import describe
 from vqscale.training.vigil import Vigil, vigil
 
 
@@ -94,8 +97,12 @@ class _Training:
     def run(self, start: int, notes: list[str]) -> dict[str, Any]:
         """From a step to the end, with a loader and a tracker that begin there."""
         stage, recipe, ranks = self.stage, self.stage.recipe, self.stage.ranks
-        tracker = self._tracker(start, notes)
-        with closing(tracker) if tracker else nullcontext(), self._loader(start) as loader:
+        with ExitStack() as closing:
+            tracker, tracer = self._tracker(start, notes), self._tracer()
+            for shows in (tracker, tracer):
+                if shows:
+                    closing.callback(shows.close)
+            loader = closing.enter_context(self._loader(start))
             quarantine = Quarantine(stage.layout.quarantine(stage.name))
             watch = DataWatch(ranks, recipe.data.error_budget, quarantine, self.source.store)
             loop = Loop(
@@ -105,8 +112,11 @@ class _Training:
                 vigil=self.watching,
                 tracker=tracker,
                 seed=recipe.seed,
+                tracer=tracer,
             )
             figures = loop.run(start)
+            if tracker:
+                tracker.outcome(self._settings(), {f"validation/{name}": value for name, value in figures.items()})
         facts = {"steps": self.task.engine.steps, "parameters": self.task.engine.size, "bad_samples": watch.total}
         return {**facts, **figures}
 
@@ -116,11 +126,24 @@ class _Training:
         if events is None:
             return None
         tracker = Tracker(stage.layout.tensorboard / stage.name, events, start)
+        tracker.layout(layout(stage.name, [level.name for level in stage.recipe.tokenizer.levels]))
         if not start:
             tracker.text("recipe", dump_yaml(stage.recipe))
+            tracker.text("machine", describe(stage.ranks.world, stage.ranks.device), kind="text")
         for note in notes:
             tracker.event("resume", start, note=note)
         return tracker
+
+    def _tracer(self) -> Tracer | None:
+        where, name = self.stage.layout, self.stage.name
+        return Tracer(where.trace_request(name), where.traces(name)) if self.stage.ranks.first else None
+
+    def _settings(self) -> dict[str, bool | float | str]:
+        """What is most often varied, by name, for the table of hyperparameters."""
+        recipe = self.stage.recipe
+        own = getattr(recipe, self.stage.name).model_dump(mode="json")
+        runs_on = {"processes": self.stage.ranks.world, "strategy": self.task.engine.strategy}
+        return dict(leaves({**own, "seed": recipe.seed, "resources": runs_on}))
 
     def _loader(self, start: int) -> Loader:
         recipe, ranks, data = self.stage.recipe, self.stage.ranks, self.stage.recipe.data

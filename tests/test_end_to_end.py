@@ -197,12 +197,15 @@ def test_tensorboard_has_what_is_promised(finished: Finished) -> None:
     assert sum(value for _, value in found["bottom/restarted"]) > 0
     assert all(0 <= value <= 1 for _, value in found["speed/data_wait"])
     events = accumulator(layout.tensorboard / "tokenizer")
-    assert set(events.Tags()["images"]) == {"images/input_and_reconstruction", "codes/bottom", "codes/top"}
+    assert set(events.Tags()["images"]) == {
+        *("images/input_and_reconstruction", "images/levels", "codes/bottom", "codes/top")
+    }
     assert [event.step for event in events.Images("codes/top")] == [1, 75, 150]
     assert "recipe/text_summary" in events.Tags()["tensors"]
     prior = accumulator(layout.tensorboard / "prior")
     assert "samples" in prior.Tags()["images"]
-    assert {"loss/total", "loss/top", "loss/bottom", "validation/bits_per_sample"} <= set(prior.Tags()["scalars"])
+    expected = {"loss/total", "loss/top", "loss/bottom", "validation/bits_per_sample", "speed/codes_per_second"}
+    assert expected <= set(prior.Tags()["scalars"])
 
 
 @pytest.mark.dist

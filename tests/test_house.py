@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "vqscale.data": {"vqscale.storage"},
     "vqscale.models": set(),
     "vqscale.training": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.storage", "vqscale.checkpoint"},
-    "vqscale.evaluation": {"vqscale.config", "vqscale.data", "vqscale.models"},
+    "vqscale.evaluation": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.storage"},
     "vqscale.sampling": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.export"},
     "vqscale.extraction": {"vqscale.data", "vqscale.storage", "vqscale.export"},
     "vqscale.export": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.training"},

@@ -229,7 +229,7 @@ def test_codebooks_are_no_parameters(alone: Ranks, run: Path) -> None:
 
 def test_evaluation_and_pictures_change_nothing(alone: Ranks, run: Path, codes: Path, tmp_path: Path) -> None:
     made, prior = tokenizer(alone, run), prior_experiment(alone, codes, tiny_recipe(prior__networks__0__dropout=0.1))
-    pictures = ["images/input_and_reconstruction", "codes/bottom", "codes/top"]
+    pictures = ["images/input_and_reconstruction", "images/levels", "codes/bottom", "codes/top"]
     for experiment, shown in ((made, [*pictures, "bottom/assignments", "top/assignments"]), (prior, [])):
         experiment.run(tmp_path / str(len(shown)))
         before, recorder = experiment.state(), Recorder()

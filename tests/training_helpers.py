@@ -134,6 +134,10 @@ class Recorder:
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
         self.shown.append(name)
 
+    def embedding(self, step: int, name: str, vectors: np.ndarray, labels: list[list[str]], columns: list[str]) -> None:
+        assert len(vectors) == len(labels)
+        self.shown.append(name)
+
     def curve(self, name: str) -> list[float]:
         return [figures[name] for _, figures in sorted(self.lines.items())]
 

@@ -13,8 +13,9 @@ from launcher.registry import resolve
 from launcher.state import ENDED, RunState, StageState
 from launcher.status import read_status
 from vqscale.config.layout import RunLayout
+from vqscale.config.recipe import TRAINED
 from vqscale.errors import UserError
-from vqscale.files import read_json
+from vqscale.files import read_json, write_json
 
 
 def cancel(arguments: argparse.Namespace) -> int:
@@ -26,6 +27,27 @@ def cancel(arguments: argparse.Namespace) -> int:
     _backend(layout).cancel(layout)
     now = read_status(layout)
     print(json.dumps(now.facts(), indent=2) if arguments.json else f"{now.id}: {now.words}")
+    return 0
+
+
+def trace(arguments: argparse.Namespace) -> int:
+    """Ask a running training for a trace of its next steps."""
+    layout = resolve(arguments.run)
+    now = read_status(layout)
+    running = [stage.stage for stage in now.stages if stage.state == "running" and stage.stage in TRAINED]
+    stage = arguments.stage or next(iter(running), None)
+    if stage not in running:
+        what = f"stage '{arguments.stage}' is not a training that runs" if arguments.stage else "no training runs"
+        raise UserError(what, where=now.id, mend=f"vqscale status {now.id} shows how it stands")
+    if arguments.steps < 1:
+        raise UserError(f"{arguments.steps} steps cannot be recorded", where="--steps", mend="use 1 or more")
+    write_json(layout.trace_request(stage), {"steps": arguments.steps})
+    facts = {"id": now.id, "stage": stage, "steps": arguments.steps, "folder": str(layout.traces(stage))}
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(f"{now.id}: {stage} records {arguments.steps} steps behind its next log line")
+    print(f"into       {layout.traces(stage)}/step-N.json.gz (open it at https://ui.perfetto.dev), a table beside it")
     return 0
 
 

@@ -14,6 +14,8 @@ RUN/
   stages/STAGE/preempted.json the step that was saved when the stage was asked to stop
   stages/STAGE/job.sh         the batch script (backend slurm)
   stages/STAGE/requeues.json  when a job put itself back into the queue, and at which step (backend slurm)
+  stages/STAGE/trace.json     a trace that somebody asked for and that is not written yet
+  stages/STAGE/traces/        traces of some steps, and tables of what takes their time
   stages/STAGE/faults.jsonl   faults on demand that have happened
   stages/STAGE/attempt-NNN/   agent.log, ranks/ (logs by rank), hang/ (stacks, if it hung)
   images/{train,validation}/  generated class folders (stage generate)
@@ -127,6 +129,14 @@ class RunLayout:
     def faults(self, stage: str) -> Path:
         """Faults on demand that have happened to the stage."""
         return self.stage(stage) / "faults.jsonl"
+
+    def trace_request(self, stage: str) -> Path:
+        """Asks a stage that trains for a trace."""
+        return self.stage(stage) / "trace.json"
+
+    def traces(self, stage: str) -> Path:
+        """Traces of some steps."""
+        return self.stage(stage) / "traces"
 
     def attempt(self, stage: str, number: int) -> Path:
         """Logs of one attempt."""

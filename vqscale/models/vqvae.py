@@ -129,8 +129,24 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """Images [B, 3, S, S] of code grids [B, H, W], level 0 first."""
-        vectors = [self.lifts[level](self._book(level).lookup(grid)) for level, grid in enumerate(codes)]
-        images: Tensor = self.to_pixels(self._features(vectors))
+        return self._decode([self._book(level).lookup(grid) for level, grid in enumerate(codes)])
+
+    @torch.no_grad()
+    def decode_alone(self, codes: Sequence[Tensor], level: int) -> Tensor:
+        """What one level carries: images [B, 3, S, S] of its codes, every other level at the mean of its own vectors.
+
+        Args:
+            codes: grids [B, H, W] of all levels, level 0 first.
+            level: the one that speaks.
+        """
+        vectors = [self._book(number).lookup(grid) for number, grid in enumerate(codes)]
+        silent = [own.mean(dim=(0, 2, 3), keepdim=True).expand_as(own) for own in vectors]
+        return self._decode([own if number == level else silent[number] for number, own in enumerate(vectors)])
+
+    def _decode(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Images of the vectors [B, dim, H, W] that codes stand for, level 0 first."""
+        lifted = [self.lifts[level](own) for level, own in enumerate(vectors)]
+        images: Tensor = self.to_pixels(self._features(lifted))
         return images
 
     @torch.no_grad()

@@ -113,6 +113,10 @@ class Engine:
         finally:
             self.model.train(was)
 
+    def collective_figures(self) -> dict[str, float]:
+        """Seconds a step that gradients are on their way between ranks, where the strategy measures it."""
+        return self._strategy.collective_figures()
+
     def weights(self) -> list[Piece]:
         """The parameters, as this rank holds them."""
         return self._strategy.weights()

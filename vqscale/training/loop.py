@@ -17,8 +17,10 @@ from vqscale.training.optimizers import learning_rate
 from vqscale.training.preemption import PreemptedError
 from vqscale.training.steps import Steps
 from vqscale.training.task import Task
+from vqscale.training.tracing import Tracer
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
+from vqscale.training.utilisation import TRAINING, compute_figures, memory_figures, peak_tflops
 from vqscale.training.vigil import Vigil
 
 
@@ -45,6 +47,7 @@ class Loop:
         vigil: knows of requests to stop, and is told how things go.
         tracker: on rank 0; None elsewhere.
         seed: the run's.
+        tracer: on rank 0, where traces may be asked for.
     """
 
     def __init__(
@@ -58,11 +61,12 @@ class Loop:
         vigil: Vigil,
         tracker: Tracker | None,
         seed: int,
+        tracer: Tracer | None = None,
     ) -> None:
         self._task, self._training, self._loader, self._seed = task, training, loader, seed
         self._engine, self._ranks = task.engine, task.engine.ranks
         self._checkpoints, self._watch, self._vigil, self._tracker = checkpoints, watch, vigil, tracker
-        self._steps = Steps(task)
+        self._tracer, self._steps = tracer, Steps(task)
 
     def run(self, start: int) -> dict[str, float]:
         """Train behind `start` finished steps; returns the last validation's figures.
@@ -78,6 +82,7 @@ class Loop:
             return self._validate(start, tracked=False)
         figures: dict[str, float] = {}
         save_due = False
+        self._flops = TRAINING * task.sample_flops()
         self._begin_window()
         self._engine.model.train()
         for step, batch in zip(range(start, steps), self._loader, strict=False):
@@ -116,6 +121,8 @@ class Loop:
         spoil = self._vigil.begin(batch.step)
         self._steps.take(batch, meet=lambda: self._vigil.meet(batch.step), spoil=spoil)
         self._measured += 1
+        if self._tracer and (trace := self._tracer.step()):
+            print(f"step {batch.step + 1}: trace in {trace}", flush=True)
 
     def _begin_window(self) -> None:
         """What is measured between two log lines."""
@@ -147,7 +154,16 @@ class Loop:
         figures["optim/learning_rate"] = learning_rate(self._training, done - 1)
         figures["speed/data_wait"] = waited / seconds
         rate = self._measured * self._training.global_batch / seconds
-        self._tracker.figures(done, {**means, **figures, **watch.figures(), **paces}, rate=rate)
+        self._tracker.figures(done, {**means, **figures, **watch.figures(), **paces, **self._use(rate)}, rate=rate)
+        if self._tracer:
+            self._tracer.look(done)
+
+    def _use(self, rate: float) -> dict[str, float]:
+        """What training takes of the machine, at so many samples a second over all ranks."""
+        device = self._ranks.device
+        compute = compute_figures(self._flops, rate / self._ranks.world, peak_tflops(device)) if self._flops else {}
+        speeds = {f"speed/{name}_per_second": rate * count for name, count in self._task.parts.items()}
+        return {**speeds, **memory_figures(device), **compute, **self._engine.collective_figures()}
 
     def _validate(self, done: int, *, tracked: bool = True) -> dict[str, float]:
         self._vigil.doing("validation", done)

@@ -16,6 +16,7 @@ from vqscale.training.engine import Engine
 from vqscale.training.task import Task
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
+from vqscale.training.utilisation import forward_flops
 
 CodeFields = Mapping[str, Tensor]
 """Code grids by level name, and `label`, on the device."""
@@ -45,6 +46,14 @@ class PriorTask(Task):
         self.engine, self._settings, self._levels, self._seed = engine, settings, list(levels), seed
         self._held_out, self._draw = held_out, draw
         self._model: Prior = engine.bare  # type: ignore[assignment]
+        self.parts = {"codes": self._model.length}
+
+    def sample_flops(self) -> int:
+        """Of all networks, for the codes of one sample."""
+        device = self.engine.ranks.device
+        codes = [torch.zeros(1, grid.side, grid.side, dtype=torch.int64, device=device) for grid in self._model.grids]
+        with self.engine.evaluated() as network:
+            return forward_flops(network, codes, torch.zeros(1, dtype=torch.int64, device=device))
 
     def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:
         """Cross-entropy in nats a code: over all codes (`total`) and by level."""

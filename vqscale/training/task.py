@@ -17,6 +17,8 @@ class Task(ABC):
     """What differs between stages. Every method runs on every rank and may use collectives."""
 
     engine: Engine
+    parts: Mapping[str, int] = {}
+    """What a sample consists of, if speed is counted in that too: name and number, such as `codes`."""
 
     def before_step(self, batch: DeviceBatch) -> None:
         """Called before each step's forwards, with all of this rank's samples."""
@@ -45,6 +47,10 @@ class Task(ABC):
 
     def check(self, step: int) -> None:
         """Compare ranks; raises when they differ."""
+
+    def sample_flops(self) -> int:
+        """Floating-point operations of one sample's forward; collective. 0 where they are not counted."""
+        return 0
 
     @abstractmethod
     def validate(self) -> dict[str, float]:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from vqscale.config.recipe import Tokenizer
-from vqscale.data.sheet import colour_codes, tile
 from vqscale.errors import UserError
 from vqscale.models.losses import PIXEL_LOSSES
 from vqscale.models.lpips import LPIPS, load_lpips
-from vqscale.models.pixels import from_uint8, to_uint8
+from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Codebook, Donors, LevelFigures, Quantized, Statistics, update_codebooks
 from vqscale.models.vqvae import VQVAE, Output
 from vqscale.seeds import mix
@@ -25,8 +24,10 @@ from vqscale.training.guards import compare_codebooks
 from vqscale.training.optimizers import learning_rate
 from vqscale.training.pieces import Piece
 from vqscale.training.task import Task
+from vqscale.training.tokenizer_pictures import draw_codebooks, draw_images, draw_levels, draw_usage
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
+from vqscale.training.utilisation import forward_flops
 from vqscale.training.windows import CodeWindow, PixelWindow
 
 
@@ -131,6 +132,11 @@ class TokenizerTask(Task):
         if self._adversary:
             self._adversary.check(step)
 
+    def sample_flops(self) -> int:
+        """Of the convolutions of encoders and decoders, for one image; the search and the other losses are left out."""
+        with self.engine.evaluated() as network:
+            return forward_flops(network, from_uint8(self._fixed[:1], self.engine.ranks.device))
+
     def validate(self) -> dict[str, float]:
         """PSNR and MSE (images in [0, 1]) over the held-out images, a mean over images; LPIPS if it is trained on."""
         names = ["mse", "psnr", *(["lpips"] if self._perceptual else [])]
@@ -144,22 +150,20 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def pictures(self, step: int, tracker: Tracker | None) -> None:
-        """The fixed images beside their reconstructions, their code grids, and how often codes are used."""
+        """The fixed images beside their reconstructions, what each level carries, and how often codes are used."""
         with self._judged() as network:
             if tracker:
                 self._draw(network, step, tracker)
 
     def _draw(self, network: VQVAE, step: int, tracker: Tracker) -> None:
-        pixels = from_uint8(self._fixed, self.engine.ranks.device)
         with self.engine.autocast():
-            output: Output = network(pixels, quantized=self._quantized)
-        pairs = np.stack([self._fixed, to_uint8(output.images)], axis=1)
-        tracker.picture(step, "images/input_and_reconstruction", tile(pairs.reshape(-1, *pairs.shape[2:]), columns=8))
-        for name, level in zip(self._sizes, output.levels, strict=False):
-            grids = colour_codes(level.codes.cpu().numpy(), self._fixed.shape[1])
-            tracker.picture(step, f"codes/{name}", tile(grids, columns=8))
-        for name, figures in zip(self._sizes, self._levels, strict=False):
-            tracker.histogram(step, f"{name}/assignments", figures.counts.cpu().numpy())
+            output: Output = network(from_uint8(self._fixed, self.engine.ranks.device), quantized=self._quantized)
+            draw_images(tracker, step, self._fixed, output)
+            if self._quantized:
+                draw_levels(tracker, step, list(self._sizes), network, [level.codes for level in output.levels])
+        draw_usage(tracker, step, list(self._sizes), self._levels)
+        if step == self._settings.training.steps:
+            draw_codebooks(tracker, step, list(self._sizes), network, self._levels)
 
     def pieces(self) -> list[Piece]:
         """The averaged weights."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqscale.events import EventLog
+from vqscale.training.dashboard import Layout
 
 
 class Tracker:
@@ -29,6 +30,18 @@ class Tracker:
 
         self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         self._events = events
+
+    def layout(self, layout: Layout) -> None:
+        """The charts that TensorBoard's custom scalars open on."""
+        self._writer.add_custom_scalars(layout)
+
+    def outcome(self, settings: Mapping[str, bool | float | str], figures: Mapping[str, float]) -> None:
+        """Settings beside what came of them, for TensorBoard's table of hyperparameters."""
+        from torch.utils.tensorboard.summary import hparams
+
+        # Not by `add_hparams`, which opens a run of its own; the figures are those that the curves end with.
+        for summary in hparams(dict(settings), dict(figures)):
+            self._writer._get_file_writer().add_summary(summary)
 
     def figures(self, step: int, figures: Mapping[str, float], *, rate: float | None = None) -> None:
         """Scalars of a step, all of them for TensorBoard and a few for the events."""
@@ -56,9 +69,15 @@ class Tracker:
         """A distribution."""
         self._writer.add_histogram(name, values, step)
 
-    def text(self, name: str, text: str) -> None:
-        """A text, such as the recipe."""
-        self._writer.add_text(name, f"```yaml\n{text}\n```", 0)
+    def embedding(
+        self, step: int, name: str, vectors: NDArray[np.float32], labels: list[list[str]], columns: list[str]
+    ) -> None:
+        """Vectors fp32 [n, D] for the projector, each with its labels."""
+        self._writer.add_embedding(vectors, metadata=labels, metadata_header=columns, tag=name, global_step=step)
+
+    def text(self, name: str, text: str, *, kind: str = "yaml") -> None:
+        """A text, such as the recipe, in a block of its own."""
+        self._writer.add_text(name, f"```{kind}\n{text}\n```", 0)
 
     def close(self) -> None:
         """Flush and close."""

@@ -1,0 +1,238 @@
+"""What TensorBoard is given: layout, settings with outcomes, codebooks, compute and memory; traces on demand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from benchmarks.tokenizer_cost import convolutions
+from pipelines import train_tokenizer
+from pipelines.stage import Stage
+from tests.ranks import free_port, run_ranks
+from tests.recipes import tiny_recipe
+from tests.training_helpers import clock_run, one_process
+from vqscale.config.layout import RunLayout
+from vqscale.files import write_json
+from vqscale.training.build import build_tokenizer
+from vqscale.training.dashboard import layout, leaves
+from vqscale.training.distributed import Ranks, process_group
+from vqscale.training.tracing import Tracer
+from vqscale.training.utilisation import compute_figures, forward_flops, memory_figures, named_peak
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a tokenizer that was trained for some steps, two of them traced."""
+    run = clock_run(tmp_path_factory.mktemp("shown") / "run", tokenizer__training__log_every=2)
+    where = RunLayout(run)
+    write_json(where.trace_request("tokenizer"), {"steps": 2})
+    with pytest.MonkeyPatch.context() as patch, one_process(patch) as ranks:
+        train_tokenizer.main(Stage("tokenizer", where, where.read_recipe(), ranks, 1))
+    return run
+
+
+def read(run: Path) -> EventAccumulator:
+    everything = {"scalars": 0, "images": 0, "tensors": 0}
+    return EventAccumulator(str(run / "tensorboard" / "tokenizer"), size_guidance=everything).Reload()
+
+
+def plugin(events: EventAccumulator, tag: str, name: str) -> bytes:
+    content: bytes = events.SummaryMetadata(tag).plugin_data.content
+    assert events.SummaryMetadata(tag).plugin_data.plugin_name == name
+    return content
+
+
+def test_a_training_is_shown_whole(shown: Path) -> None:
+    events = read(shown)
+    scalars, images = set(events.Tags()["scalars"]), set(events.Tags()["images"])
+    assert {"speed/tflops", "memory/process", "speed/data_wait", "optim/gradient_norm"} <= scalars
+    assert "speed/share_of_peak" not in scalars, "no peak is known of a CPU: nothing is shown, and no 0"
+    assert {"images/input_and_reconstruction", "images/levels", "codes/top", "codes/bottom"} <= images
+    assert events.Scalars("speed/tflops")[-1].value > 0
+    text = events.Tensors("machine/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "share of peak: n/a" in text
+
+
+def test_the_layout_names_tags_that_are_there(shown: Path) -> None:
+    events = read(shown)
+    scalars = events.Tags()["scalars"]
+    proto = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for category in proto.category for chart in category.chart}
+    empty = [title for title, tags in charts.items() if not any(re.search(t, s) for t in tags for s in scalars)]
+    assert proto.category[0].title == "tokenizer"
+    assert not empty, "charts that would stay empty"
+
+
+def test_settings_stand_beside_what_came_of_them(shown: Path) -> None:
+    events = read(shown)
+    began = plugin_data_pb2.HParamsPluginData.FromString(plugin(events, "_hparams_/session_start_info", "hparams"))
+    settings = began.session_start_info.hparams
+    assert (
+        settings["training.learning_rate"].number_value
+        == RunLayout(shown).read_recipe().tokenizer.training.learning_rate
+    )
+    assert settings["resources.strategy"].string_value == "ddp"
+    told = plugin_data_pb2.HParamsPluginData.FromString(plugin(events, "_hparams_/experiment", "hparams"))
+    metrics = {metric.name.tag for metric in told.experiment.metric_infos}
+    assert metrics == {"validation/mse", "validation/psnr"}
+    assert metrics <= set(events.Tags()["scalars"]), "the table shows the last value of these curves"
+
+
+def test_codebooks_are_there_for_the_projector(shown: Path) -> None:
+    folder = shown / "tensorboard" / "tokenizer"
+    config = (folder / "projector_config.pbtxt").read_text()
+    recipe = RunLayout(shown).read_recipe()
+    for level in recipe.tokenizer.levels:
+        assert f"codebook_{level.name}" in config
+        table = next(folder.glob(f"*/codebook_{level.name}/tensors.tsv")).read_text().splitlines()
+        assert len(table) == level.codes
+    labels = next(folder.glob("*/codebook_top/metadata.tsv")).read_text().splitlines()
+    assert labels[0] == "code\tassignments"
+
+
+def test_a_trace_is_written_once_it_is_asked_for(shown: Path) -> None:
+    where = RunLayout(shown)
+    (trace,) = where.traces("tokenizer").glob("*.json.gz")
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert "aten::convolution" in names
+    assert "aten::convolution" in trace.with_name("step-1.txt").read_text()
+    assert not where.trace_request("tokenizer").exists()
+
+
+def test_a_trace_that_is_cut_off_is_asked_for_again(tmp_path: Path) -> None:
+    request = tmp_path / "trace.json"
+    tracer = Tracer(request, tmp_path / "traces")
+    tracer.look(1)
+    assert tracer.step() is None, "nobody has asked"
+    write_json(request, {"steps": 2})
+    tracer.look(2)
+    assert tracer.step() is None
+    tracer.close()
+    assert request.exists(), "the next attempt writes it"
+    assert not (tmp_path / "traces").exists()
+
+
+def test_operations_of_a_forward_equal_the_formula() -> None:
+    settings = tiny_recipe()
+    network, size = build_tokenizer(settings.tokenizer).eval(), settings.data.image_size
+    counted = forward_flops(network, torch.zeros(1, 3, size, size))
+    dims = [level.dim for level in settings.tokenizer.levels]
+    assert counted == sum(layer.flops for layer in convolutions(network.shapes, dims, size))
+
+
+def test_attention_counts_on_a_cpu_too() -> None:
+    query = torch.zeros(1, 2, 16, 8)
+    assert forward_flops(F.scaled_dot_product_attention, query, query, query, is_causal=True) == 2 * 2 * 2 * 16 * 16 * 8
+
+
+def test_shares_of_a_peak() -> None:
+    assert named_peak("NVIDIA H100 PCIe") == 756.0
+    assert named_peak("NVIDIA H100 80GB HBM3") == 989.0
+    assert named_peak("NVIDIA L4") == 121.0
+    assert named_peak("NVIDIA L40S") == 362.0
+    assert named_peak("Some Card") is None
+    figures = compute_figures(2e9, 100.0, peak=0.5)
+    assert figures == {"speed/tflops": pytest.approx(0.2), "speed/share_of_peak": pytest.approx(0.4)}
+    assert "speed/share_of_peak" not in compute_figures(2e9, 100.0, None)
+
+
+def test_memory_is_seen_to_grow() -> None:
+    before = memory_figures(torch.device("cpu"))["memory/process"]
+    held = np.ones(64 << 20, np.uint8)
+    assert memory_figures(torch.device("cpu"))["memory/process"] - before == pytest.approx(1 / 16, rel=0.2)
+    assert held[-1]
+
+
+def test_leaves_of_settings() -> None:
+    tree = {"a": 1, "b": {"c": True, "d": None}, "e": [{"f": "x"}, {"f": "y"}]}
+    assert dict(leaves(tree)) == {"a": 1, "b.c": True, "e.0.f": "x", "e.1.f": "y"}
+    assert list(layout("extract", ["top"])) == ["extract: optimizer", "extract: speed"]
+
+
+def _time_of_all_reduces(run: Path) -> dict[str, float]:
+    with process_group("cpu", 60) as ranks:
+        return _trained(run, ranks)
+
+
+def _trained(run: Path, ranks: Ranks) -> dict[str, float]:
+    where = RunLayout(run)
+    train_tokenizer.main(Stage("tokenizer", where, where.read_recipe(), ranks, 1))
+    events = read(run) if ranks.first else None
+    names = [tag for tag in events.Tags()["scalars"] if "all_reduce" in tag] if events else []
+    return {name: events.Scalars(name)[-1].value for name in names} if events else {}
+
+
+@pytest.mark.dist
+def test_all_reduces_are_timed(tmp_path: Path) -> None:
+    run = clock_run(tmp_path / "run", resources__processes=2, tokenizer__training__log_every=2)
+    found, _ = run_ranks(2, _time_of_all_reduces, run)
+    assert 0 <= found["speed/all_reduce_exposed_s"] <= found["speed/all_reduce_s"]
+    assert found["speed/all_reduce_s"] > 0
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[str]:
+    """A server over a log directory; its address."""
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    words = ["--logdir", str(folder), "--host", "127.0.0.1", "--port", str(port), "--load_fast=false"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        limit = time.monotonic() + 60
+        while True:
+            try:
+                with urlopen(f"{address}/data/plugin/scalars/tags", timeout=5) as answer:
+                    if json.load(answer):
+                        break
+            except (URLError, OSError):
+                pass
+            assert server.poll() is None, "TensorBoard has ended"
+            assert time.monotonic() < limit, "TensorBoard does not answer"
+            time.sleep(0.1)
+        yield address
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.browser
+def test_the_pages_in_a_browser(shown: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no chromium here")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with tensorboard(shown / "tensorboard") as address, playwright.sync_playwright() as started:
+        window = started.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = window.new_page(viewport={"width": 1400, "height": 1000})
+        page.goto(f"{address}/#custom_scalars")
+        page.get_by_text("share of codes used").wait_for()
+        page.locator("vz-line-chart2 svg path, vz-line-chart2 .plot").first.wait_for(state="attached")
+        page.goto(f"{address}/#images")
+        picture = page.locator("img").first
+        picture.wait_for()
+        page.wait_for_function("Array.from(document.querySelectorAll('*')).length > 50")
+        assert page.get_by_text("images/levels").count()
+        page.goto(f"{address}/#hparams")
+        page.locator("vaadin-grid").get_by_text("tokenizer").first.wait_for()
+        page.screenshot(path=str(tmp_path / "page.png"))
+        window.close()
+    assert (tmp_path / "page.png").stat().st_size > 10_000
