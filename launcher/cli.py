@@ -83,16 +83,25 @@ def _add_watch(add: Add) -> None:
     status = add(
         "status",
         "watch:status",
-        "show how a run stands (the newest one if none is named)",
-        "vqscale status --watch",
+        "show how runs stand: one by stage, several (all if none is named) a line each",
+        "vqscale status latest --watch",
     )
-    status.add_argument("run", nargs="?", default="latest", metavar="RUN", help=_RUN_HELP)
-    status.add_argument("--watch", action="store_true", help="show the progress until the run is over")
+    status.add_argument("runs", nargs="*", default=[], metavar="RUN", help=_RUN_HELP)
+    status.add_argument("--watch", action="store_true", help="show the progress until all of them are over")
+    _filters(status)
     _json(status)
+    show = add(
+        "show",
+        "watch:show",
+        "print all that is known of a run: recipe, code, attempts, checkpoints, report",
+        "vqscale show latest",
+    )
+    _run(show)
+    _json(show)
     logs = add(
         "logs",
         "watch:logs",
-        "print the logs of a run's ranks, merged and marked",
+        "print the logs of a run's ranks, merged by time and marked",
         "vqscale logs latest --failed",
     )
     _run(logs)
@@ -102,7 +111,8 @@ def _add_watch(add: Add) -> None:
     which.add_argument("--rank", type=int, metavar="N", help="one rank only")
     which.add_argument("--failed", action="store_true", help="only ranks that failed")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
-    listing = add("ls", "watch:ls", "list all runs of this user", "vqscale ls --json")
+    listing = add("ls", "watch:ls", "list the runs of this user", "vqscale ls --state running,failed --since 2d")
+    _filters(listing)
     _json(listing)
 
 
@@ -195,6 +205,14 @@ _RUN_HELP = "run directory, id, beginning of an id, or latest"
 
 def _run(parser: OneLineParser) -> None:
     parser.add_argument("run", metavar="RUN", help=_RUN_HELP)
+
+
+def _filters(parser: OneLineParser) -> None:
+    parser.add_argument("--state", metavar="A,B", help="only runs in these states, such as running,failed")
+    parser.add_argument("--name", metavar="GLOB", help="only runs whose id fits, such as 'cifar10-*'")
+    parser.add_argument("--since", metavar="WHEN", help="only runs made since: 30m, 12h, 2d, 1w ago, or 2026-01-31")
+    parser.add_argument("--on", metavar="PROFILE", help="only runs on this profile")
+    parser.add_argument("-n", "--newest", type=int, metavar="N", help="only the newest N of them")
 
 
 def _recipe(parser: OneLineParser) -> None:

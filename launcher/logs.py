@@ -4,18 +4,22 @@ stages/STAGE/attempt-NNN/agent.log
 stages/STAGE/attempt-NNN/ranks/RDZV_XXXX/attempt_K/N/{stdout,stderr}.log     K: restarts by the agent
 
 Each node's agent has an RDZV_XXXX of its own, and N counts its processes; the file `rank` in N, which the process
-leaves, has the rank in the whole job.
+leaves, has the rank in the whole job. Lines are merged by the times before them (`vqscale.stamps`), so by the clocks of
+the hosts.
 """
 
 from __future__ import annotations
 
+import heapq
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from launcher.state import ENDED, RunState
 from launcher.status import read_status
+from vqscale import stamps
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.files import read_json
@@ -29,13 +33,15 @@ class LogFile:
     """One file, and how far it has been read."""
 
     path: Path
-    mark: str
-    """Stands before each line: `[0]` for rank 0."""
+    mark: str = ""
+    """Stands before each line: `[tokenizer#2 rank 0]`."""
     offset: int = 0
     part: bytes = field(default=b"", repr=False)
+    when: str = ""
+    """Stamp of the last line that had one."""
 
-    def new_lines(self, whole: bool) -> Iterator[str]:
-        """Lines that have come since the last call.
+    def new_lines(self, whole: bool) -> Iterator[tuple[str, str]]:
+        """Lines that have come since the last call, each with the stamp that it is of.
 
         Args:
             whole: also give a last line that has no newline (the writer has ended).
@@ -46,17 +52,19 @@ class LogFile:
                 while chunk := file.read(_CHUNK):
                     self.offset += len(chunk)
                     *lines, self.part = (self.part + chunk).split(b"\n")
-                    yield from (self._show(line) for line in lines)
+                    yield from (self._line(line) for line in lines)
         except FileNotFoundError:
             return
         if whole and self.part:
-            yield self._show(self.part)
+            yield self._line(self.part)
             self.part = b""
 
-    def _show(self, line: bytes) -> str:
+    def _line(self, line: bytes) -> tuple[str, str]:
         # A carriage return would let one rank's line overwrite the mark of another.
-        text = line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
-        return f"{self.mark} {text}" if self.mark else text
+        when, text = stamps.split(line.decode(errors="replace"))
+        text = text.rstrip("\r").rpartition("\r")[2]
+        self.when = when or self.when
+        return self.when, " ".join(filter(None, (self.mark, when, text)))
 
 
 @dataclass(frozen=True)
@@ -86,77 +94,100 @@ def print_logs(layout: RunLayout, choice: LogChoice, follow: bool, say: Callable
         else:
             files = _before_first(layout)
         for file in files:
-            known.setdefault(file.path, file)
+            known.setdefault(file.path, file).mark = file.mark  # its rank may be known only now
         # All files so far: the last lines of a stage may come after the next one has begun.
-        for file in known.values():
-            for line in file.new_lines(whole=over):
-                say(line)
+        for line in merged(known.values(), whole=over):
+            say(line)
         if over:
             return
         time.sleep(_POLL_S)
 
 
+def merged(files: Iterable[LogFile], whole: bool) -> Iterator[str]:
+    """New lines of several files by the times before them; of equal times, those of one file stay together."""
+    return (line for _, line in heapq.merge(*(file.new_lines(whole) for file in files), key=itemgetter(0)))
+
+
 def choose(layout: RunLayout, choice: LogChoice, stage: str) -> list[LogFile]:
     """The files that a choice names, in the order of their ranks."""
-    folder = layout.attempt(stage, choice.attempt or _newest_attempt(layout, stage))
+    number = choice.attempt or _newest_attempt(layout, stage)
+    folder = layout.attempt(stage, number)
     if not folder.is_dir():
         raise UserError(f"stage '{stage}' has no such attempt", where=layout.root.name, mend=_begun(layout))
-    ranks = rank_files(folder)
+    logs = rank_logs(folder)
     if choice.failed:
-        return _of_failed(layout, stage, folder, ranks)
+        logs = _of_failed(layout, stage, logs)
     if choice.rank is not None:
-        if ranks and choice.rank not in ranks:
-            there = ", ".join(map(str, ranks))
-            raise UserError(f"stage '{stage}' has no rank {choice.rank}", where="--rank", mend=f"ranks: {there}")
-        return ranks.get(choice.rank, [])
-    files = [file for rank in ranks.values() for file in rank]
+        logs = _of_rank(choice.rank, logs, stage)
+    files = [LogFile(log.path, f"[{stage}#{number} {log.who}]") for log in logs]
     # The agent speaks when no rank did: it could not start them, or they died at their first line.
-    return files if _speak(files) else [LogFile(folder / "agent.log", "[agent]")]
+    silent = choice.rank is None and not any(file.path.stat().st_size for file in files)
+    return [LogFile(folder / "agent.log", f"[{stage}#{number} agent]")] if silent else files
 
 
 def last_words(attempt: Path) -> str:
     """The last line on standard error of the first rank that wrote one; else the agent's; else nothing."""
-    errors = [file for files in rank_files(attempt).values() for file in files if file.path.name == "stderr.log"]
-    for file in [*errors, LogFile(attempt / "agent.log", "")]:
-        lines = [line for line in file.new_lines(whole=True) if line.strip(f"{file.mark} ")]
+    errors = [LogFile(log.path) for log in rank_logs(attempt) if log.path.name == "stderr.log"]
+    for file in [*errors, LogFile(attempt / "agent.log")]:
+        lines = [text for _, line in file.new_lines(whole=True) if (text := stamps.split(line)[1].strip())]
         if lines:
-            return lines[-1].removeprefix(file.mark).strip()
+            return lines[-1]
     return ""
 
 
-def rank_files(attempt: Path) -> dict[int, list[LogFile]]:
-    """Logs of an attempt by rank; those of restarts by the agent follow in order."""
-    found: dict[int, list[LogFile]] = {}
-    for path in sorted(attempt.glob("ranks/*/attempt_*/*/std*.log"), key=_restart_and_name):
-        if path.parent.name.isdigit():
-            rank = _rank_of(path.parent)
-            found.setdefault(rank, []).append(LogFile(path, f"[{rank}]"))
-    return dict(sorted(found.items()))
+@dataclass(frozen=True)
+class RankLog:
+    """One file of a rank."""
+
+    path: Path
+    rank: int | None
+    """None while its process, on one of several nodes, has not said which it is."""
+    restart: int
+    """How often the agent had started its processes anew."""
+
+    @property
+    def who(self) -> str:
+        """Whose it is, for the mark."""
+        node = self.path.parents[2].name.rpartition("_")[2]
+        return f"rank {self.rank}" if self.rank is not None else f"node {node} process {self.path.parent.name}"
+
+    @property
+    def failed(self) -> bool:
+        """Whether its process left an error."""
+        return self.path.with_name("error.json").exists()
 
 
-def _rank_of(folder: Path) -> int:
-    """By the note that the process left; by the folder where it died before, as on one node."""
+def rank_logs(attempt: Path) -> list[RankLog]:
+    """Logs of an attempt in the order of ranks; those of restarts by the agent follow."""
+    paths = [path for path in attempt.glob("ranks/*/attempt_*/*/std*.log") if path.parent.name.isdigit()]
+    alone = len({path.parents[2] for path in paths}) < 2
+    found = [RankLog(p, _rank_of(p.parent, alone), int(p.parents[1].name.partition("_")[2])) for p in paths]
+    last = 1 + max((log.rank for log in found if log.rank is not None), default=0)
+    return sorted(found, key=lambda log: (last if log.rank is None else log.rank, log.restart, log.path))
+
+
+def _rank_of(folder: Path, alone: bool) -> int | None:
+    """By the note that the process left; by the folder, where all of them are on one node."""
     note = folder / "rank"
-    return int(note.read_text() if note.exists() else folder.name)
+    return int(note.read_text()) if note.exists() else int(folder.name) if alone else None
 
 
-def _restart_and_name(path: Path) -> tuple[int, str]:
-    return int(path.parents[1].name.partition("_")[2]), path.name
+def _of_rank(rank: int, logs: list[RankLog], stage: str) -> list[RankLog]:
+    known = sorted({log.rank for log in logs if log.rank is not None})
+    if known and rank not in known and all(log.rank is not None for log in logs):
+        raise UserError(
+            f"stage '{stage}' has no rank {rank}", where="--rank", mend=f"ranks: {', '.join(map(str, known))}"
+        )
+    return [log for log in logs if log.rank == rank]
 
 
-def _of_failed(layout: RunLayout, stage: str, folder: Path, ranks: dict[int, list[LogFile]]) -> list[LogFile]:
+def _of_failed(layout: RunLayout, stage: str, logs: list[RankLog]) -> list[RankLog]:
     """Ranks that left an error or that the failure marker names; all of them when nobody knows."""
     if layout.done(stage).exists():
         raise UserError(f"no rank of stage '{stage}' failed", where="--failed", mend="choose one with --stage")
-    failed = {_rank_of(path.parent) for path in folder.glob("ranks/*/attempt_*/*/error.json")}
-    marker = read_json(layout.failure(stage)) or {}
-    failed |= {marker["rank"]} & set(ranks) if "rank" in marker else set()
-    files = [file for rank in sorted(failed or ranks) for file in ranks.get(rank, [])]
-    return files if _speak(files) else [LogFile(folder / "agent.log", "[agent]")]
-
-
-def _speak(files: list[LogFile]) -> bool:
-    return any(file.path.stat().st_size for file in files)
+    told = (read_json(layout.failure(stage)) or {}).get("rank")
+    failed = {log.rank for log in logs if log.failed} | {log.rank for log in logs if log.rank == told}
+    return [log for log in logs if log.rank in failed] or logs
 
 
 def _newest_attempt(layout: RunLayout, stage: str) -> int:
@@ -181,6 +212,8 @@ def _before_first(layout: RunLayout) -> list[LogFile]:
 
 
 def _over(layout: RunLayout, choice: LogChoice) -> bool:
-    status = read_status(layout)
+    status = read_status(layout, depth="none")
     states = {stage.stage: stage.state for stage in status.stages}
-    return status.over or (choice.stage is not None and states.get(choice.stage) in ENDED)
+    # A stage that was preempted goes on by itself as long as somebody runs it.
+    ended = set(ENDED) - {"preempted"}
+    return status.over or (choice.stage is not None and states.get(choice.stage) in ended)

@@ -41,6 +41,10 @@ class Plan:
     job: Job
     commands: tuple[StageCommand, ...]
     warnings: tuple[str, ...]
+    recipe: str
+    """What was asked for: path, or name of a packaged recipe."""
+    overrides: tuple[str, ...] = ()
+    """Settings that were changed on the command line, as `dotted.key=value`."""
 
     def facts(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -102,12 +106,13 @@ def make_plan(
     Raises:
         UserError: the first thing that is wrong.
     """
-    resolved = absolute_paths(load_recipe(find_recipe(recipe), overrides))
+    changed = tuple(overrides)
+    resolved = absolute_paths(load_recipe(find_recipe(recipe), changed))
     profile = load_profile(on)
     chosen = select_stages(resolved, stages)
     warnings = check_inputs(resolved)
     job = make_job(resolved, profile, run or choose_directory(resolved.name, None), chosen)
-    return Plan(job, backend_for(profile).render(job), (*warnings, *_machine_warnings(job)))
+    return Plan(job, backend_for(profile).render(job), (*warnings, *_machine_warnings(job)), recipe, changed)
 
 
 def load_profile(on: str) -> Profile:

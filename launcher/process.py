@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,17 @@ def tagged(name: str, value: str) -> list[int]:
             with contextlib.suppress(OSError):
                 if entry in (folder / "environ").read_bytes().split(b"\0"):
                     found.append(int(folder.name))
+    return found
+
+
+def tags(name: str) -> Counter[str]:
+    """Value of the variable `name` → how many processes were started with it; one walk over all processes."""
+    head, found = f"{name}=".encode(), Counter[str]()
+    for folder in _PROC.iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                entries = (folder / "environ").read_bytes().split(b"\0")
+                found.update({e[len(head) :].decode(errors="replace") for e in entries if e.startswith(head)})
     return found
 
 

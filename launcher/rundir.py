@@ -36,6 +36,8 @@ def create(plan: Plan) -> RunLayout:
         "user": getpass.getuser(),
         "command": sys.argv,
         "directory": os.getcwd(),
+        "recipe": plan.recipe,
+        "overrides": list(plan.overrides),
         "profile": plan.job.profile.model_dump(mode="json"),
         "warnings": list(plan.warnings),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
@@ -17,9 +17,23 @@ ENDED = ("done", *_STOPPED)
 """Words of a run or stage that does not go on by itself."""
 
 
+@dataclass(frozen=True)
+class PastAttempt:
+    """An attempt that another one has followed, and what became of it."""
+
+    attempt: int
+    state: StageWord
+    """`running` where its supervisor was killed and could not write down the end."""
+    started: float | None
+    """Unix time."""
+    ended: float | None
+    """Unix time."""
+    message: str
+
+
 @dataclass
 class StageState:
-    """One stage: what happened to its newest attempt."""
+    """One stage: what happened to its newest attempt, and to those before."""
 
     state: StageWord = "waiting"
     attempt: int = 0
@@ -30,6 +44,14 @@ class StageState:
     """Unix time."""
     message: str = ""
     """Why it failed, in a line."""
+    past: list[PastAttempt] = field(default_factory=list)
+    """Earlier attempts, the oldest first."""
+
+    @property
+    def attempts(self) -> list[PastAttempt]:
+        """All attempts so far, the newest last."""
+        newest = PastAttempt(self.attempt, self.state, self.started, self.ended, self.message)
+        return [*self.past, newest] if self.started else list(self.past)
 
 
 @dataclass
@@ -52,7 +74,7 @@ class RunState:
         """
         try:
             tree = read_json(layout.state)
-            return cls({name: StageState(**stage) for name, stage in tree["stages"].items()})
+            return cls({name: _stage(stage) for name, stage in tree["stages"].items()})
         except (TypeError, KeyError, ValueError, AttributeError):
             raise UserError("holds no state of a run", where=str(layout.state)) from None
 
@@ -63,7 +85,7 @@ class RunState:
 
     def begin(self, stage: str, attempt: int) -> None:
         """A stage's processes are about to start."""
-        self.stages[stage] = StageState("running", attempt, started=time.time())
+        self.stages[stage] = StageState("running", attempt, started=time.time(), past=self.stages[stage].attempts)
 
     def end(self, stage: str, state: StageWord, message: str = "") -> None:
         """A stage's processes have ended."""
@@ -84,7 +106,7 @@ class RunState:
             if done and stage.state != "done":
                 stage.state, stage.message = "done", ""
             elif not done and stage.state != "waiting":
-                self.stages[name] = StageState(attempt=stage.attempt)
+                self.stages[name] = StageState(attempt=stage.attempt, past=stage.attempts)
 
     @property
     def word(self) -> StageWord:
@@ -107,3 +129,8 @@ class RunState:
                     return name
         begun = [name for name, stage in self.stages.items() if stage.attempt]
         return begun[-1] if begun else None
+
+
+def _stage(tree: dict[str, Any]) -> StageState:
+    past = [PastAttempt(**attempt) for attempt in tree.get("past", [])]
+    return StageState(**{**tree, "past": past})

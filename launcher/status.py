@@ -5,20 +5,44 @@ Nothing is guessed: where the sources disagree, the status says so.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.profile import Profile
 from launcher import process
 from launcher.backends import backend_for
 from launcher.backends.base import STAGE_TAG, Poll
 from launcher.state import ENDED, RunState, StageState
+from vqscale.checkpoint import folder
 from vqscale.config.layout import RunLayout
-from vqscale.events import last_event
+from vqscale.errors import UserError
+from vqscale.events import newest
 from vqscale.files import read_json
 from vqscale.quarantine import count_by_kind
+
+_READERS = 16
+"""Threads that read run directories: on a shared file system each small file is a wait of its own."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The newest checkpoint of a stage."""
+
+    step: int
+    time: float
+    """Unix time at which it was committed."""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since then."""
+        return max(0.0, time.time() - self.time)
 
 
 @dataclass(frozen=True)
@@ -39,6 +63,8 @@ class StageStatus:
     eta_s: float | None = None
     bad: dict[str, int] = field(default_factory=dict)
     """Kind → bad samples on the stage's quarantine list."""
+    saved: Saved | None = None
+    """Its newest checkpoint, by the run's own folder; by the stage's events where checkpoints lie elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +82,13 @@ class RunStatus:
     note: str
     """A disagreement between the sources, and what to do; empty when they agree."""
     stages: tuple[StageStatus, ...]
+    current: str | None
+    """Name of the stage worth looking at; None when none has begun."""
+
+    @property
+    def stage(self) -> StageStatus | None:
+        """The stage worth looking at; None when none has begun."""
+        return next((stage for stage in self.stages if stage.stage == self.current), None)
 
     @property
     def words(self) -> str:
@@ -79,29 +112,70 @@ class RunStatus:
         return {**asdict(self), "path": str(self.path)}
 
 
-def read_status(layout: RunLayout) -> RunStatus:
+class Machine:
+    """What is asked of this machine once, however many runs are looked at; asked when it is first needed."""
+
+    @functools.cached_property
+    def processes(self) -> Counter[str]:
+        """Run directory → processes of its stages on this machine."""
+        return process.tags(STAGE_TAG)
+
+
+Depth = Literal["all", "current", "none"]
+"""Of which stages events, checkpoints and bad samples are read: all, the one worth looking at, none."""
+
+
+def read_status(layout: RunLayout, machine: Machine | None = None, depth: Depth = "all") -> RunStatus:
     """The status of a run now.
 
+    Args:
+        layout: the run.
+        machine: shared by runs that are looked at together.
+        depth: how much is read of the stages.
+
     Raises:
-        UserError: the directory holds no state.
+        UserError: the directory holds no run, or no state.
     """
     info = read_json(layout.info)
+    try:
+        profile = Profile.model_validate(info["profile"])
+        run, created = str(info["id"]), float(info["created"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError("holds no run", where=str(layout.root)) from None
     # The backend first: a run that ends in between has then written its last state before it is read.
-    poll = backend_for(Profile.model_validate(info["profile"])).poll(layout)
+    poll = backend_for(profile).poll(layout)
     state = RunState.read(layout)
+    current = state.current
+    deep = state.stages.keys() if depth == "all" else {current} if depth == "current" else set()
+    stages = (_stage(layout, name, stage, name in deep) for name, stage in state.stages.items())
     return RunStatus(
-        id=info["id"],
+        id=run,
         path=layout.root,
-        created=info["created"],
-        profile=info["profile"]["name"],
+        created=created,
+        profile=profile.name,
         state=state.word,
         alive=poll.alive,
-        note=_note(layout, info["id"], state, poll),
-        stages=tuple(_stage(layout, name, stage) for name, stage in state.stages.items()),
+        note=_note(layout, run, state, poll, machine or Machine()),
+        stages=tuple(stages),
+        current=current,
     )
 
 
-def _note(layout: RunLayout, run: str, state: RunState, poll: Poll) -> str:
+def read_many(layouts: Iterable[RunLayout], depth: Depth = "current") -> list[RunStatus | UserError]:
+    """The status of many runs in their order; in its place the error, where a directory holds none."""
+    machine = Machine()
+
+    def read(layout: RunLayout) -> RunStatus | UserError:
+        try:
+            return read_status(layout, machine, depth)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        return list(readers.map(read, layouts))
+
+
+def _note(layout: RunLayout, run: str, state: RunState, poll: Poll, machine: Machine) -> str:
     lost = [name for name, stage in state.stages.items() if stage.state == "done" and not layout.done(name).exists()]
     if lost:
         return f"but stage {lost[0]} has lost its marker done.json: vqscale requeue {run}"
@@ -112,7 +186,7 @@ def _note(layout: RunLayout, run: str, state: RunState, poll: Poll) -> str:
     if state.word == "preempted":
         return f"vqscale requeue {run} goes on"
     if state.word == "running":
-        left = len(process.tagged(STAGE_TAG, str(layout.root)))
+        left = machine.processes[str(layout.root)]
         still = f" ({left} of its processes still run: vqscale cancel {run})" if left else ""
         return f"but its {poll.who} is gone: vqscale requeue {run}{still}"
     if state.word == "waiting":
@@ -128,24 +202,42 @@ def _never_began(layout: RunLayout, run: str, state: RunState, poll: Poll) -> st
     return f"but its {poll.who} is gone before the first stage: see {layout.log}"
 
 
-def _stage(layout: RunLayout, name: str, stage: StageState) -> StageStatus:
+def _stage(layout: RunLayout, name: str, stage: StageState, deep: bool) -> StageStatus:
     seconds = (stage.ended or time.time()) - stage.started if stage.started else None
     state, message = stage.state, stage.message
     if state == "waiting" and layout.done(name).exists():
         state, message = "done", "started by hand"
-    bad = count_by_kind(layout.quarantine(name))
-    base = StageStatus(name, state, stage.attempt, seconds, message, bad=bad)
-    event = last_event(layout.events(name))
+    base = StageStatus(name, state, stage.attempt, seconds, message)
+    return _with_events(layout, base) if deep else base
+
+
+def _with_events(layout: RunLayout, base: StageStatus) -> StageStatus:
+    found = newest(layout.events(base.stage), "", "checkpoint")
+    facts: dict[str, Any] = {
+        "bad": count_by_kind(layout.quarantine(base.stage)),
+        "saved": _saved(layout, base.stage, found.get("checkpoint")),
+    }
+    event = found.get("")
     # An older attempt's line says nothing about this one.
-    if event is None or (stage.attempt and event.get("attempt") != stage.attempt):
-        return base
-    return _with_event(base, event)
+    if event is not None and (not base.attempt or event.get("attempt") == base.attempt):
+        facts |= _progress(base, event)
+    return replace(base, **facts)
 
 
-def _with_event(base: StageStatus, event: dict[str, Any]) -> StageStatus:
+def _progress(base: StageStatus, event: dict[str, Any]) -> dict[str, Any]:
     figures = {key: event.get(key) for key in ("step", "total", "loss", "rate", "eta_s")}
     if base.state != "running":
         figures["eta_s"] = None
     elif figures["eta_s"] is not None:
         figures["eta_s"] = max(0.0, figures["eta_s"] - (time.time() - event["time"]))
-    return StageStatus(**{**asdict(base), **figures, "unit": event.get("unit", "")})
+    return {**figures, "unit": event.get("unit", "")}
+
+
+def _saved(layout: RunLayout, stage: str, event: dict[str, Any] | None) -> Saved | None:
+    """The folder of the run is looked at; of checkpoints elsewhere, perhaps behind a slow URL, the events tell."""
+    here = layout.root / "checkpoints" / stage
+    found = folder.steps(here)
+    if found:
+        with contextlib.suppress(FileNotFoundError):  # removed since
+            return Saved(found[0], Path(folder.step_url(here, found[0])).stat().st_mtime)
+    return Saved(event["step"], event["time"]) if event else None

@@ -27,6 +27,7 @@ from vqscale.events import EventLog
 from vqscale.faults import NO_FAULTS, Faults
 from vqscale.files import write_bytes, write_json
 from vqscale.quarantine import Quarantine
+from vqscale.stamps import stamp_output
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.heap import keep_heap
 from vqscale.training.preemption import PreemptedError
@@ -130,9 +131,10 @@ def run_stage(name: str, main: Callable[[Stage], dict[str, Any]]) -> None:
 
 
 def _sign_logs() -> None:
-    """Leave this process's rank beside its logs, whose folder torch's agent names by the rank on the node alone."""
+    """Stamp this rank's logs, and leave its rank beside them: torch's agent names folders by the rank on the node."""
     place, rank = os.environ.get("TORCHELASTIC_ERROR_FILE"), os.environ.get("RANK")
     if place and rank:
+        stamp_output()
         write_bytes(Path(place).with_name("rank"), rank.encode())
 
 

@@ -66,7 +66,7 @@ def test_every_command_shows_an_example() -> None:
         (["sumbit"], "did you mean 'submit'?"),
         (["submit", "tiny", "--folow"], "did you mean '--follow'?"),
         (["submit"], "required: RECIPE;"),
-        (["status", "a", "b"], "unexpected argument 'b'"),
+        (["show", "a", "b"], "unexpected argument 'b'"),
         (["logs", "x", "--rank", "one"], "invalid int value: 'one'"),
         (["status", "nothing"], "there are no runs yet"),
         (["schema", "--jason"], "unknown option '--jason'"),

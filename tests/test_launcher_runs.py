@@ -18,7 +18,8 @@ from launcher.report import figures, seconds
 from launcher.rundir import create
 from launcher.state import RunState
 from launcher.status import read_status
-from launcher.watch import PlainLines, duration, stage_line
+from launcher.watch import PlainLines
+from launcher.wording import duration, stage_line
 from tests.recipes import tiny_recipe, write_recipe
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
@@ -201,13 +202,14 @@ def test_logs_are_merged_and_marked(home: Path) -> None:
     agent = layout.attempt("generate", 1) / "agent.log"
     agent.parent.mkdir(parents=True)
     agent.write_text("no such module")
-    assert logs_of(layout) == ["[agent] no such module"]
+    assert logs_of(layout) == ["[generate#1 agent] no such module"]
     rank_log(layout, 0, "stdout.log", "one\n10%\r20%\n")
     rank_log(layout, 1, "stderr.log", "boom")
     rank_log(layout, 1, "error.json", "{}")
-    assert logs_of(layout) == ["[0] one", "[0] 20%", "[1] boom"]
-    assert logs_of(layout, rank=0) == ["[0] one", "[0] 20%"]
-    assert logs_of(layout, failed=True) == ["[1] boom"]
+    zero, one = "[generate#1 rank 0]", "[generate#1 rank 1]"
+    assert logs_of(layout) == [f"{zero} one", f"{zero} 20%", f"{one} boom"]
+    assert logs_of(layout, rank=0) == [f"{zero} one", f"{zero} 20%"]
+    assert logs_of(layout, failed=True) == [f"{one} boom"]
     for choice, expected in [({"rank": 7}, "ranks: 0, 1"), ({"stage": "pakc"}, "stages: generate")]:
         with pytest.raises(UserError, match=expected):
             logs_of(layout, **choice)

@@ -145,7 +145,10 @@ def test_ranks_meet_under_the_agent(layout: RunLayout, capsys: pytest.CaptureFix
     assert run(layout, "generate=ranks") == 0, (layout.attempt("generate", 1) / "agent.log").read_text()
     assert read_json(layout.done("generate")) == {"world": 2, "threads": "1"}
     assert main(["logs", "mine", "--stage", "generate"]) == 0
-    assert capsys.readouterr().out.split("\n")[:2] == ["[0] rank 0 of 2", "[1] rank 1 of 2"]
+    assert capsys.readouterr().out.split("\n")[:2] == [
+        "[generate#1 rank 0] rank 0 of 2",
+        "[generate#1 rank 1] rank 1 of 2",
+    ]
 
 
 @pytest.mark.dist

@@ -261,13 +261,14 @@ def test_status_compares_slurm_and_the_run_directory(layout: RunLayout, fakes: P
         return read_status(layout).words
 
     waits = "20|PENDING|Dependency"
-    assert said("waiting", "10|PENDING|Priority", waits) == "waiting, Slurm job 10 (generate) is PENDING (Priority)"
-    assert said("running", "10|RUNNING|None", waits) == "running"
-    assert said("running", "10|PENDING|BeginTime", waits).startswith("running, but Slurm job 10 (generate) is PENDING")
-    assert said("preempted", "10|PENDING|BeginTime", waits).startswith("preempted, Slurm job 10 (generate) is PENDING")
-    assert (
-        said("failed", "10|FAILED|NonZeroExitCode", waits) == "failed, but Slurm job 20 (pack) is PENDING (Dependency)"
+    assert said("waiting", "10|PENDING|Priority", waits) == (
+        "waiting, Slurm job 10 (generate) waits behind jobs of higher priority (Priority)"
     )
+    assert said("running", "10|RUNNING|None", waits) == "running"
+    assert said("running", "10|PENDING|BeginTime", waits).startswith("running, but Slurm job 10 (generate) waits until")
+    assert said("preempted", "10|PENDING|BeginTime", waits).startswith("preempted, Slurm job 10 (generate) waits until")
+    stays = "failed, but Slurm job 20 (pack) waits for the stage before (Dependency)"
+    assert said("failed", "10|FAILED|NonZeroExitCode", waits) == stays
     lost = "but its Slurm job 10 (TIMEOUT) is gone: vqscale requeue mine"
     assert said("running", "10|TIMEOUT|TimeLimit", "20|CANCELLED|None") == f"running, {lost}"
     assert said("running", "99|RUNNING|None") == "running, but its Slurm job 10 is gone: vqscale requeue mine"
@@ -321,4 +322,4 @@ def test_logs_are_by_the_rank_in_the_whole_job(layout: RunLayout) -> None:
         (folder / "stdout.log").write_text(f"I am {rank}\n")
     printed: list[Any] = []
     print_logs(layout, LogChoice(), follow=False, say=printed.append)
-    assert printed == ["[0] I am 0", "[1] I am 1"]
+    assert printed == ["[generate#1 rank 0] I am 0", "[generate#1 rank 1] I am 1"]

@@ -64,19 +64,51 @@ class EventLog:
         self._file.close()
 
 
+_TAILS = (1 << 16, 1 << 20)
+"""Bytes of a file's end that are looked at, the second only where the first does not hold all that is asked for."""
+
+
+def newest(path: Path, *kinds: str) -> dict[str, dict[str, Any]]:
+    """The newest whole line of each kind in an events file, by kind; what is not near the file's end is left out.
+
+    Args:
+        path: the events file; nothing is found where there is none.
+        kinds: of `note`, such as `checkpoint` (those that were committed); an empty one stands for progress.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for length in _TAILS:
+        lines, whole = _tail(path, length)
+        found = _newest(lines, kinds)
+        if whole or len(found) == len(kinds):
+            break
+    return found
+
+
 def last_event(path: Path) -> dict[str, Any] | None:
     """The newest whole line of progress in an events file; None when there is none. Reads the file's end only."""
+    return newest(path, "").get("")
+
+
+def _newest(lines: list[bytes], kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for line in reversed(lines):
+        # Most lines are passed over, so they are not parsed for it. Inside of a value the quotes would be escaped.
+        kind = line.partition(b'"event": "')[2].partition(b'"')[0].decode()
+        if kind in kinds and kind not in found and b'"committed": false' not in line:
+            found[kind] = json.loads(line)
+        if len(found) == len(kinds):
+            break
+    return found
+
+
+def _tail(path: Path, length: int) -> tuple[list[bytes], bool]:
+    """Whole lines at a file's end, and whether they are all of it."""
     try:
         with path.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 65_536))
+            start = max(0, file.seek(0, 2) - length)
+            file.seek(start)
             lines = file.read().split(b"\n")[:-1]  # what stands behind the last newline is not finished
     except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        if not line.startswith(b"{"):
-            return None
-        found: dict[str, Any] = json.loads(line)
-        if "event" not in found:
-            return found
-    return None
+        return [], True
+    # The first may be the end of a line; a kill may have torn another one.
+    return [line for line in lines if line.startswith(b"{") and line.endswith(b"}")], start == 0

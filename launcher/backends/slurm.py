@@ -16,6 +16,7 @@ from cluster.rendezvous import agent_arguments
 from cluster.slurm import SlurmSettings
 from launcher.backends import slurm_queue as queue
 from launcher.backends.base import STAGE_MODULES, Job, Poll, StageCommand
+from launcher.backends.slurm_words import explain
 from launcher.job import job_of
 from launcher.state import RunState
 from vqscale.config.layout import RunLayout
@@ -114,7 +115,7 @@ class SlurmBackend:
         alive = {stage: row for stage, row in known.items() if row.alive}
         if alive:
             return Poll(True, _words(jobs), note=_note(RunState.read(layout), jobs, alive))
-        return Poll(False, _words(jobs), who=_who(layout, jobs, known))
+        return Poll(False, _words(jobs), who=_who(RunState.read(layout), layout, jobs, known))
 
     def cancel(self, layout: RunLayout) -> None:
         """Cancel all jobs of the run, and wait until Slurm has ended their processes."""
@@ -250,7 +251,7 @@ def _words(jobs: Mapping[str, str]) -> str:
 def _note(state: RunState, jobs: Mapping[str, str], alive: Mapping[str, queue.Row]) -> str:
     """What a living job waits for, or where Slurm and the run directory disagree."""
     stage, row = next(iter(alive.items()))
-    what = f"Slurm job {jobs[stage]} ({stage}) is {row.words}"
+    what = f"Slurm job {jobs[stage]} ({stage}) {explain(row, jobs[stage])}"
     word = state.stages[stage].state
     if state.word in ("failed", "cancelled"):
         return f"but {what}"
@@ -259,11 +260,10 @@ def _note(state: RunState, jobs: Mapping[str, str], alive: Mapping[str, queue.Ro
     return what
 
 
-def _who(layout: RunLayout, jobs: Mapping[str, str], known: Mapping[str, queue.Row]) -> str:
+def _who(state: RunState, layout: RunLayout, jobs: Mapping[str, str], known: Mapping[str, queue.Row]) -> str:
     """The job that should be running, and how it ended as far as Slurm remembers."""
-    state = RunState.read(layout)
     stage = next((stage for stage in jobs if state.stages[stage].state != "done"), None)
-    if stage is None:
+    if stage is None or state.word not in ("running", "waiting"):  # nobody misses it: the accounting is not asked
         return _words(jobs)
     row = known.get(stage) or _ours(layout, queue.history([jobs[stage]])).get(stage)
     return f"Slurm job {jobs[stage]}" + (f" ({row.state})" if row else "")

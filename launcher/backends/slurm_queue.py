@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ _FRESH_S = 3.0
 
 _answer: tuple[float, str, dict[str, Row] | UserError] | None = None
 """When the last answer came, from which cluster, and what it was; no answer is one too."""
+_ASKING = threading.Lock()
+"""Many runs are looked at in threads; the first of them asks for all."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,6 @@ class Row:
         """Whether it will run, runs, or has processes that are ending."""
         return self.state not in _ENDED
 
-    @property
-    def words(self) -> str:
-        """State, and reason where there is one."""
-        return f"{self.state} ({self.reason})" if self.reason not in ("", "None") else self.state
-
 
 def jobs(fresh: bool = False) -> dict[str, Row]:
     """All jobs of this user that the controller knows, by number, in one query; those that ended lately among them.
@@ -55,12 +53,14 @@ def jobs(fresh: bool = False) -> dict[str, Row]:
     """
     global _answer
     conf = os.environ.get("SLURM_CONF", "")
-    if fresh or _answer is None or _answer[1] != conf or time.monotonic() - _answer[0] > _FRESH_S:
-        answer = _ask()
-        _answer = (time.monotonic(), conf, answer)
-    if isinstance(_answer[2], UserError):
-        raise _answer[2]
-    return _answer[2]
+    with _ASKING:
+        if fresh or _answer is None or _answer[1] != conf or time.monotonic() - _answer[0] > _FRESH_S:
+            answer = _ask()
+            _answer = (time.monotonic(), conf, answer)
+        rows = _answer[2]
+    if isinstance(rows, UserError):
+        raise rows
+    return rows
 
 
 def _ask() -> dict[str, Row] | UserError:

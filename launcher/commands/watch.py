@@ -1,23 +1,43 @@
-"""Commands that look at runs: status, logs, ls."""
+"""Commands that look at runs: status, show, logs, ls."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from typing import Any
+from collections.abc import Sequence
 
 from launcher import registry
+from launcher.listing import Choice, Row, choose
 from launcher.logs import LogChoice, print_logs
 from launcher.registry import resolve
-from launcher.status import RunStatus, read_status
-from launcher.watch import follow, view
+from launcher.show import page, page_facts
+from launcher.status import RunStatus, read_many, read_status
+from launcher.tables import console, view, view_many
+from launcher.watch import Read, follow, follow_many
+from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
+
+_NO_RUNS = "no runs yet; start one with `vqscale submit RECIPE` or `vqscale quickstart`"
+_NONE_FITS = "no run fits; vqscale ls shows all"
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Show how a run stands."""
-    layout = resolve(arguments.run)
+    """Show how one run stands by stage, or several with a line for each."""
+    choice = _choice(arguments)
+    if arguments.runs and choice != Choice():
+        raise UserError("filters choose among all runs", where="vqscale status", mend="leave RUN or the filters out")
+    if len(arguments.runs) == 1:
+        return _status_of_one(resolve(arguments.runs[0]), arguments)
+    named = [resolve(text) for text in arguments.runs]
+
+    def read() -> list[RunStatus]:
+        return _all_readable(named) if named else [row.status for row in choice.rows("current") if row.status]
+
+    return _status_of_many(read, arguments)
+
+
+def _status_of_one(layout: RunLayout, arguments: argparse.Namespace) -> int:
     if arguments.watch and not arguments.json:
         try:
             follow(layout)
@@ -29,7 +49,40 @@ def status(arguments: argparse.Namespace) -> int:
     elif arguments.watch:
         print(f"{now.id}: {now.words}")
     else:
-        _print_status(now)
+        console().print(view(now))
+        print(f"directory {now.path}")
+    return 0
+
+
+def _status_of_many(read: Read, arguments: argparse.Namespace) -> int:
+    try:
+        statuses = follow_many(read) if arguments.watch and not arguments.json else read()
+    except KeyboardInterrupt:
+        return 0
+    if arguments.json:
+        print(json.dumps([status.facts() for status in statuses], indent=2))
+    elif not statuses:
+        print(_NONE_FITS if registry.entries() else _NO_RUNS)
+    elif arguments.watch:
+        print(*(f"{status.id}: {status.words}" for status in statuses), sep="\n")
+    else:
+        console().print(view_many(statuses))
+    return 0
+
+
+def _all_readable(layouts: Sequence[RunLayout]) -> list[RunStatus]:
+    """Runs that somebody named: one that cannot be read is an error."""
+    read = read_many(layouts)
+    for one in read:
+        if isinstance(one, UserError):
+            raise one
+    return [one for one in read if not isinstance(one, UserError)]
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Print all that is known of a run on one page."""
+    layout = resolve(arguments.run)
+    print(json.dumps(page_facts(layout), indent=2) if arguments.json else page(layout))
     return 0
 
 
@@ -44,43 +97,26 @@ def logs(arguments: argparse.Namespace) -> int:
 
 
 def ls(arguments: argparse.Namespace) -> int:
-    """List all runs."""
-    rows = [_row(entry) for entry in registry.entries()]
+    """List the runs that the filters leave, the oldest first."""
+    rows = _choice(arguments).rows("none")
     if arguments.json:
-        print(json.dumps(rows, indent=2))
-        return 0
-    if not rows:
-        print("no runs yet; start one with `vqscale submit RECIPE` or `vqscale quickstart`")
-    width = max((len(row["id"]) for row in rows), default=0)
-    for row in rows:
-        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
-        print(f"{row['id']:{width}}  {created}  {row['state']:<9}  {row['path']}{_aside(row['note'])}")
+        print(json.dumps([row.facts() for row in rows], indent=2))
+    elif not rows:
+        print(_NONE_FITS if registry.entries() else _NO_RUNS)
+    else:
+        width = max(len(row.entry.id) for row in rows)
+        print(*(_line(row, width) for row in rows), sep="\n")
     return 0
 
 
-def _row(entry: registry.Entry) -> dict[str, Any]:
-    row = {"id": entry.id, "path": str(entry.path), "created": entry.created}
-    if not entry.exists:
-        return {**row, "state": "gone", "note": "its directory is not there"}
-    try:
-        now = read_status(resolve(str(entry.path)))
-    except (UserError, KeyError, TypeError, ValueError) as error:
-        return {**row, "state": "unreadable", "note": str(error)}
-    return {**row, "state": now.state, "note": now.note}
+def _choice(arguments: argparse.Namespace) -> Choice:
+    return choose(arguments.state, arguments.name, arguments.since, arguments.on, arguments.newest)
 
 
-def _aside(note: str) -> str:
-    return f"  ({note})" if note else ""
-
-
-def _print_status(now: RunStatus) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width: do not cut the lines that somebody greps
-    console.print(view(now))
-    print(f"directory {now.path}")
+def _line(row: Row, width: int) -> str:
+    created = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.entry.created))
+    aside = f"  ({row.note})" if row.note else ""
+    return f"{row.entry.id:{width}}  {created}  {row.state:<9}  {row.entry.path}{aside}"
 
 
 def _say(line: str) -> None:
