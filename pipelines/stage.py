@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from vqscale.arguments import OneLineParser
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
+from vqscale.config.resources import Resources
 from vqscale.data.bad import check_budget
 from vqscale.data.loader import Batch
 from vqscale.data.reader import EvaluationReader
@@ -46,6 +47,11 @@ class Stage:
     """Faults on demand for this rank."""
 
     @property
+    def resources(self) -> Resources:
+        """What this stage runs on."""
+        return self.recipe.resources.of(self.name)
+
+    @property
     def lead_s(self) -> float:
         """Seconds between a request to stop and the end, as the launcher said; 0 where nobody did."""
         return float(os.environ.get("VQSCALE_GRACE_S", "0"))
@@ -58,7 +64,7 @@ class Stage:
             _fail(self.layout, self.name, "hang", describe_hang(folder, self.ranks.world))
             os._exit(EXIT_HANG)
 
-        return Watchdog(folder, self.ranks.rank, self.recipe.resources.hang_s, end)
+        return Watchdog(folder, self.ranks.rank, self.resources.hang_s, end)
 
     def events(self, unit: str, total: int) -> EventLog | None:
         """The stage's event log on rank 0, None elsewhere."""
@@ -149,15 +155,16 @@ def _run_directory(text: str | None) -> RunLayout:
 def _run(name: str, main: Callable[[Stage], dict[str, Any]], layout: RunLayout) -> None:
     started = time.time()
     recipe = layout.read_recipe()
-    if recipe.resources.threads:
-        torch.set_num_threads(recipe.resources.threads)
+    resources = recipe.resources.of(name)
+    if resources.threads:
+        torch.set_num_threads(resources.threads)
     else:
         cores, sharing = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, cores // sharing))
     # Where this is unset, Accelerate replaces the number of threads by its own.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     # Recorded inside: once a rank has left the group, the others fail too, and one of them could say so first.
-    with process_group(recipe.resources.device, recipe.resources.timeout_s) as ranks, _recorded(layout, name):
+    with process_group(resources.device, resources.timeout_s) as ranks, _recorded(layout, name):
         if ranks.device.type == "cpu":
             keep_heap()
         if ranks.first:

@@ -13,6 +13,7 @@ from cluster.profile import Profile
 from cluster.rendezvous import Variable, agent_environment, inherited, thread_environment
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
+from vqscale.config.resources import Resources
 
 STAGE_MODULES = {
     "generate": "pipelines.generate",
@@ -32,6 +33,16 @@ ATTEMPT = "VQSCALE_ATTEMPT"
 
 
 @dataclass(frozen=True)
+class Place:
+    """The machines of one stage."""
+
+    cores: int
+    """Cores that may be used on each."""
+    nodes: int = 1
+    """Machines that share the processes of the stage, or of each of its tasks, evenly."""
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that decides how stages are started; `render` looks at nothing else."""
 
@@ -43,25 +54,27 @@ class Job:
     """Interpreter of the stages."""
     source: Path
     """Folder that holds the packages `pipelines` and `vqscale`; stages start in it."""
-    cores: int
-    """Cores that may be used on each machine of the stages."""
-    nodes: int = 1
-    """Machines that share the processes of a stage evenly."""
+    places: Mapping[str, Place]
+    """Stage → its machines."""
 
-    @property
-    def processes_per_node(self) -> int:
-        """Processes of a stage on each machine."""
-        return self.recipe.resources.processes // self.nodes
+    def resources(self, stage: str) -> Resources:
+        """What a stage runs on."""
+        return self.recipe.resources.of(stage)
 
-    def variables(self, attempt: int | None = None) -> tuple[Variable, ...]:
-        """Variables of every stage.
+    def processes_per_node(self, stage: str) -> int:
+        """Processes of a stage on each of its machines."""
+        return self.resources(stage).processes // self.places[stage].nodes
+
+    def variables(self, stage: str, attempt: int | None = None) -> tuple[Variable, ...]:
+        """Variables of a stage.
 
         Args:
-            attempt: number of the stage's attempt; None where it is known only when the stage starts.
+            stage: name of the stage.
+            attempt: number of its attempt; None where it is known only when the stage starts.
         """
-        profile, threads = self.profile, self.recipe.resources.threads
+        profile, threads = self.profile, self.resources(stage).threads
         return (
-            *thread_environment(threads, self.processes_per_node, self.cores),
+            *thread_environment(threads, self.processes_per_node(stage), self.places[stage].cores),
             *agent_environment(grace_s=profile.grace_s),
             *(Variable(name, value, f"profile {profile.name}") for name, value in profile.environment.items()),
             *((Variable(ATTEMPT, str(attempt), "launcher"),) if attempt is not None else ()),

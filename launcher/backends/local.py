@@ -37,7 +37,7 @@ class LocalBackend:
 
     def _stage(self, job: Job, stage: str, attempt: int) -> StageCommand:
         logs = RunLayout(job.run).attempt(stage, attempt)
-        resources = job.recipe.resources
+        resources = job.resources(stage)
         agent = agent_arguments(
             rdzv_id=f"{job.run.name}-{stage}-{attempt}",
             processes=resources.processes,
@@ -52,7 +52,7 @@ class LocalBackend:
                 # `--`: without it the agent takes --run for a short form of its own --run-path.
                 *("-m", "--", self._modules[stage], "--run", str(job.run)),
             ),
-            variables=job.variables(attempt),
+            variables=job.variables(stage, attempt),
             inherit=job.profile.inherit,
             directory=job.source,
             log=logs / "agent.log",

@@ -69,7 +69,7 @@ class SlurmBackend:
             stage=stage,
             attempt=attempt,
             argv=("sbatch", "--parsable", *wait, str(layout.script(stage))),
-            variables=job.variables(),
+            variables=job.variables(stage),
             inherit=(*job.profile.inherit, "SLURM_CONF"),
             directory=job.run,
             log=layout.log,
@@ -140,10 +140,10 @@ def script(job: Job, stage: str, module: str) -> str:
     Raises:
         ValueError: the profile has no section `slurm`.
     """
-    slurm = job.profile.slurm
-    if slurm is None:
+    if job.profile.slurm is None:
         raise ValueError(f"profile {job.profile.name} has no section `slurm`")
-    exports = [f"export {v.name}={shlex.quote(v.value)}  # {v.source}" for v in job.variables()]
+    slurm = job.profile.slurm.of(stage)
+    exports = [f"export {v.name}={shlex.quote(v.value)}  # {v.source}" for v in job.variables(stage)]
     parts = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {option}" for option in _options(job, slurm, stage)),
@@ -167,7 +167,7 @@ def _options(job: Job, slurm: SlurmSettings, stage: str) -> list[str]:
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
-        "nodes": job.nodes,
+        "nodes": job.places[stage].nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": slurm.cpus_per_task,
         "gpus-per-node": slurm.gpus_per_node or None,
@@ -183,11 +183,11 @@ def _options(job: Job, slurm: SlurmSettings, stage: str) -> list[str]:
 
 def _watched(job: Job, slurm: SlurmSettings, stage: str, module: str) -> str:
     """`launcher.batch` with srun, the shell on each node, and torch's agent: a line each."""
-    profile, nodes = job.profile, job.nodes
+    profile, nodes = job.profile, job.places[stage].nodes
     agent = agent_arguments(
         rdzv_id=_RENDEZVOUS,
-        processes=job.processes_per_node,
-        max_restarts=job.recipe.resources.max_restarts,
+        processes=job.processes_per_node(stage),
+        max_restarts=job.resources(stage).max_restarts,
         nodes=nodes,
         endpoint=_ENDPOINT,
     )
