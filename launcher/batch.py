@@ -13,12 +13,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.rendezvous import Variable
-from launcher.backends.base import ATTEMPT, StageCommand
+from launcher.backends.base import ATTEMPT, StageCommand, task_variables
 from launcher.state import RunState
 from launcher.supervise import Supervisor
 from vqscale.config.layout import RunLayout
@@ -35,7 +35,7 @@ class Batch:
     argv: tuple[str, ...]
     """`srun` with all its arguments."""
     job: str
-    """The number that Slurm gave it."""
+    """The number that Slurm gave it; `ARRAY_TASK` where it is a task of an array."""
     requeues: int
     """How often it may put itself back into the queue."""
     grace_s: int
@@ -47,21 +47,26 @@ class Batch:
         supervisor.run()
         entry = RunState.read(self.layout).stages[self.stage]
         # After TERM Slurm ends the job, and starts it again by itself if that was a preemption.
-        if entry.state == "preempted" and supervisor.signal in (None, signal.SIGUSR2):
+        if entry.state == "preempted" and supervisor.request.signal in (None, signal.SIGUSR2):
             self._requeue_or_fail(entry.message)
         return 0 if entry.state == "done" else 1
 
-    def _command(self, stage: str, attempt: int) -> StageCommand:
-        folder = self.layout.attempt(stage, attempt)
+    def _command(self, layout: RunLayout, stage: str, attempt: int) -> StageCommand:
+        folder = layout.attempt(stage, attempt)
         # The variable is how torch's agent is told of `--log-dir`: the script cannot know the number of the attempt.
         variables = (
             Variable(ATTEMPT, str(attempt), "launcher.batch"),
             Variable("PET_LOG_DIR", str(folder / "ranks"), "launcher.batch"),
+            *(task_variables(layout, stage, self._tasks) if layout.task is not None else ()),
         )
         # Everything is inherited: `sbatch` was given the allow-list, and what the script has set belongs to the stage.
         return StageCommand(
             stage, attempt, self.argv, variables, ("*",), Path.cwd(), folder / "agent.log", self.grace_s
         )
+
+    @property
+    def _tasks(self) -> int:
+        return RunState.read(self.layout.whole).stages[self.stage].tasks
 
     def _was_cancelled(self) -> bool:
         return bool((read_json(self.layout.slurm) or {}).get("cancelled"))
@@ -116,6 +121,14 @@ def requeue_refusal(step: int | None, earlier: Sequence[int | None], limit: int)
     return ""
 
 
+def _of_job(layout: RunLayout, environment: Mapping[str, str]) -> tuple[RunLayout, str]:
+    """The run, or the one task of it that this job is, and the number by which Slurm knows the job."""
+    task, array = environment.get("SLURM_ARRAY_TASK_ID"), environment.get("SLURM_ARRAY_JOB_ID")
+    if task is None or array is None:
+        return layout, environment["SLURM_JOB_ID"]
+    return layout.of_task(int(task)), f"{array}_{task}"
+
+
 def main() -> int:
     """Entry of `python -m launcher.batch`."""
     parser = argparse.ArgumentParser(prog="python -m launcher.batch", description=__doc__)
@@ -126,13 +139,13 @@ def main() -> int:
     # By hand: the command has a `--` of its own, which argparse may take away.
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given, command = parser.parse_args(sys.argv[1:end]), tuple(sys.argv[end + 1 :])
-    job = os.environ.get("SLURM_JOB_ID")
     try:
-        if not job or not command:
+        if not os.environ.get("SLURM_JOB_ID") or not command:
             raise UserError(
                 "runs inside a job of Slurm", where=parser.prog, mend="vqscale submit --on PROFILE starts one"
             )
-        return Batch(RunLayout(given.run), given.stage, command, job, given.requeues, given.grace).run()
+        layout, job = _of_job(RunLayout(given.run), os.environ)
+        return Batch(layout, given.stage, command, job, given.requeues, given.grace).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -17,7 +17,7 @@ from vqscale.errors import UserError
 from vqscale.files import read_json
 
 
-def make_job(recipe: Recipe, profile: Profile, run: Path, stages: Sequence[str]) -> Job:
+def make_job(recipe: Recipe, profile: Profile, run: Path, stages: Sequence[str], task: int | None = None) -> Job:
     """A job with this interpreter, on this machine or on the nodes of the profile.
 
     Raises:
@@ -25,13 +25,13 @@ def make_job(recipe: Recipe, profile: Profile, run: Path, stages: Sequence[str])
     """
     _check_stages(profile)
     places = {stage: _place(recipe, profile, stage) for stage in stages}
-    return Job(recipe, profile, run, tuple(stages), sys.executable, SOURCE, places)
+    return Job(recipe, profile, run, tuple(stages), sys.executable, SOURCE, places, task)
 
 
 def job_of(layout: RunLayout, stages: Sequence[str]) -> Job:
-    """The job of a run directory, from its own record."""
+    """The job of a run directory, or of one task, from its own record."""
     profile = Profile.model_validate(read_json(layout.info)["profile"])
-    return make_job(layout.read_recipe(), profile, layout.root, stages)
+    return make_job(layout.read_recipe(), profile, layout.root, stages, layout.task)
 
 
 def _check_stages(profile: Profile) -> None:

@@ -25,8 +25,8 @@ def main(stage: Stage) -> dict[str, Any]:
     tokenizer, prior = load_tokenizer(layout.root, ranks.device), load_prior(layout.root, ranks.device)
     require_prior_of(tokenizer.fingerprint, layout.checkpoints(recipe, "prior"))
     names = class_names(layout, recipe)
-    wanted = [number // recipe.sample.per_class if names else prior.no_class for number in range(_count(stage, names))]
-    mine = list(range(ranks.rank, len(wanted), ranks.world))
+    wanted = _labels(stage, names)
+    mine = stage.share(len(wanted))
     events = stage.events("images/s", len(mine))
     for start in range(0, len(mine), recipe.sample.batch):
         numbers = mine[start : start + recipe.sample.batch]
@@ -35,13 +35,18 @@ def main(stage: Stage) -> dict[str, Any]:
             write_bytes(sample_path(layout.samples, names, wanted[number], number), encode_png(image))
         if events:
             events.log(start + len(numbers))
-    ranks.barrier()
-    if ranks.first:
-        _write_sheet(layout.samples, names, wanted)
-        files = [str(sample_path(Path(), names, c, n)) for n, c in enumerate(wanted)]
-        write_json(layout.samples / "samples.json", {"classes": names, "labels": wanted, "files": files})
     if events:
         events.close()
+    return {"samples": len(mine)}
+
+
+def finish(stage: Stage, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Draw the sheet of all images, and list them."""
+    layout, names = stage.layout, class_names(stage.layout, stage.recipe)
+    wanted = _labels(stage, names)
+    _write_sheet(layout.samples, names, wanted)
+    files = [str(sample_path(Path(), names, c, n)) for n, c in enumerate(wanted)]
+    write_json(layout.samples / "samples.json", {"classes": names, "labels": wanted, "files": files})
     return {"samples": len(wanted)}
 
 
@@ -50,8 +55,10 @@ def sample_path(folder: Path, names: tuple[str, ...], label: int, number: int) -
     return folder / (names[label] if names else "") / f"{number:06d}.png"
 
 
-def _count(stage: Stage, names: tuple[str, ...]) -> int:
-    return stage.recipe.sample.per_class * max(1, len(names))
+def _labels(stage: Stage, names: tuple[str, ...]) -> list[int]:
+    """Class of each sample; without classes the prior's own word for none, the number behind the last one."""
+    each = stage.recipe.sample.per_class
+    return [number // each if names else len(names) for number in range(each * max(1, len(names)))]
 
 
 def _write_sheet(folder: Path, names: tuple[str, ...], wanted: list[int]) -> None:
@@ -66,4 +73,4 @@ def _write_sheet(folder: Path, names: tuple[str, ...], wanted: list[int]) -> Non
 
 
 if __name__ == "__main__":
-    run_stage("sample", main)
+    run_stage("sample", main, finish)

@@ -28,6 +28,8 @@ STAGE_MODULES = {
 
 STAGE_TAG = "VQSCALE_STAGE_OF"
 """Variable that every process of a stage carries: the run directory it belongs to."""
+TASK_TAG = "VQSCALE_TASK_OF"
+"""Variable that every process of a task carries besides: the task's own folder in the run directory."""
 ATTEMPT = "VQSCALE_ATTEMPT"
 """Variable with the number of the stage's attempt."""
 
@@ -56,6 +58,13 @@ class Job:
     """Folder that holds the packages `pipelines` and `vqscale`; stages start in it."""
     places: Mapping[str, Place]
     """Stage → its machines."""
+    task: int | None = None
+    """The task of an array that is started; None for a stage as a whole."""
+
+    @property
+    def layout(self) -> RunLayout:
+        """The run, or the one task."""
+        return RunLayout(self.run, self.task)
 
     def resources(self, stage: str) -> Resources:
         """What a stage runs on."""
@@ -80,7 +89,21 @@ class Job:
             *((Variable(ATTEMPT, str(attempt), "launcher"),) if attempt is not None else ()),
             Variable("VQSCALE_GRACE_S", str(profile.grace_s), f"profile {profile.name}"),
             Variable(STAGE_TAG, str(self.run), "launcher"),
+            *(
+                task_variables(self.layout, stage, self.recipe.resources.array_of(stage))
+                if self.task is not None
+                else ()
+            ),
         )
+
+
+def task_variables(layout: RunLayout, stage: str, tasks: int) -> tuple[Variable, ...]:
+    """Variables of one task of an array: which one, of how many, and whose its processes are."""
+    return (
+        Variable("VQSCALE_TASK", str(layout.task), "launcher"),
+        Variable("VQSCALE_TASKS", str(tasks), f"resources.stages.{stage}.array"),
+        Variable(TASK_TAG, str(layout.stage(stage)), "launcher"),
+    )
 
 
 @dataclass(frozen=True)

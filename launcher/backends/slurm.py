@@ -17,7 +17,7 @@ from cluster.slurm import SlurmSettings
 from launcher.backends import slurm_queue as queue
 from launcher.backends.base import STAGE_MODULES, Job, Poll, StageCommand
 from launcher.job import job_of
-from launcher.state import RunState
+from launcher.state import RunState, tasks_left
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_bytes, write_json
@@ -87,11 +87,13 @@ class SlurmBackend:
         state = RunState.read(layout)
         unfinished = [stage for stage in state.stages if not layout.done(stage).exists()]
         attempts = {stage: state.stages[stage].attempt + 1 for stage in unfinished}
+        job = job_of(layout, unfinished)
         submitted: dict[str, str] = {}
         try:
-            for command in self.render(job_of(layout, unfinished), attempts):
+            for command in self.render(job, attempts):
                 write_bytes(layout.script(command.stage), command.script.encode())
                 argv = [word.format(**submitted) if "{" in word else word for word in command.argv[:-1]]
+                argv += _only_those_left(job, layout, command.stage)
                 environment = command.environment()
                 number = queue.submit([*argv, command.argv[-1]], command.directory, environment)
                 submitted[command.stage] = number
@@ -162,8 +164,10 @@ def script(job: Job, stage: str, module: str) -> str:
 
 def _options(job: Job, slurm: SlurmSettings, stage: str) -> list[str]:
     """What stands behind #SBATCH: names that the profile's types have checked, and numbers."""
+    tasks = job.recipe.resources.array_of(stage)
     asked: dict[str, Any] = {
         "job-name": _job_name(job.run, stage),
+        "array": f"0-{tasks - 1}{_limit(job, stage)}" if tasks > 1 else None,
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
@@ -179,6 +183,12 @@ def _options(job: Job, slurm: SlurmSettings, stage: str) -> list[str]:
         "output": "supervisor.log",  # in the run directory, where sbatch is called: a path here could not be quoted
     }
     return [*(f"--{name}={value}" for name, value in asked.items() if value is not None), "--requeue", *slurm.options]
+
+
+def _limit(job: Job, stage: str) -> str:
+    """What stands behind the numbers of an array's tasks."""
+    most = job.profile.slurm.at_most(stage) if job.profile.slurm else None
+    return f"%{most}" if most else ""
 
 
 def _watched(job: Job, slurm: SlurmSettings, stage: str, module: str) -> str:
@@ -214,6 +224,15 @@ def _watched(job: Job, slurm: SlurmSettings, stage: str, module: str) -> str:
 
 def _quoted(word: str) -> str:
     return word if isinstance(word, Shell) else shlex.quote(word)
+
+
+def _only_those_left(job: Job, layout: RunLayout, stage: str) -> list[str]:
+    """Where some tasks of an array are done already, the numbers of the others; sbatch takes it before the script's."""
+    tasks = job.recipe.resources.array_of(stage)
+    left = tasks_left(layout, stage, tasks)
+    if tasks == 1 or len(left) == tasks:
+        return []
+    return [f"--array={','.join(map(str, left))}{_limit(job, stage)}"]
 
 
 def _record(layout: RunLayout) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class Row:
 def jobs(fresh: bool = False) -> dict[str, Row]:
     """All jobs of this user that the controller knows, by number, in one query; those that ended lately among them.
 
+    An array is one job here: the first of its tasks that runs, else one that waits, else one that failed.
+
     Args:
         fresh: ask now, however short ago the last answer was.
 
@@ -69,7 +71,22 @@ def _ask() -> dict[str, Row] | UserError:
     except UserError as error:
         return error
     rows = (line.strip().split("|", 3) for line in lines)
-    return {row[0]: Row(*row[1:]) for row in rows if len(row) == 4}
+    return _one_each((row[0], Row(*row[1:])) for row in rows if len(row) == 4)
+
+
+def _one_each(rows: Iterable[tuple[str, Row]]) -> dict[str, Row]:
+    """Number of a job, or of a whole array, → its row, or that of the task which tells most."""
+    found: dict[str, Row] = {}
+    for number, row in rows:
+        # A task is `12_3`; those that wait in one line are `12_[4-7%2]`.
+        job = number.partition("_")[0]
+        if job not in found or _weight(row) > _weight(found[job]):
+            found[job] = row
+    return found
+
+
+def _weight(row: Row) -> int:
+    return 3 if row.state == "RUNNING" else 2 if row.alive else int(row.state != "COMPLETED")
 
 
 def history(numbers: Iterable[str]) -> dict[str, Row]:
@@ -80,7 +97,7 @@ def history(numbers: Iterable[str]) -> dict[str, Row]:
         return {}
     rows = (line.split("|", 2) for line in text.splitlines())
     # The state may be `CANCELLED by 1000`.
-    return {row[0]: Row(row[1].partition(" ")[0], row[2]) for row in rows if len(row) == 3}
+    return _one_each((row[0], Row(row[1].partition(" ")[0], row[2])) for row in rows if len(row) == 3)
 
 
 def submit(argv: Sequence[str], directory: Path, environment: Mapping[str, str]) -> str:
