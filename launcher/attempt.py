@@ -21,7 +21,7 @@ from launcher.logs import last_words
 from launcher.state import RunState, StageState, StageWord
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
-from vqscale.files import read_json
+from vqscale.files import read_json, write_json
 
 Render = Callable[[RunLayout, str, int], StageCommand]
 """From a run (or one task of an array), a stage's name and the number of the attempt to the command that runs it.
@@ -84,7 +84,10 @@ class Attempts:
         try:
             exit_code = self._execute(self._render(self._layout, stage, attempt))
         except (OSError, UserError) as error:
-            state.end(stage, "failed", f"cannot start: {error}")
+            message = f"cannot start: {error}"
+            kind = "user" if isinstance(error, UserError) else "error"
+            write_json(self._layout.failure(stage), {"stage": stage, "kind": kind, "rank": -1, "message": message})
+            state.end(stage, "failed", message)
         else:
             state.end(stage, *self._judged(stage, exit_code))
         state.write(self._layout)

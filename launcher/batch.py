@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cluster.rendezvous import Variable
 from launcher.backends.base import ATTEMPT, StageCommand, task_variables
+from launcher.handover import check_handover
 from launcher.state import RunState
 from launcher.supervise import Supervisor
 from vqscale.config.layout import RunLayout
@@ -52,6 +53,7 @@ class Batch:
         return 0 if entry.state == "done" else 1
 
     def _command(self, layout: RunLayout, stage: str, attempt: int) -> StageCommand:
+        check_handover(layout, stage)
         folder = layout.attempt(stage, attempt)
         # The variable is how torch's agent is told of `--log-dir`: the script cannot know the number of the attempt.
         variables = (

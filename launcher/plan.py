@@ -12,6 +12,7 @@ from cluster.profile import Profile, profile_path
 from cluster.rendezvous import Variable
 from launcher.backends import backend_for
 from launcher.backends.base import ATTEMPT, Job, StageCommand
+from launcher.handover import need_of
 from launcher.job import make_job
 from launcher.recipes import find_recipe
 from launcher.registry import choose_directory
@@ -21,16 +22,6 @@ from vqscale.config.load import dump_yaml, load_model, load_recipe
 from vqscale.config.recipe import TRAINED, Recipe, Shards, Tokenizer
 from vqscale.errors import UserError
 from vqscale.faults import VARIABLE, parse_faults
-
-NEEDS = {
-    "pack": "generate",
-    "tokenizer": "pack",
-    "extract": "tokenizer",
-    "prior": "extract",
-    "sample": "prior",
-    "evaluate": "sample",
-}
-"""The stage whose output each stage reads."""
 
 _FROM_PROFILE_ONLY = ("NCCL_", "GLOO_", "OMP_", "TORCH_NCCL_")
 
@@ -154,16 +145,11 @@ def select_stages(recipe: Recipe, text: str | None, layout: RunLayout | None = N
         what = f"no stage '{unknown[0]}' in this recipe" if unknown else "names no stage"
         raise UserError(what, where="--stages", mend=f"stages: {', '.join(recipe.stages)}")
     for name in asked:
-        need = _need(recipe, name)
+        need = need_of(recipe, name)
         finished = layout is not None and need is not None and layout.done(need).exists()
         if need in recipe.stages and need not in asked and not finished:
             raise UserError(f"'{name}' reads the output of '{need}'", where="--stages", mend=f"add {need}")
     return tuple(name for name in recipe.stages if name in asked)
-
-
-def _need(recipe: Recipe, stage: str) -> str | None:
-    # Samples are read back on clocks alone; on other images the report is about reconstructions.
-    return "tokenizer" if stage == "evaluate" and not recipe.data.clocks else NEEDS.get(stage)
 
 
 def _absolute(text: Shards) -> Shards:

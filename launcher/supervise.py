@@ -20,6 +20,7 @@ from launcher import process
 from launcher.attempt import Attempts, Render, Request, say
 from launcher.backends.base import StageCommand
 from launcher.backends.local import LocalBackend
+from launcher.handover import check_handover
 from launcher.job import job_of
 from launcher.state import RunState, StageState, StageWord, tasks_left
 from vqscale.config.layout import RunLayout
@@ -112,6 +113,7 @@ def supervise(root: Path, render: Render | None = None) -> int:
 
 
 def _own_render(layout: RunLayout, stage: str, attempt: int) -> StageCommand:
+    check_handover(layout, stage)
     return LocalBackend().render(job_of(layout, (stage,)), {stage: attempt})[0]
 
 
