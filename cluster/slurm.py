@@ -81,6 +81,11 @@ class SlurmSettings(BaseModel):
     Slurm sends it up to a minute early."""
     requeues: Annotated[int, Field(ge=0)] = 20
     """How often a job that was preempted, and saved, puts itself back into the queue."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often in a row, without progress between, a job is tried again that failed by a node, the network or a hang;
+    by something unknown, once."""
+    pause_s: Annotated[int, Field(ge=0)] = 30
+    """Pause before the first of these retries; each further one in a row waits twice as long, 15 minutes at most."""
     stages: dict[str, StageSlurm] = {}
     """Stages for which something else is asked, such as `extract: {partition: cpu, gpus_per_node: 0}`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import sys
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from vqscale.arguments import OneLineParser
@@ -32,7 +34,7 @@ from vqscale.quarantine import Quarantine
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.heap import keep_heap
 from vqscale.training.preemption import PreemptedError
-from vqscale.training.watchdog import EXIT_HANG, Watchdog, describe_hang
+from vqscale.training.watchdog import EXIT_HANG, Watchdog, find_hang
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,13 @@ class Stage:
         return float(os.environ.get("VQSCALE_GRACE_S", "0"))
 
     def watchdog(self) -> Watchdog:
-        """Notices when this rank gives no sign of life for `resources.hang_s`; the stage ends then."""
+        """Notices when this rank gives no sign of life for `resources.hang_s`; the stage ends then. Collective."""
         folder = self.layout.attempt(self.name, self.attempt)
+        nodes = self.ranks.gather(node_name())
 
         def end() -> None:
-            _fail(self.layout, self.name, "hang", describe_hang(folder, self.ranks.world))
+            ranks, words = find_hang(folder, self.ranks.world)
+            _fail(self.layout, self.name, "hang", words, sorted({nodes[rank] for rank in ranks}))
             os._exit(EXIT_HANG)
 
         return Watchdog(folder, self.ranks.rank, self.resources.hang_s, end)
@@ -241,13 +245,33 @@ def _recorded(layout: RunLayout, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = "user" if isinstance(error, UserError) else "error"
+        kind = kind_of(error)
         _fail(layout, name, kind, str(error) if kind == "user" else f"{type(error).__name__}: {error}")
         raise
 
 
-def _fail(layout: RunLayout, name: str, kind: str, message: str) -> None:
+def kind_of(error: Exception) -> str:
+    """What sort of error ends a stage: `user`, `diverged`, `network`, `device`, or `error`."""
+    if isinstance(error, UserError):
+        return "user"
+    if isinstance(error, FloatingPointError):
+        return "diverged"
+    if isinstance(error, torch.AcceleratorError):
+        return "device"
+    # Gloo's own errors are plain RuntimeErrors that begin with the file they come from.
+    if isinstance(error, (dist.DistError, ConnectionError, TimeoutError)) or "/gloo/transport/" in str(error):
+        return "network"
+    return "error"
+
+
+def node_name() -> str:
+    """What the scheduler calls this machine, where there is one; else its own name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _fail(layout: RunLayout, name: str, kind: str, message: str, suspects: Sequence[str] = ()) -> None:
     """The first rank that fails says why; the others fail because of it."""
     if not layout.failure(name).exists():
-        rank = int(os.environ.get("RANK", "-1"))
-        write_json(layout.failure(name), {"stage": name, "kind": kind, "rank": rank, "message": message})
+        rank, blamed = int(os.environ.get("RANK", "-1")), [node_name()] if kind == "device" else list(suspects)
+        facts = {"stage": name, "kind": kind, "rank": rank, "node": node_name(), "suspects": blamed}
+        write_json(layout.failure(name), {**facts, "message": message})

@@ -59,7 +59,8 @@ address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p
 endpoint="${address:?Slurm knows no address of $first}:$((20000 + SLURM_JOB_ID % 10000))"
 
 exec /venv/bin/python -m launcher.batch --run '/runs/with space/tiny-1' --stage tokenizer \\
-    --requeues 5 --grace 30 -- \\
+    --requeues 5 --retries 3 --pause 30 \\
+    --grace 30 -- \\
     srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=8 \\
     --kill-on-bad-exit=0 --wait=30 --label \\
     bash -c 'PET_RDZV_CONF="is_host=$((SLURM_NODEID == 0))" exec "$@"' agent \\

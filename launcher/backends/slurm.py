@@ -203,7 +203,8 @@ def _watched(job: Job, slurm: SlurmSettings, stage: str, module: str) -> str:
     )
     lines: list[tuple[str, ...]] = [
         (job.python, "-m", "launcher.batch", "--run", str(job.run), "--stage", stage),
-        ("--requeues", str(slurm.requeues), "--grace", str(profile.grace_s), "--"),
+        ("--requeues", str(slurm.requeues), "--retries", str(slurm.retries), "--pause", str(slurm.pause_s)),
+        ("--grace", str(profile.grace_s), "--"),
         (
             "srun",
             f"--nodes={nodes}",

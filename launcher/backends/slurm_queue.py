@@ -117,6 +117,47 @@ def cancel(numbers: Iterable[str]) -> None:
     call(("scancel", "--quiet", *numbers))
 
 
+def requeue(job: str) -> None:
+    """Put a running job back into the queue; Slurm then ends its processes.
+
+    Raises:
+        UserError: Slurm refuses.
+    """
+    _forget()
+    call(("scontrol", "requeue", job))
+
+
+def put_off(job: str, pause_s: int, excluded: Sequence[str]) -> None:
+    """Let a job that waits start later, and not on some nodes.
+
+    Raises:
+        UserError: Slurm refuses.
+    """
+    call(("scontrol", "update", f"JobId={job}", f"StartTime=now+{pause_s}", f"ExcNodeList={','.join(excluded)}"))
+
+
+def hostnames(nodes: str) -> list[str]:
+    """The nodes of a list such as `gpu[01-04]`; none of an empty one."""
+    return call(("scontrol", "show", "hostnames", nodes)).split() if nodes else []
+
+
+def node_states(partition: str) -> dict[str, str]:
+    """Node → state, such as `idle` or `down*`; an asterisk says that it does not answer."""
+    chosen = (f"--partition={partition}",) if partition else ()
+    rows = (line.split() for line in call(("sinfo", "--noheader", "--Node", *chosen, "--format=%N %T")).splitlines())
+    return {row[0]: row[1] for row in rows if len(row) == 2}
+
+
+def is_lost(state: str) -> bool:
+    """Whether a node in this state has left its jobs alone."""
+    return state.endswith("*") or state.startswith(("down", "fail"))
+
+
+def is_out(state: str) -> bool:
+    """Whether a node in this state takes no jobs."""
+    return is_lost(state) or state.startswith(("drain", "maint", "unknown", "power"))
+
+
 def _forget() -> None:
     global _answer
     _answer = None

@@ -34,7 +34,8 @@ def main() -> None:
             write_json(layout.whole.done(stage), {"stage": stage, "attempt": attempt})
         sys.exit(1)  # an exit code decides nothing
     if arguments.act == "fail":
-        write_json(layout.failure(stage), {"stage": stage, "rank": 0, "message": "the dog ate the shards"})
+        failure = {"stage": stage, "kind": "user", "rank": 0, "message": "the dog ate the shards"}
+        write_json(layout.failure(stage), failure)
         sys.exit(1)
     if arguments.act == "mute":
         print("Segmentation fault", file=sys.stderr)
