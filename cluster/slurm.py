@@ -25,6 +25,29 @@ OURS = (
 """Options of sbatch that the launcher decides."""
 
 
+class StageSlurm(BaseModel):
+    """What is asked for one stage where that differs from the others; what is left out is as for all."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    partition: Name | None = None
+    """Partition."""
+    qos: Name | None = None
+    """Quality of service."""
+    nodes: Annotated[int, Field(ge=1)] | None = None
+    """Nodes that the processes of the stage, or of each of its tasks, are shared by."""
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    """GPUs of each node."""
+    cpus_per_task: Annotated[int, Field(ge=1)] | None = None
+    """CPU cores of each node."""
+    memory_gb: Annotated[int, Field(ge=0)] | None = None
+    """Memory of each node in GiB; 0 is all of it."""
+    time_min: Annotated[int, Field(ge=1)] | None = None
+    """Longest time in minutes, before the stage is requeued."""
+    at_most: Annotated[int, Field(ge=1)] | None = None
+    """Tasks of an array that run at the same time; no limit when it is left out."""
+
+
 class SlurmSettings(BaseModel):
     """What is asked of Slurm for each stage: one task a node, in which torch's elastic agent starts the processes."""
 
@@ -58,6 +81,13 @@ class SlurmSettings(BaseModel):
     Slurm sends it up to a minute early."""
     requeues: Annotated[int, Field(ge=0)] = 20
     """How often a job that was preempted, and saved, puts itself back into the queue."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often in a row, without progress between, a job is tried again that failed by a node, the network or a hang;
+    by something unknown, once."""
+    pause_s: Annotated[int, Field(ge=0)] = 30
+    """Pause before the first of these retries; each further one in a row waits twice as long, 15 minutes at most."""
+    stages: dict[str, StageSlurm] = {}
+    """Stages for which something else is asked, such as `extract: {partition: cpu, gpus_per_node: 0}`."""
 
     @field_validator("options")
     @classmethod
@@ -66,6 +96,17 @@ class SlurmSettings(BaseModel):
             if option[2:].partition("=")[0] in OURS:
                 raise ValueError(f"{option}: this option is set by vqscale; use the settings of `slurm` in the profile")
         return options
+
+    def of(self, stage: str) -> SlurmSettings:
+        """What is asked for one stage: its own settings above the common ones."""
+        own = self.stages.get(stage, StageSlurm())
+        return self.model_copy(
+            update={name: value for name, value in own if value is not None and name in SlurmSettings.model_fields}
+        )
+
+    def at_most(self, stage: str) -> int | None:
+        """Tasks of a stage's array that may run at the same time."""
+        return self.stages.get(stage, StageSlurm()).at_most
 
     def spread(self, processes: int) -> int:
         """Nodes for so many processes.

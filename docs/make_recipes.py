@@ -62,6 +62,14 @@ SECTIONS = {
     "sample": "Sample",
     "evaluate": "Evaluate",
     "resources": "Resources",
+    "resources.stages": "Stages",
+    "resources.stages.generate": "StageResources",
+    "resources.stages.pack": "StageResources",
+    "resources.stages.tokenizer": "StageResources",
+    "resources.stages.extract": "ArrayResources",
+    "resources.stages.prior": "StageResources",
+    "resources.stages.sample": "ArrayResources",
+    "resources.stages.evaluate": "StageResources",
 }
 """Dotted name of each section → its type, in the order of the page."""
 

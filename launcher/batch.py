@@ -2,8 +2,8 @@
 
 The batch script becomes this program on the first node. It runs `srun` as the supervisor runs torch's agent, with the
 same words in `state.json`. USR2, which Slurm sends ahead of the end of the time or of a preemption, goes to `srun` and
-from there to the processes on all nodes, which save. Then the job puts itself back into the queue: here, on the host,
-since there is no `scontrol` inside containers. `requeue_refusal` says when it does not.
+from there to the processes on all nodes, which save. What ends before its time puts itself back into the queue, if
+`launcher.retry` says so: here, on the host, since there is no `scontrol` inside containers.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.rendezvous import Variable
-from launcher.backends.base import ATTEMPT, StageCommand
-from launcher.state import RunState
+from launcher import retry
+from launcher.backends import slurm_queue as queue
+from launcher.backends.base import ATTEMPT, StageCommand, task_variables
+from launcher.handover import check_handover
+from launcher.retry import Failure, Limits, Try
+from launcher.state import RunState, StageState, StageWord
 from launcher.supervise import Supervisor
 from vqscale.config.layout import RunLayout
 from vqscale.errors import EXIT_USER_ERROR, UserError
@@ -35,85 +38,151 @@ class Batch:
     argv: tuple[str, ...]
     """`srun` with all its arguments."""
     job: str
-    """The number that Slurm gave it."""
-    requeues: int
+    """The number that Slurm gave it; `ARRAY_TASK` where it is a task of an array."""
+    limits: Limits
     """How often it may put itself back into the queue."""
     grace_s: int
     """Seconds for the processes to stop by themselves."""
 
     def run(self) -> int:
         """Run the stage; 0 when it is done."""
+        if self._was_lost_too_often():
+            return 1
         supervisor = Supervisor(self.layout, self._command, self.stage, self._was_cancelled)
         supervisor.run()
-        entry = RunState.read(self.layout).stages[self.stage]
+        entry = self._entry()
         # After TERM Slurm ends the job, and starts it again by itself if that was a preemption.
-        if entry.state == "preempted" and supervisor.signal in (None, signal.SIGUSR2):
-            self._requeue_or_fail(entry.message)
+        if entry.state in ("preempted", "failed") and supervisor.request.signal in (None, signal.SIGUSR2):
+            self._go_on_or_end(entry)
         return 0 if entry.state == "done" else 1
 
-    def _command(self, stage: str, attempt: int) -> StageCommand:
-        folder = self.layout.attempt(stage, attempt)
+    def _command(self, layout: RunLayout, stage: str, attempt: int) -> StageCommand:
+        check_handover(layout, stage)
+        folder = layout.attempt(stage, attempt)
+        write_json(folder / "nodes.json", self._nodes())
         # The variable is how torch's agent is told of `--log-dir`: the script cannot know the number of the attempt.
         variables = (
             Variable(ATTEMPT, str(attempt), "launcher.batch"),
             Variable("PET_LOG_DIR", str(folder / "ranks"), "launcher.batch"),
+            *(task_variables(layout, stage, self._tasks) if layout.task is not None else ()),
         )
         # Everything is inherited: `sbatch` was given the allow-list, and what the script has set belongs to the stage.
         return StageCommand(
             stage, attempt, self.argv, variables, ("*",), Path.cwd(), folder / "agent.log", self.grace_s
         )
 
+    @property
+    def _tasks(self) -> int:
+        return RunState.read(self.layout.whole).stages[self.stage].tasks
+
     def _was_cancelled(self) -> bool:
         return bool((read_json(self.layout.slurm) or {}).get("cancelled"))
 
-    def _requeue_or_fail(self, message: str) -> None:
-        failure = read_json(self.layout.failure(self.stage)) or {}
-        if failure.get("kind") == "user":
-            self._write("failed", str(failure["message"]))
-            return
-        step, earlier = self._step(), self._earlier()
-        refusal = requeue_refusal(step, earlier, self.requeues)
-        if refusal:
-            self._write("preempted", f"{message}; not requeued: {refusal}")
-            return
-        write_json(self.layout.requeues(self.stage), {"job": self.job, "steps": [*earlier, step]})
-        # Before the request: Slurm ends this process as soon as it has it.
-        self._write("preempted", f"{message}; requeued ({len(earlier) + 1} of {self.requeues})")
-        done = subprocess.run(["scontrol", "requeue", self.job], capture_output=True, text=True, check=False)
-        if done.returncode:
-            self._write("preempted", f"{message}; not requeued: {' '.join(done.stderr.split())}")
+    def _go_on_or_end(self, entry: StageState) -> None:
+        """Back into the queue, without the nodes that are at fault; or the end, and why."""
+        failure = self._failure(entry)
+        step, earlier = self._step(failure.kind), retry.read_tries(self.layout, self.stage, self.job)
+        refusal = retry.refusal(failure.kind, step, earlier, self.limits)
+        if failure.kind in retry.NEVER:
+            self._write("failed", failure.message)
+        elif refusal:
+            self._write(entry.state, f"{_words(failure)}; not requeued: {refusal}")
+        else:
+            wait = retry.pause(failure.kind, retry.in_a_row(step, earlier), self.limits)
+            excluded = self._left_out(failure, earlier)
+            this = Try(entry.attempt, failure.kind, step, failure.message, tuple(excluded), wait)
+            self._requeue(failure, [*earlier, this])
 
-    def _step(self) -> int | None:
-        """Step that the newest attempt has saved; None when it could not."""
+    def _requeue(self, failure: Failure, tries: list[Try]) -> None:
+        last, words = tries[-1], _words(failure)
+        retry.write_tries(self.layout, self.stage, self.job, tries)
+        how = f"requeued ({len(tries)} of {self.limits.requeues})"
+        how += f", without {', '.join(last.excluded)}" if last.excluded else ""
+        how += f", after {last.pause_s} s" if last.pause_s else ""
+        word: StageWord = "preempted" if failure.kind == "preempted" else "waiting"
+        # Before the request: Slurm ends this process soon after it has it.
+        self._write(word, f"{words}; {how}")
+        try:
+            queue.requeue(self.job)
+            if last.pause_s or last.excluded:
+                queue.put_off(self.job, last.pause_s, self._excluded(tries))
+        except UserError as error:
+            self._write("preempted" if word == "preempted" else "failed", f"{words}; not requeued: {error.what}")
+
+    def _failure(self, entry: StageState) -> Failure:
+        """The class of the attempt's end."""
+        found = read_json(self.layout.failure(self.stage))
+        if entry.state == "preempted" and (found or {}).get("kind") not in retry.NEVER:
+            return Failure("preempted", entry.message)
+        message = str((found or {}).get("message", entry.message)) if entry.state == "preempted" else entry.message
+        return retry.classify(found, message, self._down(self._nodes()))
+
+    def _step(self, kind: str) -> int | None:
+        """What the newest attempt has got done; where it was asked to stop, by what it says itself."""
+        if kind != "preempted":
+            return retry.progress(self.layout, self.stage)
         marker = read_json(self.layout.preempted(self.stage))
-        mine = marker is not None and marker["attempt"] == RunState.read(self.layout).stages[self.stage].attempt
+        mine = marker is not None and marker["attempt"] == self._entry().attempt
         return int(marker["step"]) if mine else None
 
-    def _earlier(self) -> list[int | None]:
-        """Steps at which this job was requeued before."""
-        record = read_json(self.layout.requeues(self.stage)) or {}
-        return list(record["steps"]) if record.get("job") == self.job else []
+    def _left_out(self, failure: Failure, earlier: list[Try]) -> list[str]:
+        nodes = self._nodes()
+        ours = [node for node in failure.suspects if node in nodes]
+        if not ours:
+            return []
+        states = queue.node_states(os.environ.get("SLURM_JOB_PARTITION", ""))
+        usable = [node for node, state in states.items() if not queue.is_out(state)]
+        return retry.left_out(ours, usable, self._excluded(earlier), len(nodes))
 
-    def _write(self, word: str, message: str) -> None:
+    def _excluded(self, tries: list[Try]) -> list[str]:
+        """What Slurm is to leave out from now on: its list is replaced as a whole."""
+        settings = read_json(self.layout.info)["profile"]["slurm"]
+        return [*settings["exclude"], *dict.fromkeys(node for one in tries for node in one.excluded)]
+
+    def _nodes(self) -> list[str]:
+        return queue.hostnames(os.environ.get("SLURM_JOB_NODELIST", ""))
+
+    def _down(self, nodes: list[str]) -> list[str]:
+        states = queue.node_states(os.environ.get("SLURM_JOB_PARTITION", "")) if nodes else {}
+        return [node for node in nodes if queue.is_lost(states.get(node, ""))]
+
+    def _was_lost_too_often(self) -> bool:
+        """Slurm starts a job again by itself when a node is lost. The attempt before could not put that down."""
+        entry = self._entry()
+        if entry.state != "running" or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+            return False
+        down = self._down(read_json(self.layout.attempt(self.stage, entry.attempt) / "nodes.json") or [])
+        message = f"{', '.join(down)} does not answer" if down else "its host was lost"
+        step, earlier = retry.progress(self.layout, self.stage), retry.read_tries(self.layout, self.stage, self.job)
+        this = Try(entry.attempt, "node", step, f"{message}; started again by Slurm")
+        retry.write_tries(self.layout, self.stage, self.job, [*earlier, this])
+        print(f"{self.stage}: attempt {entry.attempt} was lost: {message}", flush=True)
+        refusal = retry.refusal("node", step, earlier, self.limits)
+        if refusal:
+            self._write("failed", f"node: {message}; not started again: {refusal}")
+        return bool(refusal)
+
+    def _entry(self) -> StageState:
+        return RunState.read(self.layout).stages.get(self.stage, StageState())
+
+    def _write(self, word: StageWord, message: str) -> None:
         state = RunState.read(self.layout)
-        state.end(self.stage, "failed" if word == "failed" else "preempted", message)
+        state.end(self.stage, word, message)
         state.write(self.layout)
         print(f"{self.stage}: {message}", flush=True)
 
 
-def requeue_refusal(step: int | None, earlier: Sequence[int | None], limit: int) -> str:
-    """Why a preempted stage may not go back into the queue; empty when it may.
+def _words(failure: Failure) -> str:
+    """The failure with its class, where its words do not begin with that."""
+    return failure.message if failure.kind == "preempted" else f"{failure.kind}: {failure.message}"
 
-    Args:
-        step: that it has saved; None when it could not.
-        earlier: the same of the times that it was requeued before.
-        limit: most times.
-    """
-    if len(earlier) >= limit:
-        return f"the profile's limit of {limit} is reached"
-    if earlier and (-1 if step is None else step) <= (-1 if earlier[-1] is None else earlier[-1]):
-        return "no progress since the last time"
-    return ""
+
+def _of_job(layout: RunLayout, environment: Mapping[str, str]) -> tuple[RunLayout, str]:
+    """The run, or the one task of it that this job is, and the number by which Slurm knows the job."""
+    task, array = environment.get("SLURM_ARRAY_TASK_ID"), environment.get("SLURM_ARRAY_JOB_ID")
+    if task is None or array is None:
+        return layout, environment["SLURM_JOB_ID"]
+    return layout.of_task(int(task)), f"{array}_{task}"
 
 
 def main() -> int:
@@ -122,17 +191,20 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument("--stage", required=True)
     parser.add_argument("--requeues", type=int, required=True)
+    parser.add_argument("--retries", type=int, required=True)
+    parser.add_argument("--pause", type=int, required=True, metavar="SECONDS")
     parser.add_argument("--grace", type=int, required=True, metavar="SECONDS")
     # By hand: the command has a `--` of its own, which argparse may take away.
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given, command = parser.parse_args(sys.argv[1:end]), tuple(sys.argv[end + 1 :])
-    job = os.environ.get("SLURM_JOB_ID")
     try:
-        if not job or not command:
+        if not os.environ.get("SLURM_JOB_ID") or not command:
             raise UserError(
                 "runs inside a job of Slurm", where=parser.prog, mend="vqscale submit --on PROFILE starts one"
             )
-        return Batch(RunLayout(given.run), given.stage, command, job, given.requeues, given.grace).run()
+        layout, job = _of_job(RunLayout(given.run), os.environ)
+        limits = Limits(given.requeues, given.retries, given.pause)
+        return Batch(layout, given.stage, command, job, limits, given.grace).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -212,7 +212,7 @@ def shortened(recipe: Recipe, stage: str, overrides: Sequence[str]) -> list[str]
 
 def standard_faults(recipe: Recipe, stage: str) -> list[Fault]:
     """One of each kind, in the middle of a training stage, at the last rank where that makes a difference."""
-    training, last = getattr(recipe, stage).training, recipe.resources.processes - 1
+    training, last = getattr(recipe, stage).training, recipe.resources.of(stage).processes - 1
     middle = training.steps // 2
     save = middle // training.checkpoint_every * training.checkpoint_every or training.checkpoint_every
     return [
@@ -241,7 +241,7 @@ def random_kills(recipe: Recipe, stage: str, number: int, seed: int, seconds: fl
         seed: the same gives the same list, but for the clock's share of it.
         seconds: what the undisturbed repetition took.
     """
-    draw, ranks = random.Random(seed), recipe.resources.processes
+    draw, ranks = random.Random(seed), recipe.resources.of(stage).processes
     by_clock = [Kill(draw.uniform(0, seconds), draw.randrange(ranks)) for _ in range(number)]
     if stage == "extract":
         return [*by_clock]

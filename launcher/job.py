@@ -8,52 +8,61 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.profile import Profile
-from launcher.backends.base import Job
+from launcher.backends.base import Job, Place
 from launcher.backends.local import SOURCE
+from vqscale.arguments import did_you_mean
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import Recipe
+from vqscale.config.recipe import STAGES, Recipe
 from vqscale.errors import UserError
 from vqscale.files import read_json
 
 
-def make_job(recipe: Recipe, profile: Profile, run: Path, stages: Sequence[str]) -> Job:
+def make_job(recipe: Recipe, profile: Profile, run: Path, stages: Sequence[str], task: int | None = None) -> Job:
     """A job with this interpreter, on this machine or on the nodes of the profile.
 
     Raises:
         UserError: the recipe asks for what the profile does not have.
     """
-    limit, asked = profile.max_processes, recipe.resources.processes
-    if limit is not None and asked > limit:
-        raise UserError(
-            f"asks for {asked} processes, profile {profile.name} allows {limit}",
-            where="resources.processes",
-            mend=f"use at most {limit}",
-        )
-    nodes, cores = _nodes(recipe, profile)
-    return Job(recipe, profile, run, tuple(stages), sys.executable, SOURCE, cores, nodes)
+    _check_stages(profile)
+    places = {stage: _place(recipe, profile, stage) for stage in stages}
+    return Job(recipe, profile, run, tuple(stages), sys.executable, SOURCE, places, task)
 
 
 def job_of(layout: RunLayout, stages: Sequence[str]) -> Job:
-    """The job of a run directory, from its own record."""
+    """The job of a run directory, or of one task, from its own record."""
     profile = Profile.model_validate(read_json(layout.info)["profile"])
-    return make_job(layout.read_recipe(), profile, layout.root, stages)
+    return make_job(layout.read_recipe(), profile, layout.root, stages, layout.task)
 
 
-def _nodes(recipe: Recipe, profile: Profile) -> tuple[int, int]:
-    """Number of nodes, and the cores of each."""
-    slurm, resources = profile.slurm, recipe.resources
-    if slurm is None:
-        return 1, len(os.sched_getaffinity(0))
+def _check_stages(profile: Profile) -> None:
+    """The profile knows nothing of recipes, so the names in it are compared here."""
+    unknown = [name for name in profile.slurm.stages if name not in STAGES] if profile.slurm else []
+    if unknown:
+        mend = f"{did_you_mean(unknown[0], STAGES)}stages: {', '.join(STAGES)}"
+        raise UserError(f"no stage '{unknown[0]}'", where=f"slurm.stages of profile {profile.name}", mend=mend)
+
+
+def _place(recipe: Recipe, profile: Profile, stage: str) -> Place:
+    """The machines of a stage."""
+    resources, key = recipe.resources.of(stage), recipe.resources.key(stage, "processes")
+    limit, asked = profile.max_processes, resources.processes
+    if limit is not None and asked > limit:
+        raise UserError(
+            f"asks for {asked} processes, profile {profile.name} allows {limit}", where=key, mend=f"use at most {limit}"
+        )
+    if profile.slurm is None:
+        return Place(len(os.sched_getaffinity(0)))
+    slurm = profile.slurm.of(stage)
     try:
-        nodes = slurm.spread(resources.processes)
+        nodes = slurm.spread(asked)
     except ValueError as error:
         mend = "use a multiple, or set slurm.nodes in the profile"
-        raise UserError(f"{error} of profile {profile.name}", where="resources.processes", mend=mend) from None
-    each = resources.processes // nodes
+        raise UserError(f"{error} of profile {profile.name}", where=key, mend=mend) from None
+    each = asked // nodes
     if resources.device != "cpu" and slurm.gpus_per_node and each > slurm.gpus_per_node:
         raise UserError(
             f"{each} processes a node, but profile {profile.name} has {slurm.gpus_per_node} GPUs a node",
-            where="resources.processes",
+            where=key,
             mend=f"use at most {slurm.gpus_per_node * nodes}, or resources.device=cpu",
         )
-    return nodes, slurm.cpus_per_task
+    return Place(slurm.cpus_per_task, nodes)

@@ -9,27 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from cluster.profile import Profile, profile_path
+from cluster.rendezvous import Variable
 from launcher.backends import backend_for
 from launcher.backends.base import ATTEMPT, Job, StageCommand
+from launcher.handover import need_of
 from launcher.job import make_job
 from launcher.recipes import find_recipe
 from launcher.registry import choose_directory
 from vqscale.config.inputs import check_inputs
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml, load_model, load_recipe
-from vqscale.config.recipe import Recipe, Shards, Tokenizer
+from vqscale.config.recipe import TRAINED, Recipe, Shards, Tokenizer
 from vqscale.errors import UserError
 from vqscale.faults import VARIABLE, parse_faults
-
-NEEDS = {
-    "pack": "generate",
-    "tokenizer": "pack",
-    "extract": "tokenizer",
-    "prior": "extract",
-    "sample": "prior",
-    "evaluate": "sample",
-}
-"""The stage whose output each stage reads."""
 
 _FROM_PROFILE_ONLY = ("NCCL_", "GLOO_", "OMP_", "TORCH_NCCL_")
 
@@ -53,7 +45,7 @@ class Plan:
             "name": job.recipe.name,
             "profile": job.profile.model_dump(mode="json"),
             "run": str(job.run),
-            "cores": job.cores,
+            "resources": {stage: _facts(job, stage) for stage in job.stages},
             "stages": [command.facts() for command in self.commands],
             "recipe": job.recipe.model_dump(mode="json"),
             "warnings": list(self.warnings),
@@ -62,17 +54,18 @@ class Plan:
     def text(self) -> str:
         """The plan as people read it."""
         job, first = self.job, self.commands[0]
-        own = {variable.name for command in self.commands for variable in command.variables}
-        width = max(len(name) for name in own)
-        shared = [v for v in first.variables if v.name != ATTEMPT]
+        shared = [v for v in first.variables if all(v in command.variables for command in self.commands)]
+        width = max(len(variable.name) for command in self.commands for variable in command.variables)
         machine = job.profile.description or job.profile.backend
         lines = [
             f"run        {job.recipe.name} on {job.profile.name} ({machine})",
             f"directory  {job.run}",
-            f"resources  {_resources(job)}",
+            "",
+            "resources",
+            *(f"  {stage:9}  {_resources(job, stage)}" for stage in job.stages),
             "",
             "environment of every stage",
-            *(f"  {v.name:{width}} = {v.value}    from {v.source}" for v in shared),
+            *_variables(shared, width),
             f"  taken over from the shell: {' '.join(first.inherit)}",
             "",
             f"stages, started in {first.directory}",
@@ -80,6 +73,7 @@ class Plan:
         for number, command in enumerate(self.commands, 1):
             body = command.shell().replace("\n", "\n    ")
             lines += [f"  {number} {command.stage} (attempt {command.attempt})", f"    {body}"]
+            lines += (f"  {line}" for line in _variables([v for v in command.variables if v not in shared], width))
             if command.script:
                 lines += ["", *(f"    | {line}".rstrip() for line in command.script.splitlines()), ""]
         lines += ["", "recipe", *(f"  {line}" for line in dump_yaml(job.recipe).splitlines())]
@@ -156,16 +150,11 @@ def select_stages(recipe: Recipe, text: str | None, layout: RunLayout | None = N
         what = f"no stage '{unknown[0]}' in this recipe" if unknown else "names no stage"
         raise UserError(what, where="--stages", mend=f"stages: {', '.join(recipe.stages)}")
     for name in asked:
-        need = _need(recipe, name)
+        need = need_of(recipe, name)
         finished = layout is not None and need is not None and layout.done(need).exists()
         if need in recipe.stages and need not in asked and not finished:
             raise UserError(f"'{name}' reads the output of '{need}'", where="--stages", mend=f"add {need}")
     return tuple(name for name in recipe.stages if name in asked)
-
-
-def _need(recipe: Recipe, stage: str) -> str | None:
-    # Samples are read back on clocks alone; on other images the report is about reconstructions.
-    return "tokenizer" if stage == "evaluate" and not recipe.data.clocks else NEEDS.get(stage)
 
 
 def _absolute(text: Shards) -> Shards:
@@ -183,21 +172,38 @@ def _with_absolute_weights(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer.model_copy(update={"losses": losses.model_copy(update={"perceptual": perceptual})})
 
 
-def _resources(job: Job) -> str:
-    resources = job.recipe.resources
-    threads = next(v.value for v in backend_for(job.profile).render(job)[0].variables if v.name == "OMP_NUM_THREADS")
+def _variables(variables: Iterable[Variable], width: int) -> list[str]:
+    return [f"  {v.name:{width}} = {v.value}    from {v.source}" for v in variables if v.name != ATTEMPT]
+
+
+def _facts(job: Job, stage: str) -> dict[str, Any]:
+    place = {"nodes": job.places[stage].nodes, "cores": job.places[stage].cores}
+    own = job.resources(stage).model_dump(mode="json", exclude={"stages"})
+    return {**own, **place, "array": job.recipe.resources.array_of(stage)}
+
+
+def _resources(job: Job, stage: str) -> str:
+    resources, place, tasks = job.resources(stage), job.places[stage], job.recipe.resources.array_of(stage)
+    threads = next(v.value for v in job.variables(stage) if v.name == "OMP_NUM_THREADS")
     return (
-        f"processes a stage: {resources.processes} on {job.nodes} node{'s' if job.nodes > 1 else ''}, "
-        f"threads each: {threads}, device: {resources.device}, restarts: {resources.max_restarts}; "
-        f"cores a node: {job.cores}"
+        f"{f'{tasks} tasks of ' if tasks > 1 else ''}processes: {resources.processes} on {place.nodes} "
+        f"node{'s' if place.nodes > 1 else ''} of {place.cores} cores, threads each: {threads}, "
+        f"device: {resources.device}{f', {resources.strategy}' if stage in TRAINED else ''}, "
+        f"restarts: {resources.max_restarts}"
     )
 
 
+def _crowded(job: Job, stage: str) -> str:
+    """What is wrong where a stage's threads outnumber the cores; empty where they do not."""
+    processes, threads = job.processes_per_node(stage), max(1, job.resources(stage).threads)
+    cores = job.places[stage].cores
+    if processes * threads <= cores:
+        return ""
+    return f"{processes} processes x {threads} threads will wait for each other on {cores} cores"
+
+
 def _machine_warnings(job: Job) -> list[str]:
-    resources, warnings = job.recipe.resources, []
-    processes, threads = job.processes_per_node, max(1, resources.threads)
-    if processes * threads > job.cores:
-        warnings.append(f"{processes} processes x {threads} threads will wait for each other on {job.cores} cores")
+    warnings = list(dict.fromkeys(filter(None, (_crowded(job, stage) for stage in job.stages))))
     if os.environ.get(VARIABLE):
         faults = "; ".join(map(str, parse_faults(os.environ[VARIABLE])))
         warnings.append(f"{VARIABLE} disturbs this run on purpose: {faults}")

@@ -27,7 +27,8 @@ def create(plan: Plan) -> RunLayout:
     run_id = _unused_id(layout.root.name)
     write_bytes(layout.recipe, dump_yaml(plan.job.recipe).encode())
     write_snapshot(plan.job.source, layout.code)
-    RunState.new(plan.job.stages).write(layout)
+    resources = plan.job.recipe.resources
+    RunState.new(plan.job.stages, {stage: resources.array_of(stage) for stage in plan.job.stages}).write(layout)
     info = {
         "id": run_id,
         "name": plan.job.recipe.name,

@@ -43,7 +43,7 @@ def fill(
     *,
     replace: bool = True,
 ) -> None:
-    """Draw what is missing, finish the set and put a sheet beside it; every process calls it.
+    """Draw what is missing of this process's parts; every process calls it.
 
     Args:
         drawn: the set.
@@ -57,20 +57,29 @@ def fill(
     Raises:
         UserError: the folder holds another drawing, which may not be replaced.
     """
-    finished, sheet = drawn.is_finished(), drawn.folder / SHEET
+    finished = drawn.is_finished()
     ranks.barrier()  # nobody changes anything before all have looked
-    if not finished:
-        if ranks.first:
-            drawn.prepare(replace=replace)
-            sheet.unlink(missing_ok=True)
-        ranks.barrier()
-        _draw_missing(drawn, mine, batch, draw, report)
-        ranks.barrier()
-        if ranks.first:
-            drawn.finish()
-    if ranks.first and not sheet.exists():
-        write_bytes(sheet, encode_png(sheet_of(drawn)))
+    if finished:
+        return
+    if ranks.first:
+        drawn.prepare(replace=replace)
+        (drawn.folder / SHEET).unlink(missing_ok=True)
     ranks.barrier()
+    _draw_missing(drawn, mine, batch, draw, report)
+    ranks.barrier()
+
+
+def conclude(drawn: DrawnSet) -> None:
+    """When all parts are there: make the whole of them, and put a sheet beside it. Does nothing a second time.
+
+    Raises:
+        UserError: a part is missing.
+    """
+    if not drawn.is_finished():
+        drawn.finish()
+    sheet = drawn.folder / SHEET
+    if not sheet.exists():
+        write_bytes(sheet, encode_png(sheet_of(drawn)))
 
 
 def sheet_of(drawn: DrawnSet) -> NDArray[np.uint8]:

@@ -16,62 +16,75 @@ from pipelines.sources import image_source
 from pipelines.stage import Stage, run_stage
 from vqscale import storage
 from vqscale.config.inputs import require_room
-from vqscale.data.bad import BadCount
-from vqscale.data.code_records import Views, manifest_from_records, read_record, read_records, write_record
+from vqscale.data.bad import BadCount, check_budget
+from vqscale.data.code_records import (
+    CodeRecord,
+    Views,
+    manifest_from_records,
+    read_record,
+    read_records,
+    write_record,
+)
 from vqscale.data.crops import Crops
 from vqscale.data.image_source import ImageSource
-from vqscale.data.manifest import CodeLevel, Manifest, read_manifest, write_manifest
-from vqscale.data.order import evaluation_shards
+from vqscale.data.manifest import MANIFEST, CodeLevel, write_manifest
 from vqscale.events import EventLog
 from vqscale.export import TrainedTokenizer, load_tokenizer
 from vqscale.extraction import Extraction
 from vqscale.files import clear_beside
 from vqscale.models.quantizer import usage_figures
+from vqscale.quarantine import Quarantine
+
+SPLITS = ("train", "validation")
 
 
 def main(stage: Stage) -> dict[str, Any]:
-    """Encode the training and the held-out images with the run's tokenizer."""
+    """Encode this rank's share of the training and the held-out images with the run's tokenizer."""
     tokenizer = load_tokenizer(stage.layout.root, stage.ranks.device)
-    sources = {split: image_source(stage, split, crops_of(stage, split)) for split in ("train", "validation")}
+    sources = {split: image_source(stage, split, crops_of(stage, split)) for split in SPLITS}
     require_room(stage.recipe, sources["train"].shards)
-    events = stage.events("images/s", len(evaluation_shards_of(sources["train"].manifest, stage)))
-    figures: dict[str, Any] = {}
+    events = stage.events("images/s", len(stage.share(len(sources["train"].manifest.shards))))
     for split, source in sources.items():
-        counted = extract_split(stage, tokenizer, source, split, events if split == "train" else None)
-        finished = read_manifest(stage.layout.codes(split))
-        figures |= {f"{split}_samples": finished.samples, f"{split}_skipped": finished.skipped}
-        if split == "train":
-            figures |= usage_figures(counted)
+        extract_split(stage, tokenizer, source, split, events if split == "train" else None)
     if events:
         events.close()
-    if tokenizer.bf16 and stage.ranks.first:
+    figures: dict[str, Any] = {"fingerprint": tokenizer.fingerprint}
+    if tokenizer.bf16 and stage.ranks.first and not stage.layout.task:
         how = extraction(stage, tokenizer, "validation")
         figures["codes_differ_from_fp32"] = how.difference_from_fp32(sources["validation"])
     return figures
 
 
-def evaluation_shards_of(manifest: Manifest, stage: Stage) -> range:
-    """This rank's shards."""
-    return evaluation_shards(len(manifest.shards), stage.ranks.rank, stage.ranks.world)
+def finish(stage: Stage, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write the manifests from the records of all shards; the figures of the whole extraction.
 
-
-def _clear(folder: str, names: Sequence[str], first: bool) -> None:
-    """Remove what a killed attempt left half-written: of this rank's shards, and on rank 0 of the manifest."""
-    place = storage.local_path(folder)
-    if place is not None:
-        for name in (*names, *(["manifest.json"] if first else [])):
-            clear_beside(place / name)
+    Raises:
+        UserError: more bad images than the recipe's error budget, or a shard that is not finished.
+    """
+    # Task 0 has compared precisions.
+    compared = ("fingerprint", "codes_differ_from_fp32")
+    figures: dict[str, Any] = {key: parts[0][key] for key in compared if key in parts[0]}
+    for split in SPLITS:
+        records = finish_split(stage, image_source(stage, split), split, figures["fingerprint"])
+        figures |= {
+            f"{split}_samples": sum(record.shard.samples for record in records),
+            f"{split}_skipped": sum(record.skipped for record in records),
+        }
+        if split == "train":
+            used = {level.name: [record.usage[level.name] for record in records] for level in code_levels(stage)}
+            figures |= usage_figures({name: torch.tensor(counts).sum(dim=0) for name, counts in used.items()})
+    return figures
 
 
 def extract_split(
     stage: Stage, tokenizer: TrainedTokenizer, source: ImageSource, split: str, events: EventLog | None
-) -> dict[str, torch.Tensor]:
-    """Write this rank's code shards, then (rank 0) the manifest; returns the use of the codes over the whole split."""
+) -> None:
+    """Write this rank's code shards and their records."""
     folder, how = str(stage.layout.codes(split)), extraction(stage, tokenizer, split)
-    names, mine, views = source.shards.flat_names, evaluation_shards_of(source.manifest, stage), how.views
+    names, mine, views = source.shards.flat_names, stage.share(len(source.manifest.shards)), how.views
     count = BadCount(stage.recipe.data.error_budget, stage.ranks.world)
     missing = [shard for shard in mine if not read_record(folder, names[shard], tokenizer.fingerprint, views)]
-    _clear(folder, [names[shard] for shard in mine], stage.ranks.first)
+    _clear(folder, [names[shard] for shard in mine])
     done = len(mine) - len(missing)
     if events and done:
         events.log(done)
@@ -79,24 +92,46 @@ def extract_split(
         write_record(folder, record)
         if events:
             events.log(done + number + 1)
-    stage.ranks.barrier()
-    records = read_records(folder, names, tokenizer.fingerprint, views)
     # From the records: those of an earlier attempt are counted too.
-    bad = [(source.name(shard), key, kind) for shard in mine for key, kind in records[shard].bad]
+    records = read_records(folder, [names[shard] for shard in mine], tokenizer.fingerprint, views)
+    bad = _bad(source, mine, records)
     read = sum(source.manifest.counts[shard] for shard in mine)
     stage.judge(Counter(kind for _, _, kind in bad), read, bad)
-    if stage.ranks.first:
-        finished = manifest_from_records(
-            records,
-            levels=code_levels(stage),
-            classes=source.manifest.classes,
-            image_size=stage.recipe.data.image_size,
-            fingerprint=tokenizer.fingerprint,
-            source={"images": source.shards.spec, **views._asdict()},
-        )
-        write_manifest(folder, finished)
-    stage.ranks.barrier()
-    return {name: torch.tensor([record.usage[name] for record in records]).sum(dim=0) for name in tokenizer.levels}
+
+
+def finish_split(stage: Stage, source: ImageSource, split: str, fingerprint: str) -> list[CodeRecord]:
+    """Judge the bad images of all tasks together, and write the manifest; returns the records of all shards."""
+    folder, views = str(stage.layout.codes(split)), views_of(stage, split)
+    records = read_records(folder, source.shards.flat_names, fingerprint, views)
+    bad = _bad(source, range(len(records)), records)
+    Quarantine(stage.layout.whole.quarantine(stage.name)).add(bad)
+    check_budget(Counter(kind for _, _, kind in bad), sum(source.manifest.counts), stage.recipe.data.error_budget)
+    if stage.tasks == 1:  # another task may be writing it now
+        _clear(folder, [MANIFEST])
+    finished = manifest_from_records(
+        records,
+        levels=code_levels(stage),
+        classes=source.manifest.classes,
+        image_size=stage.recipe.data.image_size,
+        fingerprint=fingerprint,
+        source={"images": source.shards.spec, **views._asdict()},
+    )
+    write_manifest(folder, finished)
+    return records
+
+
+def _bad(source: ImageSource, shards: Sequence[int], records: Sequence[CodeRecord]) -> list[tuple[str, str, str]]:
+    """(shard, key, kind) of the bad images, as a quarantine list has them."""
+    each = zip(shards, records, strict=True)
+    return [(source.name(shard), key, kind) for shard, record in each for key, kind in record.bad]
+
+
+def _clear(folder: str, names: Sequence[str]) -> None:
+    """Remove what a killed attempt left half-written."""
+    place = storage.local_path(folder)
+    if place is not None:
+        for name in names:
+            clear_beside(place / name)
 
 
 def code_levels(stage: Stage) -> list[CodeLevel]:
@@ -108,9 +143,7 @@ def code_levels(stage: Stage) -> list[CodeLevel]:
 def extraction(stage: Stage, tokenizer: TrainedTokenizer, split: str) -> Extraction:
     """How the recipe wants a split extracted; held-out images count once."""
     wanted, data = stage.recipe.extract, stage.recipe.data
-    crops = crops_of(stage, split)
-    views = Views(wanted.flips and split == "train", *((crops.count, crops.seed) if crops else ()))
-    return Extraction(tokenizer, code_levels(stage), wanted.batch, wanted.block, data.threads, views)
+    return Extraction(tokenizer, code_levels(stage), wanted.batch, wanted.block, data.threads, views_of(stage, split))
 
 
 def crops_of(stage: Stage, split: str) -> Crops | None:
@@ -119,5 +152,11 @@ def crops_of(stage: Stage, split: str) -> Crops | None:
     return Crops(count, stage.recipe.seed) if count > 1 and split == "train" else None
 
 
+def views_of(stage: Stage, split: str) -> Views:
+    """What of each image of a split has codes."""
+    crops = crops_of(stage, split)
+    return Views(stage.recipe.extract.flips and split == "train", *((crops.count, crops.seed) if crops else ()))
+
+
 if __name__ == "__main__":
-    run_stage("extract", main)
+    run_stage("extract", main, finish)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.drawing import fill
+from pipelines.drawing import conclude, fill
 from pipelines.stage import Stage, run_stage
-from vqscale.config.recipe import Sample
 from vqscale.data.drawn import DrawnSet
-from vqscale.export import TrainedTokenizer, class_names, load_prior, load_tokenizer
-from vqscale.models.prior import Prior
+from vqscale.export import class_names, load_prior, load_tokenizer
 from vqscale.sampling import draw_images, labels_to_draw
 from vqscale.training.checkpoints.fitting import require_prior_of
 from vqscale.training.checkpoints.reader import content_hash
@@ -25,8 +22,13 @@ def main(stage: Stage) -> dict[str, Any]:
     recipe, ranks, layout = stage.recipe, stage.ranks, stage.layout
     tokenizer, prior = load_tokenizer(layout.root, ranks.device), load_prior(layout.root, ranks.device)
     require_prior_of(tokenizer.fingerprint, layout.checkpoints(recipe, "prior"))
-    drawn = drawn_set(layout.samples, recipe.sample, class_names(layout, recipe), tokenizer, prior)
-    mine = range(ranks.rank, len(drawn.parts), ranks.world)
+    follows_from = {
+        "tokenizer": tokenizer.fingerprint,
+        "prior": content_hash(prior.state_dict()),
+        "settings": recipe.sample.model_dump(mode="json", exclude={"batch", "output", "count", "per_class", "classes"}),
+    }
+    drawn = drawn_set(stage, follows_from)
+    mine = stage.share(len(drawn.parts))
     events = stage.events("images/s", sum(len(drawn.parts[part]) for part in mine))
 
     def draw(numbers: Sequence[int]) -> NDArray[np.uint8]:
@@ -40,21 +42,23 @@ def main(stage: Stage) -> dict[str, Any]:
     fill(drawn, ranks, mine, recipe.sample.batch, draw, report)
     if events:
         events.close()
+    return {"drawn_from": follows_from}
+
+
+def finish(stage: Stage, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make the whole of the parts, and draw its sheet."""
+    drawn = drawn_set(stage, parts[0]["drawn_from"])
+    conclude(drawn)
     return {"samples": len(drawn.labels)}
 
 
-def drawn_set(
-    folder: Path, settings: Sample, names: tuple[str, ...], tokenizer: TrainedTokenizer, prior: Prior
-) -> DrawnSet:
-    """The images that the settings ask for, and what they follow from."""
-    drawn_from = {
-        "tokenizer": tokenizer.fingerprint,
-        "prior": content_hash(prior.state_dict()),
-        "settings": settings.model_dump(mode="json", exclude={"batch", "output", "count", "per_class", "classes"}),
-    }
-    labels = labels_to_draw(settings, names)
-    return DrawnSet(folder, settings.output, tokenizer.image_size, names, labels, drawn_from)
+def drawn_set(stage: Stage, drawn_from: Mapping[str, Any]) -> DrawnSet:
+    """The images that the recipe asks for, and what they follow from."""
+    recipe, layout = stage.recipe, stage.layout
+    names = class_names(layout, recipe)
+    labels = labels_to_draw(recipe.sample, names)
+    return DrawnSet(layout.samples, recipe.sample.output, recipe.data.image_size, names, labels, drawn_from)
 
 
 if __name__ == "__main__":
-    run_stage("sample", main)
+    run_stage("sample", main, finish)

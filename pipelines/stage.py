@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import socket
 import sys
 import time
 from collections import Counter
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from vqscale.arguments import OneLineParser
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
+from vqscale.config.resources import Resources
 from vqscale.data.bad import check_budget
 from vqscale.data.loader import Batch
 from vqscale.data.reader import EvaluationReader
@@ -25,13 +29,13 @@ from vqscale.data.source import Source
 from vqscale.errors import EXIT_USER_ERROR, UserError
 from vqscale.events import EventLog
 from vqscale.faults import NO_FAULTS, Faults
-from vqscale.files import write_bytes, write_json
+from vqscale.files import read_json, write_bytes, write_json
 from vqscale.quarantine import Quarantine
 from vqscale.stamps import stamp_output
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.heap import keep_heap
 from vqscale.training.preemption import PreemptedError
-from vqscale.training.watchdog import EXIT_HANG, Watchdog, describe_hang
+from vqscale.training.watchdog import EXIT_HANG, Watchdog, find_hang
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,18 @@ class Stage:
     attempt: int
     faults: Faults = NO_FAULTS
     """Faults on demand for this rank."""
+    tasks: int = 1
+    """Tasks that share the stage's work, each with ranks of its own; `layout.task` says which one this is."""
+
+    def share(self, count: int) -> range:
+        """Which of `count` pieces of work are this rank's; over all ranks of all tasks each is there once."""
+        place = (self.layout.task or 0) * self.ranks.world + self.ranks.rank
+        return range(place, count, self.tasks * self.ranks.world)
+
+    @property
+    def resources(self) -> Resources:
+        """What this stage runs on."""
+        return self.recipe.resources.of(self.name)
 
     @property
     def lead_s(self) -> float:
@@ -52,14 +68,16 @@ class Stage:
         return float(os.environ.get("VQSCALE_GRACE_S", "0"))
 
     def watchdog(self) -> Watchdog:
-        """Notices when this rank gives no sign of life for `resources.hang_s`; the stage ends then."""
+        """Notices when this rank gives no sign of life for `resources.hang_s`; the stage ends then. Collective."""
         folder = self.layout.attempt(self.name, self.attempt)
+        nodes = self.ranks.gather(node_name())
 
         def end() -> None:
-            _fail(self.layout, self.name, "hang", describe_hang(folder, self.ranks.world))
+            ranks, words = find_hang(folder, self.ranks.world)
+            _fail(self.layout, self.name, "hang", words, sorted({nodes[rank] for rank in ranks}))
             os._exit(EXIT_HANG)
 
-        return Watchdog(folder, self.ranks.rank, self.recipe.resources.hang_s, end)
+        return Watchdog(folder, self.ranks.rank, self.resources.hang_s, end)
 
     def events(self, unit: str, total: int) -> EventLog | None:
         """The stage's event log on rank 0, None elsewhere."""
@@ -109,22 +127,35 @@ class Stage:
             print(*lines, sep="\n", flush=True)
 
 
-def run_stage(name: str, main: Callable[[Stage], dict[str, Any]]) -> None:
+Main = Callable[[Stage], dict[str, Any]]
+"""A rank's share of a stage; what it returns on rank 0 are the stage's figures."""
+Finish = Callable[[Stage, list[dict[str, Any]]], dict[str, Any]]
+"""What is done once, on rank 0, when all shares are done: from the figures of all tasks to those of the stage."""
+
+
+def run_stage(name: str, main: Main, finish: Finish | None = None) -> None:
     """Run a stage on this rank and leave its marker.
 
     The marker `done.json` is written by rank 0 after all ranks have finished; it holds what `main` returned on
-    rank 0. A stage that was asked to stop, and saved, leaves `preempted.json`. Bad input leaves `failure.json` and exit
-    code 2, anything else `failure.json` and a traceback.
+    rank 0, or what `finish` made of it. Of an array, each task leaves what it has done in the folder of the stage's
+    parts, and whoever then sees all of them there finishes the stage. That may be several at once, or one again after a
+    kill: `finish` has to write whole files, and the same ones each time.
+
+    A stage that was asked to stop, and saved, leaves `preempted.json`. Bad input leaves `failure.json` and exit code 2,
+    anything else `failure.json` and a traceback.
 
     Args:
         name: stage name as in the recipe's order.
         main: the stage; returns its figures.
+        finish: what is left to do when all tasks have done their share; needed by stages that can be arrays.
     """
     try:
         _sign_logs()
-        layout = _run_directory(main.__doc__)
+        layout, tasks = _run_directory(main.__doc__), int(os.environ.get("VQSCALE_TASKS", "1"))
+        if tasks > 1:
+            layout = layout.of_task(int(os.environ["VQSCALE_TASK"]))
         with _recorded(layout, name):
-            record(_run)(name, main, layout)
+            record(_run)(name, main, finish, layout, tasks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
@@ -148,18 +179,19 @@ def _run_directory(text: str | None) -> RunLayout:
     return RunLayout(parser.parse(sys.argv[1:]).run.resolve())
 
 
-def _run(name: str, main: Callable[[Stage], dict[str, Any]], layout: RunLayout) -> None:
+def _run(name: str, main: Main, finish: Finish | None, layout: RunLayout, tasks: int) -> None:
     started = time.time()
     recipe = layout.read_recipe()
-    if recipe.resources.threads:
-        torch.set_num_threads(recipe.resources.threads)
+    resources = recipe.resources.of(name)
+    if resources.threads:
+        torch.set_num_threads(resources.threads)
     else:
         cores, sharing = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, cores // sharing))
     # Where this is unset, Accelerate replaces the number of threads by its own.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     # Recorded inside: once a rank has left the group, the others fail too, and one of them could say so first.
-    with process_group(recipe.resources.device, recipe.resources.timeout_s) as ranks, _recorded(layout, name):
+    with process_group(resources.device, resources.timeout_s) as ranks, _recorded(layout, name):
         if ranks.device.type == "cpu":
             keep_heap()
         if ranks.first:
@@ -168,16 +200,46 @@ def _run(name: str, main: Callable[[Stage], dict[str, Any]], layout: RunLayout) 
         ranks.barrier()
         attempt = int(os.environ.get("VQSCALE_ATTEMPT", "1"))
         faults = Faults.from_environment(name, ranks.rank, layout.faults(name))
-        stage = Stage(name, layout, recipe, ranks, attempt, faults)
+        stage = Stage(name, layout, recipe, ranks, attempt, faults, tasks)
         head = {"stage": name, "attempt": attempt}
         try:
-            marker, facts = layout.done(name), main(stage)
+            facts = main(stage)
         except PreemptedError as stop:
             stage.say(f"preempted by {stop}")
-            marker, facts = layout.preempted(name), {**stop.facts(), "lead_s": stage.lead_s}
+            facts, finish = {**stop.facts(), "lead_s": stage.lead_s}, None
+            write = functools.partial(write_json, layout.preempted(name))
+        else:
+            write = functools.partial(_leave_marker, stage, finish)
         ranks.barrier()
         if ranks.first:
-            write_json(marker, {**head, "seconds": round(time.time() - started, 2), **facts})
+            write({**head, "seconds": round(time.time() - started, 2), **facts})
+        ranks.barrier()
+
+
+def _leave_marker(stage: Stage, finish: Finish | None, facts: dict[str, Any]) -> None:
+    """Finish the stage if nothing is left to do; the task's own marker comes last, so that a kill repeats this."""
+    parts = [facts] if stage.tasks == 1 else _all_parts(stage, facts)
+    if parts:
+        head = {key: facts[key] for key in ("stage", "attempt")} | {"seconds": max(part["seconds"] for part in parts)}
+        array = {"tasks": stage.tasks} if stage.tasks > 1 else {}
+        write_json(
+            stage.layout.whole.done(stage.name), {**head, **array, **(finish(stage, parts) if finish else facts)}
+        )
+    if stage.tasks > 1:
+        write_json(stage.layout.done(stage.name), facts)
+
+
+def _all_parts(stage: Stage, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Leave what this task has done; what all have done, in their order, if none is missing.
+
+    The folder is listed after this task's own file was renamed into it, so a network file system cannot answer from
+    an older listing, and the last of two that end together sees both.
+    """
+    folder = stage.layout.parts(stage.name)
+    write_json(folder / f"{stage.layout.task:03d}.json", facts)
+    names = {path.name for path in folder.iterdir()}
+    wanted = [f"{task:03d}.json" for task in range(stage.tasks)]
+    return [read_json(folder / name) for name in wanted] if names.issuperset(wanted) else []
 
 
 @contextmanager
@@ -185,13 +247,33 @@ def _recorded(layout: RunLayout, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = "user" if isinstance(error, UserError) else "error"
+        kind = kind_of(error)
         _fail(layout, name, kind, str(error) if kind == "user" else f"{type(error).__name__}: {error}")
         raise
 
 
-def _fail(layout: RunLayout, name: str, kind: str, message: str) -> None:
+def kind_of(error: Exception) -> str:
+    """What sort of error ends a stage: `user`, `diverged`, `network`, `device`, or `error`."""
+    if isinstance(error, UserError):
+        return "user"
+    if isinstance(error, FloatingPointError):
+        return "diverged"
+    if isinstance(error, torch.AcceleratorError):
+        return "device"
+    # Gloo's own errors are plain RuntimeErrors that begin with the file they come from.
+    if isinstance(error, (dist.DistError, ConnectionError, TimeoutError)) or "/gloo/transport/" in str(error):
+        return "network"
+    return "error"
+
+
+def node_name() -> str:
+    """What the scheduler calls this machine, where there is one; else its own name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _fail(layout: RunLayout, name: str, kind: str, message: str, suspects: Sequence[str] = ()) -> None:
     """The first rank that fails says why; the others fail because of it."""
     if not layout.failure(name).exists():
-        rank = int(os.environ.get("RANK", "-1"))
-        write_json(layout.failure(name), {"stage": name, "kind": kind, "rank": rank, "message": message})
+        rank, blamed = int(os.environ.get("RANK", "-1")), [node_name()] if kind == "device" else list(suspects)
+        facts = {"stage": name, "kind": kind, "rank": rank, "node": node_name(), "suspects": blamed}
+        write_json(layout.failure(name), {**facts, "message": message})

@@ -42,7 +42,7 @@ def main(stage: Stage) -> dict[str, Any]:
 
     torch.manual_seed(recipe.seed)
     network = build_prior(recipe.prior, grid_shapes(recipe), len(source.manifest.classes))
-    engine = Engine(network, recipe.prior.training, ranks, recipe.resources.strategy)
+    engine = Engine(network, recipe.prior.training, ranks, stage.resources.strategy)
     levels = [level.name for level in recipe.tokenizer.levels][::-1]
     task = PriorTask(
         engine,

@@ -29,7 +29,7 @@ def main(stage: Stage) -> dict[str, Any]:
 
     torch.manual_seed(recipe.seed)
     network = build_tokenizer(recipe.tokenizer)
-    engine = Engine(network, recipe.tokenizer.training, ranks, recipe.resources.strategy)
+    engine = Engine(network, recipe.tokenizer.training, ranks, stage.resources.strategy)
     fixed = next(held_out.read_shard(0, FIXED_IMAGES, []))[0]["image"]
     task = TokenizerTask(engine, recipe.tokenizer, recipe.seed, read_held_out, fixed)
     return train_stage(stage, task, source, source.shards.counts, recipe.tokenizer.training, "images/s")

@@ -17,7 +17,7 @@ from pipelines import evaluate, sample
 from pipelines.held_out import fitted_pixels
 from tests.ranks import run_ranks
 from tests.trained import copy_of, trained_run
-from tests.training_helpers import stage_of
+from tests.training_helpers import stage_of, whole_stage
 from vqscale.data.image_source import ImageSource
 from vqscale.data.shards import open_shards
 from vqscale.export import load_prior, load_tokenizer
@@ -110,7 +110,7 @@ def test_without_a_prior_there_is_the_baseline_alone(trained: Path, figures: dic
 
 def test_report_and_tensorboard_have_them(trained: Path, figures: dict[str, Any], tmp_path: Path) -> None:
     run = copy_of(trained, tmp_path / "run")
-    sample.main(stage_of("sample", run))
+    whole_stage(sample, stage_of("sample", run))
     for name in ("extract", "prior", "tokenizer"):
         done = run / "stages" / name / "done.json"
         done.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from pipelines.data_show import arranged
 from tests.ranks import RanksFailedError, run_ranks
 from tests.recipes import write_recipe
 from tests.trained import save_tokenizer
-from tests.training_helpers import clock_run, stage_of
+from tests.training_helpers import clock_run, stage_of, whole_stage
 from vqscale.data.bad import BadCount
 from vqscale.data.code_records import read_record
 from vqscale.data.code_source import CodeSource
@@ -42,7 +42,7 @@ SHARDS: dict[str, Any] = {
 def extract(run: Path) -> dict[str, Any]:
     """One rank of the stage."""
     with process_group("cpu", 60) as ranks:
-        return extract_codes.main(stage_of("extract", run, ranks))
+        return whole_stage(extract_codes, stage_of("extract", run, ranks))
 
 
 def extract_and_die(run: Path, shards: int) -> None:
@@ -123,7 +123,7 @@ def test_the_number_of_ranks_changes_nothing(finished: tuple[Path, Any], tmp_pat
     run, (figures, _) = finished
     alone = clock_run(tmp_path / "alone", **SHARDS)
     save_tokenizer(alone, 0)
-    assert extract_codes.main(stage_of("extract", alone)) == figures
+    assert whole_stage(extract_codes, stage_of("extract", alone)) == figures
     assert contents(alone) == contents(run)
 
 
@@ -146,12 +146,12 @@ def test_killed_and_started_again(finished: tuple[Path, Any], tmp_path: Path) ->
     recorded[0].with_name("half.tmp").write_bytes(b"left by somebody")
     for name in (recorded[0].name, f"{recorded[-1].name}.json", "manifest.json"):
         (folder / f".{name}.4711").write_bytes(b"left by the one that was killed")
-    assert extract_codes.main(stage_of("extract", run)) == figures
+    assert whole_stage(extract_codes, stage_of("extract", run)) == figures
     assert {path: path.stat().st_mtime_ns for path in recorded} == before
     assert not list(folder.glob(".*.4711"))
     assert contents(run) == contents(undisturbed)
     again = {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
-    extract_codes.main(stage_of("extract", run))
+    whole_stage(extract_codes, stage_of("extract", run))
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")} == again
 
 
@@ -159,7 +159,7 @@ def test_killed_and_started_again(finished: tuple[Path, Any], tmp_path: Path) ->
 def extracted(tmp_path: Path) -> Path:
     run = clock_run(tmp_path / "run", **SHARDS)
     save_tokenizer(run, 0)
-    extract_codes.main(stage_of("extract", run))
+    whole_stage(extract_codes, stage_of("extract", run))
     return run
 
 
@@ -168,7 +168,7 @@ def test_a_lost_or_cut_shard_is_written_again(extracted: Path) -> None:
     first, second, *_ = sorted((extracted / "codes" / "train").glob("*.tar"))
     first.unlink()
     second.write_bytes(second.read_bytes()[:-512])
-    extract_codes.main(stage_of("extract", extracted))
+    whole_stage(extract_codes, stage_of("extract", extracted))
     assert contents(extracted) == whole
 
 
@@ -181,7 +181,7 @@ def test_another_tokenizer_makes_all_of_it_stale(extracted: Path) -> None:
         train_prior.main(stage_of("prior", extracted))
     assert len(str(caught.value).splitlines()) == 1
     assert str(extracted / "codes" / "train") in str(caught.value)
-    extract_codes.main(stage_of("extract", extracted))
+    whole_stage(extract_codes, stage_of("extract", extracted))
     after = contents(extracted)
     assert after.keys() == before.keys()
     assert not any(after[name] == before[name] for name in after)
@@ -221,9 +221,9 @@ def test_unreadable_images_have_no_codes_and_are_counted(tmp_path: Path) -> None
     write_recipe(run / "recipe.yaml", data=data)
     save_tokenizer(run, 0)
     with pytest.raises(UserError, match="2 of 20 samples are bad"):
-        extract_codes.main(stage_of("extract", run))
+        whole_stage(extract_codes, stage_of("extract", run))
     write_recipe(run / "recipe.yaml", data=data | {"error_budget": 0.01})
-    figures = extract_codes.main(stage_of("extract", run))
+    figures = whole_stage(extract_codes, stage_of("extract", run))
     manifest = read_manifest(run / "codes" / "train")
     assert (manifest.samples, manifest.skipped, manifest.counts) == (18, 2, [9, 9])
     assert (figures["train_samples"], figures["train_skipped"]) == (18, 2)
@@ -270,7 +270,7 @@ def test_codes_are_those_that_training_picks(precision: str, tmp_path: Path) -> 
     """Under the precision that the recipe trains with, whatever surrounds the call, at the extraction's batch."""
     run = clock_run(tmp_path / "run", **SHARDS, tokenizer__training__precision=precision)
     save_tokenizer(run, 0)
-    extract_codes.main(stage_of("extract", run))
+    whole_stage(extract_codes, stage_of("extract", run))
     tokenizer = load_tokenizer(run)
     url = run / "codes" / "validation"
     stored = read_code_shard(url / read_manifest(url).shards[0].name)
@@ -292,7 +292,7 @@ def test_images_of_another_size_are_refused(extracted: Path) -> None:
 def test_no_tokenizer_is_one_line(tmp_path: Path) -> None:
     run = clock_run(tmp_path / "run", **SHARDS)
     with pytest.raises(UserError, match="no checkpoint; run the stage 'tokenizer' first"):
-        extract_codes.main(stage_of("extract", run))
+        whole_stage(extract_codes, stage_of("extract", run))
 
 
 def test_records_are_json(extracted: Path) -> None:
@@ -303,7 +303,7 @@ def test_records_are_json(extracted: Path) -> None:
 def test_the_number_of_threads_changes_nothing(extracted: Path, tmp_path: Path) -> None:
     many = clock_run(tmp_path / "many", **SHARDS, data__threads=5)
     save_tokenizer(many, 0)
-    extract_codes.main(stage_of("extract", many))
+    whole_stage(extract_codes, stage_of("extract", many))
     assert contents(many) == contents(extracted)
 
 
@@ -312,7 +312,7 @@ def test_flips_are_samples_of_their_own(extracted: Path, tmp_path: Path) -> None
     plain = contents(extracted)
     recipe = extracted / "recipe.yaml"
     write_recipe(recipe, **SHARDS | {"extract": SHARDS["extract"] | {"flips": True}})
-    figures = extract_codes.main(stage_of("extract", extracted))
+    figures = whole_stage(extract_codes, stage_of("extract", extracted))
     assert (figures["train_samples"], figures["validation_samples"]) == (180, 20)
     images, labels, keys = images_of(extracted, "train")
     source = CodeSource(open_shards(str(extracted / "codes" / "train")))
@@ -329,14 +329,14 @@ def test_flips_are_samples_of_their_own(extracted: Path, tmp_path: Path) -> None
     same = {name for name in plain if after[name] == plain[name]}
     assert {name.split("/")[1] for name in same} == {"validation"}
     write_recipe(recipe, **SHARDS)
-    extract_codes.main(stage_of("extract", extracted))
+    whole_stage(extract_codes, stage_of("extract", extracted))
     assert contents(extracted) == plain
 
 
 def test_bf16_says_how_many_codes_fp32_would_change(tmp_path: Path) -> None:
     run = clock_run(tmp_path / "run", **SHARDS, tokenizer__training__precision="bf16")
     save_tokenizer(run, 0)
-    figures = extract_codes.main(stage_of("extract", run))
+    figures = whole_stage(extract_codes, stage_of("extract", run))
     tokenizer, (images, _, _) = load_tokenizer(run), images_of(run, "validation")
     assert len(images) == 20
     exact = replace(tokenizer, bf16=False)

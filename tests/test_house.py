@@ -212,13 +212,13 @@ def test_public_modules_say_what_they_are() -> None:
 def test_every_stage_has_a_main_and_a_place() -> None:
     """What CONTRIBUTING.md says of a new stage: recipe, launcher and pipelines know the same names."""
     from launcher.backends.base import STAGE_MODULES
-    from launcher.plan import NEEDS
+    from launcher.handover import NEEDS
     from vqscale.config.recipe import STAGES
 
     assert tuple(STAGE_MODULES) == STAGES
     assert set(NEEDS) <= set(STAGES)
     for stage, module in STAGE_MODULES.items():
-        assert f'run_stage("{stage}", main)' in modules()[module].read_text(encoding="utf-8")
+        assert f'run_stage("{stage}", main' in modules()[module].read_text(encoding="utf-8")
 
 
 @cache

@@ -10,7 +10,7 @@ import pytest
 from cluster.profile import Profile, profile_path
 from cluster.rendezvous import agent_arguments, inherited, thread_environment
 from launcher import plan as plan_module
-from launcher.backends.base import Job
+from launcher.backends.base import Job, Place
 from launcher.backends.local import LocalBackend
 from launcher.plan import absolute_paths, load_profile, make_plan, select_stages
 from tests.recipes import tiny_recipe, write_recipe
@@ -46,7 +46,7 @@ def golden_job() -> Job:
     recipe = tiny_recipe(resources={"processes": 2, "max_restarts": 1})
     profile = Profile(name="here", environment={"NCCL_DEBUG": "WARN"})
     run = Path("/runs/with space/tiny-1")
-    return Job(recipe, profile, run, ("tokenizer",), python="python", source=Path("/src"), cores=8)
+    return Job(recipe, profile, run, ("tokenizer",), "python", Path("/src"), {"tokenizer": Place(8)})
 
 
 def test_rendered_command_is_golden() -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from pipelines import evaluate, sample
+from pipelines.stage import _leave_marker
 from tests.ranks import run_ranks
 from tests.trained import copy_of, save_prior, trained_run
-from tests.training_helpers import stage_of
+from tests.training_helpers import stage_of, task_of, whole_stage
 from vqscale.config.layout import RunLayout
 from vqscale.data.drawn import open_drawn
 from vqscale.data.images import decode
@@ -31,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draw(run: Path) -> dict[str, Any]:
     """One rank of the stage."""
     with process_group("cpu", 60) as ranks:
-        return sample.main(stage_of("sample", run, ranks))
+        return whole_stage(sample, stage_of("sample", run, ranks))
 
 
 def all_of(run: Path) -> np.ndarray:
@@ -42,7 +43,7 @@ def all_of(run: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def alone(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = copy_of(trained, tmp_path_factory.mktemp("alone") / "run", sample=SAMPLE)
-    assert sample.main(stage_of("sample", run)) == {"samples": 36}
+    assert whole_stage(sample, stage_of("sample", run)) == {"samples": 36}
     return run
 
 
@@ -63,7 +64,7 @@ def test_files_labels_and_sheet(alone: Path) -> None:
 @pytest.mark.parametrize("batch", [1, 7])
 def test_the_batch_changes_nothing(alone: Path, trained: Path, batch: int, tmp_path: Path) -> None:
     run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"batch": batch})
-    sample.main(stage_of("sample", run))
+    whole_stage(sample, stage_of("sample", run))
     assert np.array_equal(all_of(run), all_of(alone))
     assert read_json(run / "samples" / "samples.json") == read_json(alone / "samples" / "samples.json")
 
@@ -75,10 +76,21 @@ def test_the_number_of_ranks_changes_nothing(alone: Path, trained: Path, tmp_pat
     assert np.array_equal(all_of(run), all_of(alone))
 
 
+@pytest.mark.parametrize("output", ["png", "webdataset", "npz"])
+def test_tasks_change_nothing(alone: Path, trained: Path, output: str, tmp_path: Path) -> None:
+    run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"output": output})
+    for task in (2, 0, 1):
+        assert not RunLayout(run).done("sample").exists()
+        stage = task_of("sample", run, task, 3)
+        _leave_marker(stage, sample.finish, {"stage": "sample", "attempt": 1, "seconds": 1.0, **sample.main(stage)})
+    assert np.array_equal(all_of(run), all_of(alone))
+    assert read_json(RunLayout(run).done("sample"))["samples"] == 36
+
+
 @pytest.mark.parametrize("output", ["webdataset", "npz"])
 def test_the_output_changes_nothing(alone: Path, trained: Path, output: str, tmp_path: Path) -> None:
     run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"output": output, "batch": 10})
-    sample.main(stage_of("sample", run))
+    whole_stage(sample, stage_of("sample", run))
     assert np.array_equal(all_of(run), all_of(alone))
     figures = evaluate.measure_hours(stage_of("evaluate", run))
     assert figures == evaluate.measure_hours(stage_of("evaluate", alone))
@@ -98,31 +110,31 @@ def test_a_killed_drawing_goes_on(alone: Path, trained: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(sample, "draw_images", die)
     with pytest.raises(KeyboardInterrupt):
-        sample.main(stage_of("sample", run))
+        whole_stage(sample, stage_of("sample", run))
     with pytest.raises(UserError, match=r"has no samples\.json"):
         open_drawn(run / "samples")
     monkeypatch.setattr(sample, "draw_images", lambda *given: calls.append(given[4]) or drawing(*given))
-    sample.main(stage_of("sample", run))
+    whole_stage(sample, stage_of("sample", run))
     assert [n for numbers in calls for n in numbers] == list(range(36)), "nothing was drawn twice"
     assert np.array_equal(all_of(run), all_of(alone))
-    sample.main(stage_of("sample", run))
+    whole_stage(sample, stage_of("sample", run))
     assert sum(map(len, calls)) == 36, "what is finished is left alone"
     save_prior(run, seed=1, step=16)
-    sample.main(stage_of("sample", run))
+    whole_stage(sample, stage_of("sample", run))
     assert sum(map(len, calls)) == 72, "another prior draws other images"
     assert not np.array_equal(all_of(run), all_of(alone))
 
 
 def test_chosen_classes_and_count(alone: Path, trained: Path, tmp_path: Path) -> None:
     run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"classes": ["03", 7], "count": 5})
-    assert sample.main(stage_of("sample", run)) == {"samples": 5}
+    assert whole_stage(sample, stage_of("sample", run)) == {"samples": 5}
     assert open_drawn(run / "samples").labels == (3, 7, 3, 7, 3)
     assert not np.array_equal(all_of(run)[0], all_of(alone)[0]), "image 0 is of another class"
 
 
 def test_an_image_is_that_of_its_number_and_class(alone: Path, trained: Path, tmp_path: Path) -> None:
     run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"classes": [1, 1, 2, 3], "count": 4})
-    sample.main(stage_of("sample", run))
+    whole_stage(sample, stage_of("sample", run))
     assert np.array_equal(all_of(run)[1:], all_of(alone)[1:4])
 
 
@@ -130,5 +142,5 @@ def test_an_image_is_that_of_its_number_and_class(alone: Path, trained: Path, tm
 def test_a_class_that_there_is_not(trained: Path, wanted: Any, why: str, tmp_path: Path) -> None:
     run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"classes": [wanted]})
     with pytest.raises(UserError, match=why):
-        sample.main(stage_of("sample", run))
+        whole_stage(sample, stage_of("sample", run))
     assert not (run / "samples").exists()

@@ -27,7 +27,7 @@ ELSEWHERE = {
     "losses.perceptual.weight": "test_tokenizer_task.py::test_the_perceptual_term_acts",
     "ema_decay": "test_tokenizer_task.py::test_the_average_is_judged_and_the_weights_are_trained",
     "training.steps": "test_training_ranks.py::test_the_training_is_worth_comparing",
-    "training.optimizer": "test_training_ranks.py::test_dropout_and_muon_resume_bit_identical",
+    "training.optimizer": "test_prior_ranks.py::test_ranks_hold_the_same_and_a_resumed_prior_is_bit_identical",
     "training.final_learning_rate": "test_training_settings.py::test_final_learning_rate_acts",
     "training.keep": "test_checkpoint.py::test_retention",
     "training.checkpoint_async": "test_checkpoint.py::test_a_save_in_the_background_equals_a_blocking_one",

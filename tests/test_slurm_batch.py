@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,6 @@ import pytest
 
 from launcher.backends import slurm_queue
 from launcher.backends.slurm import SlurmBackend
-from launcher.batch import requeue_refusal
 from launcher.cli import main
 from launcher.logs import LogChoice, print_logs
 from launcher.plan import make_plan
@@ -73,12 +73,15 @@ def stand_in(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def start(layout: RunLayout, *command: str, job: str = "7", requeues: int = 2) -> subprocess.Popen[bytes]:
+def start(
+    layout: RunLayout, *command: str, job: str = "7", requeues: int = 2, **surroundings: str
+) -> subprocess.Popen[bytes]:
     own = ("--run", str(layout.root), "--stage", "generate", "--requeues", str(requeues), "--grace", "5")
+    own += ("--retries", "2", "--pause", "7")
     return subprocess.Popen(
         [sys.executable, "-m", "launcher.batch", *own, "--", *command],
         cwd=ROOT,
-        env={**os.environ, "SLURM_JOB_ID": job},
+        env={**os.environ, "SLURM_JOB_ID": job, **surroundings},
         stdout=subprocess.DEVNULL,
     )
 
@@ -121,7 +124,7 @@ def test_the_marker_decides(layout: RunLayout) -> None:
     assert (layout.attempt("generate", 1) / "agent.log").exists()
 
 
-def test_a_failure_is_not_requeued(layout: RunLayout, fakes: Path) -> None:
+def test_a_fault_of_the_users_is_not_requeued(layout: RunLayout, fakes: Path) -> None:
     assert start(layout, *fake(layout, "fail")).wait(30) == 1
     assert (entry(layout).state, entry(layout).message) == ("failed", "the dog ate the shards")
     assert not (fakes / "asked").exists()
@@ -137,9 +140,126 @@ def test_a_preempted_stage_is_requeued_while_it_gets_on(layout: RunLayout, fakes
         assert start(layout, *saves(layout, step)).wait(30) == 1
         assert (entry(layout).state, entry(layout).message) == ("preempted", expected)
     assert (fakes / "asked").read_text() == "requeue 7\n" * 2
-    assert read_json(layout.requeues("generate")) == {"job": "7", "steps": [5, 6]}
+    record = read_json(layout.requeues("generate"))
+    assert (record["job"], [one["step"] for one in record["tries"]]) == ("7", [5, 6])
     start(layout, *saves(layout, "9"), job="8").wait(30)
     assert entry(layout).message.endswith("requeued (1 of 2)"), "a new job has its own count"
+
+
+NODES = """case "$*" in *hostnames*) echo node1; echo node2;; *) echo "$@" >> "$(dirname "$0")/asked";; esac"""
+JOB = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_PARTITION": "main"}
+
+
+def on_nodes(fakes: Path, *states: str) -> None:
+    """The job has node1 and node2; `sinfo` gives these states to node1, node2, ..."""
+    stand_in(fakes, "scontrol", NODES)
+    rows = "".join(f"node{number} {state}\n" for number, state in enumerate(states, 1))
+    stand_in(fakes, "sinfo", f"cat <<'END'\n{rows}END")
+
+
+def failing(layout: RunLayout, **failure: object) -> tuple[str, ...]:
+    """A stage that leaves this in `failure.json`."""
+    words = (
+        "import json, sys; from pathlib import Path; from vqscale.config.layout import RunLayout; "
+        "from vqscale.files import write_json; "
+        "write_json(RunLayout(Path(sys.argv[1])).failure('generate'), json.loads(sys.argv[2])); sys.exit(1)"
+    )
+    return (sys.executable, "-c", words, str(layout.root), json.dumps({"message": "it broke", **failure}))
+
+
+def test_a_hang_is_tried_elsewhere_with_longer_and_longer_pauses(layout: RunLayout, fakes: Path) -> None:
+    on_nodes(fakes, "alloc", "alloc", "idle", "idle", "idle")
+    for suspect, expected in [
+        ("node2", "hang: it broke; requeued (1 of 9), without node2, after 7 s"),
+        ("node1", "hang: it broke; requeued (2 of 9), without node1, after 14 s"),
+        ("node1", "hang: it broke; not requeued: failed 3 times in a row without progress"),
+    ]:
+        command = failing(layout, kind="hang", suspects=[suspect])
+        assert start(layout, *command, requeues=9, **JOB).wait(30) == 1
+        assert entry(layout).message == expected
+    assert (fakes / "asked").read_text().splitlines() == [
+        "requeue 7",
+        "update JobId=7 StartTime=now+7 ExcNodeList=node2",
+        "requeue 7",
+        "update JobId=7 StartTime=now+14 ExcNodeList=node2,node1",
+    ]
+    assert entry(layout).state == "failed"
+    tries = read_json(layout.requeues("generate"))["tries"]
+    assert [(one["kind"], one["excluded"], one["pause_s"]) for one in tries] == [
+        ("hang", ["node2"], 7),
+        ("hang", ["node1"], 14),
+    ]
+
+
+def test_a_node_that_does_not_answer_is_left_out(layout: RunLayout, fakes: Path) -> None:
+    """Ranks that lost each other cannot tell whose fault it was; the scheduler can."""
+    on_nodes(fakes, "alloc", "alloc*", "idle", "idle")
+    assert start(layout, *failing(layout, kind="network"), **JOB).wait(30) == 1
+    assert entry(layout).message == (
+        "node: node2 does not answer; it broke; requeued (1 of 2), without node2, after 7 s"
+    )
+    assert entry(layout).state == "waiting"
+
+
+def test_a_network_that_failed_blames_nobody(layout: RunLayout, fakes: Path) -> None:
+    on_nodes(fakes, "alloc", "alloc", "idle", "idle")
+    assert start(layout, *failing(layout, kind="network"), **JOB).wait(30) == 1
+    assert entry(layout).message == "network: it broke; requeued (1 of 2), after 7 s"
+
+
+def test_no_node_is_left_out_that_is_needed(layout: RunLayout, fakes: Path) -> None:
+    on_nodes(fakes, "alloc", "alloc", "down*")
+    assert start(layout, *failing(layout, kind="hang", suspects=["node2"]), **JOB).wait(30) == 1
+    assert entry(layout).message == "hang: it broke; requeued (1 of 2), after 7 s"
+
+
+@pytest.mark.parametrize("kind", ["user", "diverged"])
+def test_what_would_fail_again_is_not_tried_again(layout: RunLayout, fakes: Path, kind: str) -> None:
+    on_nodes(fakes, "alloc", "alloc*", "idle")
+    assert start(layout, *failing(layout, kind=kind), **JOB).wait(30) == 1
+    assert (entry(layout).state, entry(layout).message) == ("failed", "it broke")
+    assert not (fakes / "asked").exists()
+
+
+def test_something_unknown_is_tried_again_once(layout: RunLayout, fakes: Path) -> None:
+    on_nodes(fakes, "alloc", "alloc", "idle")
+    for expected in (
+        "unknown: it broke; requeued (1 of 2), after 7 s",
+        "unknown: it broke; not requeued: failed 2 times in a row without progress",
+    ):
+        start(layout, *failing(layout, kind="error"), **JOB).wait(30)
+        assert entry(layout).message == expected
+
+
+def test_a_task_of_an_array_goes_back_by_its_own_number(layout: RunLayout, fakes: Path) -> None:
+    on_nodes(fakes, "alloc", "alloc", "idle")
+    array = {**JOB, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    command = (sys.executable, "-c", "import os; assert os.environ['VQSCALE_TASK'] == '3'; os.kill(os.getpid(), 9)")
+    start(layout, *command, job="12", **array).wait(30)
+    assert (fakes / "asked").read_text() == "requeue 7_3\nupdate JobId=7_3 StartTime=now+7 ExcNodeList=\n"
+    assert RunState.read(layout).stages["generate"].state == "waiting"
+    own = RunState.read(layout.of_task(3)).stages["generate"]
+    assert own.message.startswith("unknown: its processes left no marker and their agent was killed by signal 9")
+    assert (layout.of_task(3).attempt("generate", 1) / "nodes.json").exists()
+
+
+def test_a_start_that_was_lost_with_its_host_is_put_down_and_limited(layout: RunLayout, fakes: Path) -> None:
+    """Slurm starts such a job again by itself; who was there before could not say anything."""
+    on_nodes(fakes, "down*", "idle", "idle")
+    for number in (1, 2, 3):
+        state = RunState.read(layout)
+        state.begin("generate", number)
+        state.write(layout)
+        write_json(layout.attempt("generate", number) / "nodes.json", ["node1", "node2"])
+        again = {**JOB, "SLURM_RESTART_COUNT": str(number)}
+        start(layout, sys.executable, "-c", "import os; os.kill(os.getppid(), 9)", requeues=9, **again).wait(30)
+    tries = read_json(layout.requeues("generate"))["tries"]
+    assert [(one["kind"], one["message"]) for one in tries] == [
+        ("node", "node1 does not answer; started again by Slurm")
+    ] * 3
+    assert entry(layout).message == (
+        "node: node1 does not answer; not started again: failed 3 times in a row without progress"
+    )
 
 
 def test_the_request_goes_on_to_the_stage(layout: RunLayout, fakes: Path) -> None:
@@ -186,7 +306,7 @@ def test_a_refused_requeue_is_said(layout: RunLayout, fakes: Path) -> None:
 def test_outside_of_a_job_it_says_so(layout: RunLayout) -> None:
     command = [sys.executable, "-m", "launcher.batch", "--run", str(layout.root), "--stage", "generate"]
     done = subprocess.run(
-        [*command, "--requeues", "1", "--grace", "1", "--", "true"],
+        [*command, "--requeues", "1", "--grace", "1", "--retries", "1", "--pause", "1", "--", "true"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -194,24 +314,6 @@ def test_outside_of_a_job_it_says_so(layout: RunLayout) -> None:
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "runs inside a job of Slurm" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("step", "earlier", "refusal"),
-    [
-        (None, [], ""),
-        (0, [None], ""),
-        (None, [None], "no progress"),
-        (None, [4], "no progress"),
-        (4, [4], "no progress"),
-        (5, [4], ""),
-        (5, [1, 2, 3], "limit of 3"),
-    ],
-)
-def test_when_a_job_may_go_back_into_the_queue(step: int | None, earlier: list[int | None], refusal: str) -> None:
-    told = requeue_refusal(step, earlier, limit=3)
-    assert refusal in told
-    assert bool(told) == bool(refusal)
 
 
 def queued(fakes: Path, *rows: str) -> None:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from cluster.profile import Profile
 from cluster.slurm import OURS, SlurmSettings
-from launcher.backends.base import Job
+from launcher.backends.base import Job, Place
 from launcher.backends.slurm import SlurmBackend
 from launcher.cli import main
 from launcher.plan import load_profile, make_plan
@@ -59,7 +59,8 @@ address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p
 endpoint="${address:?Slurm knows no address of $first}:$((20000 + SLURM_JOB_ID % 10000))"
 
 exec /venv/bin/python -m launcher.batch --run '/runs/with space/tiny-1' --stage tokenizer \\
-    --requeues 5 --grace 30 -- \\
+    --requeues 5 --retries 3 --pause 30 \\
+    --grace 30 -- \\
     srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=8 \\
     --kill-on-bad-exit=0 --wait=30 --label \\
     bash -c 'PET_RDZV_CONF="is_host=$((SLURM_NODEID == 0))" exec "$@"' agent \\
@@ -108,7 +109,8 @@ def golden_job(run: str = "/runs/with space/tiny-1", **changes: Any) -> Job:
     )
     profile = Profile(name="here", backend="slurm", environment={"NCCL_DEBUG": "WARN"}, slurm=slurm)
     profile = profile.model_copy(update=changes)
-    return Job(recipe, profile, Path(run), ("pack", "tokenizer"), "/venv/bin/python", Path("/src"), cores=8, nodes=2)
+    places = dict.fromkeys(("pack", "tokenizer"), Place(8, 2))
+    return Job(recipe, profile, Path(run), ("pack", "tokenizer"), "/venv/bin/python", Path("/src"), places)
 
 
 def test_the_script_is_golden() -> None:
@@ -180,7 +182,7 @@ def test_no_value_is_read_as_shell(bench: Path, value: str, run: str) -> None:
         slurm = job.profile.slurm
         assert slurm is not None
         profile = job.profile.model_copy(update={"slurm": slurm.model_copy(update={"setup": ()})})
-        job = Job(job.recipe, profile, job.run, job.stages, str(bench / "dump"), bench, 8, 2)
+        job = Job(job.recipe, profile, job.run, job.stages, str(bench / "dump"), bench, job.places)
         return SlurmBackend().render(job)[0].script
 
     script = rendered(root, value)
@@ -197,7 +199,7 @@ def test_no_value_is_read_as_shell(bench: Path, value: str, run: str) -> None:
 
 def test_the_first_node_is_where_all_meet(bench: Path) -> None:
     job = golden_job()
-    job = Job(job.recipe, job.profile, job.run, job.stages, str(bench / "dump"), bench, 8, 2)
+    job = Job(job.recipe, job.profile, job.run, job.stages, str(bench / "dump"), bench, job.places)
     script = SlurmBackend().render(job)[0].script.replace("module load cuda/12.8\n", "")
     words, _ = called(bench, script)
     assert words[words.index("--rdzv-endpoint") + 1] == "10.0.0.7:22345"
@@ -262,7 +264,7 @@ def test_gpus_have_to_be_there(home: Path) -> None:
     recipe = write_recipe(home / "r.yaml", resources={"processes": 4}, data__streams=4)
     with pytest.raises(UserError, match="4 processes a node, but profile two has 2 GPUs a node"):
         make_plan(str(recipe), str(profile))
-    assert make_plan(str(recipe), str(profile), ["resources.device=cpu"]).job.nodes == 1
+    assert make_plan(str(recipe), str(profile), ["resources.device=cpu"]).job.places["prior"].nodes == 1
 
 
 @pytest.mark.parametrize("name", ["devslurm", "slurm-gpu"])

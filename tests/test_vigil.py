@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 from vqscale.training.pace import Pace
 from vqscale.training.preemption import Notice
 from vqscale.training.vigil import Vigil
-from vqscale.training.watchdog import Watchdog, describe_hang
+from vqscale.training.watchdog import Watchdog, find_hang
 
 
 def _never() -> None:
@@ -102,7 +102,7 @@ def test_the_rank_that_all_wait_for_is_named(ranks: list[tuple[int, str] | None]
         if what:
             note = {"rank": rank, "host": "here", "step": what[0], "doing": what[1], "silent_s": 5.0}
             (tmp_path / f"hang/rank-{rank:05d}.json").write_text(json.dumps(note))
-    assert describe_hang(tmp_path, 3).startswith(f"{said}, no sign of life for 5 s; stacks in")
+    assert find_hang(tmp_path, 3)[1].startswith(f"{said}, no sign of life for 5 s; stacks in")
 
 
 def test_a_slow_rank_is_named_once_it_was_slow_twice() -> None:

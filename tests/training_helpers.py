@@ -70,6 +70,20 @@ def stage_of(name: str, run: Path, ranks: Any = None) -> Stage:
     return Stage(name, layout, layout.read_recipe(), ranks or OneRank(), 1)
 
 
+def task_of(name: str, run: Path, task: int, tasks: int, ranks: Any = None) -> Stage:
+    """A stage as one task of several has it."""
+    layout = RunLayout(run, task)
+    return Stage(name, layout, layout.read_recipe(), ranks or OneRank(), 1, tasks=tasks)
+
+
+def whole_stage(module: Any, stage: Stage) -> dict[str, Any]:
+    """All of a stage that can be an array, as one task does it; its figures, on every rank."""
+    facts = module.main(stage)
+    stage.ranks.barrier()
+    figures: dict[str, Any] = stage.ranks.gather(module.finish(stage, [facts]) if stage.ranks.first else None)[0]
+    return figures
+
+
 def clock_run(run: Path, **overrides: Any) -> Path:
     """A run directory whose clocks are drawn and packed, as its first two stages leave it."""
     run.mkdir(parents=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from typing import Any
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: beside, synced, renamed. Readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Hosts that share a file system share its names, but not their process ids.
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     with beside.open("wb") as file:
         file.write(data)
         file.flush()

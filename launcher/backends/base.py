@@ -13,6 +13,7 @@ from cluster.profile import Profile
 from cluster.rendezvous import Variable, agent_environment, inherited, thread_environment
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
+from vqscale.config.resources import Resources
 
 STAGE_MODULES = {
     "generate": "pipelines.generate",
@@ -27,8 +28,20 @@ STAGE_MODULES = {
 
 STAGE_TAG = "VQSCALE_STAGE_OF"
 """Variable that every process of a stage carries: the run directory it belongs to."""
+TASK_TAG = "VQSCALE_TASK_OF"
+"""Variable that every process of a task carries besides: the task's own folder in the run directory."""
 ATTEMPT = "VQSCALE_ATTEMPT"
 """Variable with the number of the stage's attempt."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The machines of one stage."""
+
+    cores: int
+    """Cores that may be used on each."""
+    nodes: int = 1
+    """Machines that share the processes of the stage, or of each of its tasks, evenly."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +56,54 @@ class Job:
     """Interpreter of the stages."""
     source: Path
     """Folder that holds the packages `pipelines` and `vqscale`; stages start in it."""
-    cores: int
-    """Cores that may be used on each machine of the stages."""
-    nodes: int = 1
-    """Machines that share the processes of a stage evenly."""
+    places: Mapping[str, Place]
+    """Stage → its machines."""
+    task: int | None = None
+    """The task of an array that is started; None for a stage as a whole."""
 
     @property
-    def processes_per_node(self) -> int:
-        """Processes of a stage on each machine."""
-        return self.recipe.resources.processes // self.nodes
+    def layout(self) -> RunLayout:
+        """The run, or the one task."""
+        return RunLayout(self.run, self.task)
 
-    def variables(self, attempt: int | None = None) -> tuple[Variable, ...]:
-        """Variables of every stage.
+    def resources(self, stage: str) -> Resources:
+        """What a stage runs on."""
+        return self.recipe.resources.of(stage)
+
+    def processes_per_node(self, stage: str) -> int:
+        """Processes of a stage on each of its machines."""
+        return self.resources(stage).processes // self.places[stage].nodes
+
+    def variables(self, stage: str, attempt: int | None = None) -> tuple[Variable, ...]:
+        """Variables of a stage.
 
         Args:
-            attempt: number of the stage's attempt; None where it is known only when the stage starts.
+            stage: name of the stage.
+            attempt: number of its attempt; None where it is known only when the stage starts.
         """
-        profile, threads = self.profile, self.recipe.resources.threads
+        profile, threads = self.profile, self.resources(stage).threads
         return (
-            *thread_environment(threads, self.processes_per_node, self.cores),
+            *thread_environment(threads, self.processes_per_node(stage), self.places[stage].cores),
             *agent_environment(grace_s=profile.grace_s),
             *(Variable(name, value, f"profile {profile.name}") for name, value in profile.environment.items()),
             *((Variable(ATTEMPT, str(attempt), "launcher"),) if attempt is not None else ()),
             Variable("VQSCALE_GRACE_S", str(profile.grace_s), f"profile {profile.name}"),
             Variable(STAGE_TAG, str(self.run), "launcher"),
+            *(
+                task_variables(self.layout, stage, self.recipe.resources.array_of(stage))
+                if self.task is not None
+                else ()
+            ),
         )
+
+
+def task_variables(layout: RunLayout, stage: str, tasks: int) -> tuple[Variable, ...]:
+    """Variables of one task of an array: which one, of how many, and whose its processes are."""
+    return (
+        Variable("VQSCALE_TASK", str(layout.task), "launcher"),
+        Variable("VQSCALE_TASKS", str(tasks), f"resources.stages.{stage}.array"),
+        Variable(TASK_TAG, str(layout.stage(stage)), "launcher"),
+    )
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,10 @@ class LocalBackend:
         return tuple(self._stage(job, stage, numbers.get(stage, 1)) for stage in job.stages)
 
     def _stage(self, job: Job, stage: str, attempt: int) -> StageCommand:
-        logs = RunLayout(job.run).attempt(stage, attempt)
-        resources = job.recipe.resources
+        logs = job.layout.attempt(stage, attempt)
+        resources = job.resources(stage)
         agent = agent_arguments(
-            rdzv_id=f"{job.run.name}-{stage}-{attempt}",
+            rdzv_id=f"{job.run.name}-{stage}-{attempt}" + ("" if job.task is None else f"-{job.task}"),
             processes=resources.processes,
             max_restarts=resources.max_restarts,
         )
@@ -52,7 +52,7 @@ class LocalBackend:
                 # `--`: without it the agent takes --run for a short form of its own --run-path.
                 *("-m", "--", self._modules[stage], "--run", str(job.run)),
             ),
-            variables=job.variables(attempt),
+            variables=job.variables(stage, attempt),
             inherit=job.profile.inherit,
             directory=job.source,
             log=logs / "agent.log",

@@ -18,7 +18,7 @@ from launcher.backends import slurm_queue as queue
 from launcher.backends.base import STAGE_MODULES, Job, Poll, StageCommand
 from launcher.backends.slurm_words import explain
 from launcher.job import job_of
-from launcher.state import RunState
+from launcher.state import RunState, tasks_left
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_bytes, write_json
@@ -70,7 +70,7 @@ class SlurmBackend:
             stage=stage,
             attempt=attempt,
             argv=("sbatch", "--parsable", *wait, str(layout.script(stage))),
-            variables=job.variables(),
+            variables=job.variables(stage),
             inherit=(*job.profile.inherit, "SLURM_CONF"),
             directory=job.run,
             log=layout.log,
@@ -88,11 +88,13 @@ class SlurmBackend:
         state = RunState.read(layout)
         unfinished = [stage for stage in state.stages if not layout.done(stage).exists()]
         attempts = {stage: state.stages[stage].attempt + 1 for stage in unfinished}
+        job = job_of(layout, unfinished)
         submitted: dict[str, str] = {}
         try:
-            for command in self.render(job_of(layout, unfinished), attempts):
+            for command in self.render(job, attempts):
                 write_bytes(layout.script(command.stage), command.script.encode())
                 argv = [word.format(**submitted) if "{" in word else word for word in command.argv[:-1]]
+                argv += _only_those_left(job, layout, command.stage)
                 environment = command.environment()
                 number = queue.submit([*argv, command.argv[-1]], command.directory, environment)
                 submitted[command.stage] = number
@@ -141,10 +143,10 @@ def script(job: Job, stage: str, module: str) -> str:
     Raises:
         ValueError: the profile has no section `slurm`.
     """
-    slurm = job.profile.slurm
-    if slurm is None:
+    if job.profile.slurm is None:
         raise ValueError(f"profile {job.profile.name} has no section `slurm`")
-    exports = [f"export {v.name}={shlex.quote(v.value)}  # {v.source}" for v in job.variables()]
+    slurm = job.profile.slurm.of(stage)
+    exports = [f"export {v.name}={shlex.quote(v.value)}  # {v.source}" for v in job.variables(stage)]
     parts = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {option}" for option in _options(job, slurm, stage)),
@@ -163,12 +165,14 @@ def script(job: Job, stage: str, module: str) -> str:
 
 def _options(job: Job, slurm: SlurmSettings, stage: str) -> list[str]:
     """What stands behind #SBATCH: names that the profile's types have checked, and numbers."""
+    tasks = job.recipe.resources.array_of(stage)
     asked: dict[str, Any] = {
         "job-name": _job_name(job.run, stage),
+        "array": f"0-{tasks - 1}{_limit(job, stage)}" if tasks > 1 else None,
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
-        "nodes": job.nodes,
+        "nodes": job.places[stage].nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": slurm.cpus_per_task,
         "gpus-per-node": slurm.gpus_per_node or None,
@@ -182,19 +186,26 @@ def _options(job: Job, slurm: SlurmSettings, stage: str) -> list[str]:
     return [*(f"--{name}={value}" for name, value in asked.items() if value is not None), "--requeue", *slurm.options]
 
 
+def _limit(job: Job, stage: str) -> str:
+    """What stands behind the numbers of an array's tasks."""
+    most = job.profile.slurm.at_most(stage) if job.profile.slurm else None
+    return f"%{most}" if most else ""
+
+
 def _watched(job: Job, slurm: SlurmSettings, stage: str, module: str) -> str:
     """`launcher.batch` with srun, the shell on each node, and torch's agent: a line each."""
-    profile, nodes = job.profile, job.nodes
+    profile, nodes = job.profile, job.places[stage].nodes
     agent = agent_arguments(
         rdzv_id=_RENDEZVOUS,
-        processes=job.processes_per_node,
-        max_restarts=job.recipe.resources.max_restarts,
+        processes=job.processes_per_node(stage),
+        max_restarts=job.resources(stage).max_restarts,
         nodes=nodes,
         endpoint=_ENDPOINT,
     )
     lines: list[tuple[str, ...]] = [
         (job.python, "-m", "launcher.batch", "--run", str(job.run), "--stage", stage),
-        ("--requeues", str(slurm.requeues), "--grace", str(profile.grace_s), "--"),
+        ("--requeues", str(slurm.requeues), "--retries", str(slurm.retries), "--pause", str(slurm.pause_s)),
+        ("--grace", str(profile.grace_s), "--"),
         (
             "srun",
             f"--nodes={nodes}",
@@ -215,6 +226,15 @@ def _watched(job: Job, slurm: SlurmSettings, stage: str, module: str) -> str:
 
 def _quoted(word: str) -> str:
     return word if isinstance(word, Shell) else shlex.quote(word)
+
+
+def _only_those_left(job: Job, layout: RunLayout, stage: str) -> list[str]:
+    """Where some tasks of an array are done already, the numbers of the others; sbatch takes it before the script's."""
+    tasks = job.recipe.resources.array_of(stage)
+    left = tasks_left(layout, stage, tasks)
+    if tasks == 1 or len(left) == tasks:
+        return []
+    return [f"--array={','.join(map(str, left))}{_limit(job, stage)}"]
 
 
 def _record(layout: RunLayout) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class Row:
 def jobs(fresh: bool = False) -> dict[str, Row]:
     """All jobs of this user that the controller knows, by number, in one query; those that ended lately among them.
 
+    An array is one job here: the first of its tasks that runs, else one that waits, else one that failed.
+
     Args:
         fresh: ask now, however short ago the last answer was.
 
@@ -69,7 +71,22 @@ def _ask() -> dict[str, Row] | UserError:
     except UserError as error:
         return error
     rows = (line.strip().split("|", 3) for line in lines)
-    return {row[0]: Row(*row[1:]) for row in rows if len(row) == 4}
+    return _one_each((row[0], Row(*row[1:])) for row in rows if len(row) == 4)
+
+
+def _one_each(rows: Iterable[tuple[str, Row]]) -> dict[str, Row]:
+    """Number of a job, or of a whole array, → its row, or that of the task which tells most."""
+    found: dict[str, Row] = {}
+    for number, row in rows:
+        # A task is `12_3`; those that wait in one line are `12_[4-7%2]`.
+        job = number.partition("_")[0]
+        if job not in found or _weight(row) > _weight(found[job]):
+            found[job] = row
+    return found
+
+
+def _weight(row: Row) -> int:
+    return 3 if row.state == "RUNNING" else 2 if row.alive else int(row.state != "COMPLETED")
 
 
 def history(numbers: Iterable[str]) -> dict[str, Row]:
@@ -80,7 +97,7 @@ def history(numbers: Iterable[str]) -> dict[str, Row]:
         return {}
     rows = (line.split("|", 2) for line in text.splitlines())
     # The state may be `CANCELLED by 1000`.
-    return {row[0]: Row(row[1].partition(" ")[0], row[2]) for row in rows if len(row) == 3}
+    return _one_each((row[0], Row(row[1].partition(" ")[0], row[2])) for row in rows if len(row) == 3)
 
 
 def submit(argv: Sequence[str], directory: Path, environment: Mapping[str, str]) -> str:
@@ -98,6 +115,47 @@ def cancel(numbers: Iterable[str]) -> None:
     """Ask Slurm to end jobs; those that have ended already are no error."""
     _forget()
     call(("scancel", "--quiet", *numbers))
+
+
+def requeue(job: str) -> None:
+    """Put a running job back into the queue; Slurm then ends its processes.
+
+    Raises:
+        UserError: Slurm refuses.
+    """
+    _forget()
+    call(("scontrol", "requeue", job))
+
+
+def put_off(job: str, pause_s: int, excluded: Sequence[str]) -> None:
+    """Let a job that waits start later, and not on some nodes.
+
+    Raises:
+        UserError: Slurm refuses.
+    """
+    call(("scontrol", "update", f"JobId={job}", f"StartTime=now+{pause_s}", f"ExcNodeList={','.join(excluded)}"))
+
+
+def hostnames(nodes: str) -> list[str]:
+    """The nodes of a list such as `gpu[01-04]`; none of an empty one."""
+    return call(("scontrol", "show", "hostnames", nodes)).split() if nodes else []
+
+
+def node_states(partition: str) -> dict[str, str]:
+    """Node → state, such as `idle` or `down*`; an asterisk says that it does not answer."""
+    chosen = (f"--partition={partition}",) if partition else ()
+    rows = (line.split() for line in call(("sinfo", "--noheader", "--Node", *chosen, "--format=%N %T")).splitlines())
+    return {row[0]: row[1] for row in rows if len(row) == 2}
+
+
+def is_lost(state: str) -> bool:
+    """Whether a node in this state has left its jobs alone."""
+    return state.endswith("*") or state.startswith(("down", "fail"))
+
+
+def is_out(state: str) -> bool:
+    """Whether a node in this state takes no jobs."""
+    return is_lost(state) or state.startswith(("drain", "maint", "unknown", "power"))
 
 
 def _forget() -> None:

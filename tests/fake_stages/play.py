@@ -22,15 +22,20 @@ def main() -> None:
     parser.add_argument("--act")
     arguments = parser.parse_args()
     layout, stage = RunLayout(arguments.run), arguments.stage
+    if "VQSCALE_TASK" in os.environ:
+        layout = layout.of_task(int(os.environ["VQSCALE_TASK"]))
     attempt = int(os.environ["VQSCALE_ATTEMPT"])
     if arguments.act == "done":
         events = EventLog(layout.events(stage), stage, attempt, "images/s", 4)
         events.log(2, rate=100.0, loss=0.5)
         events.log(4, rate=100.0, loss=0.25)
         write_json(layout.done(stage), {"stage": stage, "attempt": attempt})
+        if layout.task == 2:  # the last one finishes the stage
+            write_json(layout.whole.done(stage), {"stage": stage, "attempt": attempt})
         sys.exit(1)  # an exit code decides nothing
     if arguments.act == "fail":
-        write_json(layout.failure(stage), {"stage": stage, "rank": 0, "message": "the dog ate the shards"})
+        failure = {"stage": stage, "kind": "user", "rank": 0, "message": "the dog ate the shards"}
+        write_json(layout.failure(stage), failure)
         sys.exit(1)
     if arguments.act == "mute":
         print("Segmentation fault", file=sys.stderr)

@@ -25,7 +25,7 @@ def check_inputs(recipe: Recipe) -> list[str]:
     """
     data = recipe.data
     if data.codes:
-        _check_codes(recipe)
+        check_codes(recipe, data.code_shards("train"), data.code_shards("validation"))
         return []
     _check_weights(recipe)
     if data.clocks:
@@ -49,9 +49,16 @@ def check_inputs(recipe: Recipe) -> list[str]:
     return [line for shards in (train, validation) for line in _size_warnings(shards, data.image_size)]
 
 
-def _check_codes(recipe: Recipe) -> None:
-    """Whether the code shards that a recipe names are there, go together, and feed the streams."""
-    train, validation = (open_shards(recipe.data.code_shards(split)) for split in ("train", "validation"))
+def check_codes(recipe: Recipe, train_at: str, validation_at: str) -> str | None:
+    """Whether code shards are there, go together, and feed the streams.
+
+    Returns:
+        Fingerprint of the tokenizer that made them.
+
+    Raises:
+        UserError: missing or unfit shards; names key or file, and the mend.
+    """
+    train, validation = open_shards(train_at), open_shards(validation_at)
     for shards in (train, validation):
         check_levels(recipe, shards)
         check_shards(shards)
@@ -62,6 +69,16 @@ def _check_codes(recipe: Recipe) -> None:
     if not theirs.samples:
         raise UserError("holds no samples", where=validation.spec, mend="pull held-out codes too")
     check_streams(train.counts, streams=recipe.data.streams, packet=recipe.data.packet, where=train.spec)
+    return ours.fingerprint
+
+
+def check_images(shards: Shards) -> None:
+    """Whether image shards are there, by their manifest and the sizes of the files.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    _read(shards)
 
 
 def check_levels(recipe: Recipe, shards: ShardSet) -> None:

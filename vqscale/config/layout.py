@@ -18,6 +18,9 @@ RUN/
   stages/STAGE/traces/        traces of some steps, and tables of what takes their time
   stages/STAGE/faults.jsonl   faults on demand that have happened
   stages/STAGE/attempt-NNN/   agent.log, ranks/ (logs by rank), hang/ (stacks, if it hung)
+  stages/STAGE/task-NNN/      the same files of one task, where the stage is an array
+  stages/STAGE/parts/NNN.json what each task of an array has done; with all of them there the stage can be finished
+  tasks/NNN.json              how each task stands, as state.json; written by the task's own host
   images/{train,validation}/  generated class folders (stage generate)
   shards/{train,validation}/  image shards (stage pack)
   checkpoints/STAGE/          committed checkpoints, where the recipe names no other place
@@ -42,6 +45,17 @@ class RunLayout:
     """Paths inside one run directory. Makes nothing; the writers make what they need."""
 
     root: Path
+    task: int | None = None
+    """Task of an array whose own state, markers and logs are meant; None for those of the whole stage."""
+
+    @property
+    def whole(self) -> RunLayout:
+        """The run without regard to tasks."""
+        return RunLayout(self.root)
+
+    def of_task(self, task: int) -> RunLayout:
+        """The same run as one task of an array sees it."""
+        return RunLayout(self.root, task)
 
     @property
     def recipe(self) -> Path:
@@ -66,7 +80,7 @@ class RunLayout:
     @property
     def state(self) -> Path:
         """How each stage stands, as the supervisor on the host saw it."""
-        return self.root / "state.json"
+        return self.root / ("state.json" if self.task is None else f"tasks/{self.task:03d}.json")
 
     @property
     def supervisor(self) -> Path:
@@ -100,7 +114,11 @@ class RunLayout:
 
     def stage(self, stage: str) -> Path:
         """Events, markers and attempts of a stage."""
-        return self.root / "stages" / stage
+        return self.root / "stages" / stage / ("" if self.task is None else f"task-{self.task:03d}")
+
+    def parts(self, stage: str) -> Path:
+        """What each task of an array has done."""
+        return self.root / "stages" / stage / "parts"
 
     def events(self, stage: str) -> Path:
         """One JSON object a line and log step."""

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from vqscale.config.prior import Network, spans
+from vqscale.config.resources import Resources
 from vqscale.config.section import Decay, Fraction, Positive, Section
 from vqscale.config.tokenizer import Level, Losses, Quantizer
 
@@ -279,29 +280,6 @@ class Evaluate(Section):
     fitted to training images."""
 
 
-class Resources(Section):
-    """What each stage runs on."""
-
-    processes: Positive = 1
-    """Processes (ranks) a stage."""
-    threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of each process; 0 shares the machine's cores evenly."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA where torch finds a GPU for every process, else the CPU; what was taken is printed."""
-    strategy: Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"] = "ddp"
-    """How a model is spread over the ranks. `ddp` keeps it whole on each; `zero1` shards the optimizer's moments,
-    `zero2` the gradients too, `zero3` and `fsdp2` the weights too. ZeRO needs the extra `deepspeed`."""
-    max_restarts: Annotated[int, Field(ge=0)] = 0
-    """How often the elastic agent restarts failed processes of a stage; they resume from the last checkpoint."""
-    hang_s: Positive = 300
-    """Longest silence of a rank in training, in seconds (four times that in the first step). Then all ranks leave
-    their stacks in the run directory and the stage ends, to be started again where `max_restarts` allows."""
-    checkpoints: str = ""
-    """Folder or URL (`s3://bucket/folder`) for checkpoints, one folder a run in it; empty keeps them in the run."""
-    timeout_s: Positive = 600
-    """Longest wait in a collective, in seconds, before a stage is stopped."""
-
-
 class Recipe(Section):
     """A whole experiment."""
 
@@ -360,17 +338,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _strategy_can(self) -> Self:
-        strategy = self.resources.strategy
-        for stage in ("tokenizer", "prior"):
+        for stage in TRAINED:
             training: Training = getattr(self, stage).training
+            strategy, key = self.resources.of(stage).strategy, self.resources.key(stage, "strategy")
             if training.optimizer == "muon" and strategy != "ddp":
                 raise ValueError(
-                    f"{stage}.training.optimizer muon orthogonalises whole matrices, which resources.strategy "
+                    f"{stage}.training.optimizer muon orthogonalises whole matrices, which {key} "
                     f"{strategy} cuts; use adamw, or ddp"
                 )
             if training.compile and strategy == "zero3":
                 raise ValueError(
-                    f"{stage}.training.compile does not go with resources.strategy zero3, which gathers weights in "
+                    f"{stage}.training.compile does not go with {key} zero3, which gathers weights in "
                     f"hooks of every layer; use fsdp2"
                 )
         return self
@@ -399,24 +377,28 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
-        ranks, packet = self.resources.processes, self.data.packet
+        for stage in TRAINED:
+            self._check_batches(stage)
+        return self
+
+    def _check_batches(self, stage: str) -> None:
+        """Streams and batches of a training stage have to be shared by its own ranks."""
+        ranks, packet = self.resources.of(stage).processes, self.data.packet
+        key, training = f"{self.resources.key(stage, 'processes')} {ranks}", getattr(self, stage).training
         if self.data.streams % ranks:
             raise ValueError(
-                f"data.streams {self.data.streams} is not divisible by resources.processes {ranks}; "
-                f"use a number of streams that is"
+                f"data.streams {self.data.streams} is not divisible by {key}; use a number of streams that is"
             )
-        for stage in ("tokenizer", "prior"):
-            batch = getattr(self, stage).training.global_batch
-            if batch % (ranks * packet):
-                raise ValueError(
-                    f"{stage}.training.global_batch {batch} is not divisible by resources.processes {ranks} "
-                    f"× data.packet {packet}; use a multiple of {ranks * packet}"
-                )
-            share, micro = batch // ranks, getattr(self, stage).training.micro_batch
-            if micro and share % micro:
-                fitting = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
-                raise ValueError(
-                    f"{stage}.training.micro_batch {micro} does not divide the {share} samples of a rank "
-                    f"(global_batch {batch} over {ranks} processes); use one of {fitting}"
-                )
-        return self
+        batch = training.global_batch
+        if batch % (ranks * packet):
+            raise ValueError(
+                f"{stage}.training.global_batch {batch} is not divisible by {key} × data.packet {packet}; "
+                f"use a multiple of {ranks * packet}"
+            )
+        share, micro = batch // ranks, training.micro_batch
+        if micro and share % micro:
+            fitting = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+            raise ValueError(
+                f"{stage}.training.micro_batch {micro} does not divide the {share} samples of a rank "
+                f"(global_batch {batch} over {ranks} processes); use one of {fitting}"
+            )

@@ -99,8 +99,8 @@ class Watchdog:
             self._end()
 
 
-def describe_hang(folder: Path, world: int) -> str:
-    """Which rank hung, as far as the notes in an attempt's folder tell, and what the others did meanwhile.
+def find_hang(folder: Path, world: int) -> tuple[list[int], str]:
+    """Which ranks hang, as far as the notes in an attempt's folder tell, and in words what the others did meanwhile.
 
     A rank without a note cannot even run its watchdog: it is stopped, or holds the interpreter's lock in foreign code.
     Among those with one, who is in an earlier step, or outside of a collective, is waited for by the rest.
@@ -114,7 +114,7 @@ def describe_hang(folder: Path, world: int) -> str:
         who = f"rank {behind['rank']} on {behind['host']} hangs"
     longest = max(note["silent_s"] for note in notes)
     what = f"step {behind['step']} ({behind['doing']}), no sign of life for {longest:.0f} s"
-    return f"{who}, {what}; stacks in {folder / 'hang'}"
+    return mute or [behind["rank"]], f"{who}, {what}; stacks in {folder / 'hang'}"
 
 
 def _flight_record() -> bytes:
