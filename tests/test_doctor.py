@@ -46,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOST = Host(
     python="3.11.7",
     packages={"torch": "2.13.0", "numpy": "2.4.6"},
+    code="0123456789abcdef",
     cores=8,
     open_files=65_536,
     locked_memory=-1,
@@ -109,13 +110,14 @@ def test_sound_machines_pass() -> None:
     [
         ({"host": replace(HOST, python="3.12.1")}, "equal versions", "FAIL", "3.12.1 on b, 3.11.7 here", "one env"),
         ({"host": replace(HOST, packages={"numpy": "2.4.6"})}, "equal versions", "FAIL", "torch is missing", "one env"),
+        ({"host": replace(HOST, code="f" * 64)}, "equal versions", "FAIL", "code ffffffff on b", "one copy"),
         ({"host": replace(HOST, open_files=1024)}, "open files", "warn", "1024", "ulimit -n 4096"),
         ({"host": replace(HOST, locked_memory=65_536)}, "locked memory", "FAIL", "limited", "LimitMEMLOCK"),
         ({"host": replace(HOST, shm_free=64 << 20)}, "shared memory", "warn", "0.1 GB free", "--shm-size"),
         ({"host": replace(HOST, shm_free=None)}, "shared memory", "n/a", "no /dev/shm", ""),
         ({"host": replace(HOST, synchronised=False)}, "clock", "warn", "not synchronised", "chronyd"),
         ({"host": replace(HOST, interfaces=["lo", "ib1"])}, "gloo network", "FAIL", "there are lo, ib1", "one of them"),
-        ({"sees": ["b"]}, "shared folder", "FAIL", "b does not see what login, a wrote", "VQSCALE_RUNS"),
+        ({"sees": ["b"]}, "shared folder", "FAIL", "b does not see what this machine, a wrote", "VQSCALE_RUNS"),
         ({"token_fault": "Read-only file system"}, "shared folder", "FAIL", "b cannot write: Read", "VQSCALE_RUNS"),
         ({"folder": Folder("/r", 10**12, 90.0)}, "write and sync", "FAIL", "90 MB/s", "VQSCALE_RUNS"),
         ({"folder": Folder("/r", 10**9, 900.0)}, "disk space", "warn", "1.0 GB free", "prune"),
@@ -167,7 +169,7 @@ def test_nodes_that_do_not_answer_fail() -> None:
 
 def test_what_the_login_node_does_not_see_is_not_shared() -> None:
     (verdict,) = (verdict for verdict in judged(report("b"), sees=("a",)) if verdict.word != "ok")
-    assert (verdict.check, verdict.value) == ("shared folder", "login does not see what b wrote")
+    assert (verdict.check, verdict.value) == ("shared folder", "this machine does not see what b wrote")
 
 
 def test_many_nodes_are_a_line_where_they_agree() -> None:

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from cluster.preflight.verdict import Verdict, at_least, expect
+from vqscale.sources import sources_hash
 
 _OPEN_FILES = 4096
 _SHM_GB = 1.0
@@ -29,6 +30,8 @@ class Host:
 
     python: str
     packages: dict[str, str]
+    code: str
+    """Hash of vqscale's own code."""
     cores: int
     open_files: int
     """Soft limit of open files; -1 is none."""
@@ -50,6 +53,7 @@ def look_at_host() -> Host:
     return Host(
         python=platform.python_version(),
         packages=packages,
+        code=sources_hash(Path(__file__).resolve().parents[2]),
         cores=len(os.sched_getaffinity(0)),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],

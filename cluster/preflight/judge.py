@@ -10,11 +10,12 @@ from cluster.preflight.node import Report
 from cluster.preflight.verdict import Verdict, Word, at_least, expect
 from cluster.profile import Profile
 
-ASKER = "login"
+ASKER = "this machine"
 """Name under which the machine that asks leaves its own token."""
 
 ALL = "all nodes"
 """Where a verdict over all nodes stands."""
+_FIRST = ("Python", "torch", "vqscale's code")
 _CLOCK_WARN_S, _CLOCK_FAIL_S = 1.0, 60.0
 
 
@@ -53,22 +54,25 @@ def judge_nodes(
 
 
 def judge_equal(reports: Sequence[Report], here: Host) -> Verdict:
-    """Python and packages, the same on all nodes as here."""
-    other: dict[str, list[str]] = {}
+    """Python, packages and vqscale's own code, the same on all nodes as here."""
+    mine, other = _versions(here), dict[str, str]()
     for report in reports:
-        there = {"Python": report.host.python, **report.host.packages}
-        mine = {"Python": here.python, **here.packages}
-        for name in sorted(there.keys() | mine.keys()):
+        there = _versions(report.host)
+        for name in there.keys() | mine.keys():
             if there.get(name) != mine.get(name):
                 lacks = f"{name} {there.get(name, 'is missing')} on {report.node}, {mine.get(name, 'missing')} here"
-                other.setdefault(name, []).append(lacks)
-    # torch and Python first: where these differ, the rest follows.
-    order = sorted(other, key=lambda name: (name not in ("Python", "torch"), name))
-    value = "; ".join(other[name][0] for name in order[:3]) + (f"; {len(order) - 3} more" if len(order) > 3 else "")
+                other.setdefault(name, lacks)
+    # Those first of which the rest follows.
+    order = sorted(other, key=lambda name: (name not in _FIRST, name))
+    value = "; ".join(other[name] for name in order[:3]) + (f"; {len(order) - 3} more" if len(order) > 3 else "")
     return expect(
-        *("equal versions", ALL, not other, value or f"{len(here.packages)} packages as here"),
-        mend="use one environment on a shared file system, or install it anew on those nodes",
+        *("equal versions", ALL, not other, value or f"{len(here.packages)} packages and the code as here"),
+        mend="use one environment and one copy of the code on a shared file system, or renew those of the nodes",
     )
+
+
+def _versions(host: Host) -> dict[str, str]:
+    return {"Python": host.python, "vqscale's code": host.code[:8], **host.packages}
 
 
 def judge_shared(reports: Sequence[Report], sees: Sequence[str]) -> Verdict:
