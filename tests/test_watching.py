@@ -165,7 +165,7 @@ def test_the_page_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> No
         "failed after 0 s: boom",
         f"tokenizer: steps 400 in {layout.root}/checkpoints/tokenizer",
         "report       psnr 24.5",
-        f"tensorboard  --logdir {layout.tensorboard}",
+        f"tensorboard  tensorboard --logdir {layout.tensorboard}",
         "torch 2.",
     ):
         assert text in page
