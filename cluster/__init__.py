@@ -1,1 +1,1 @@
-"""Facts about machines: profiles and rendezvous."""
+"""Facts about machines: profiles, rendezvous, preflight checks."""

@@ -22,6 +22,22 @@ INHERITED = (
 that happen to stand in a shell have made too many runs unrepeatable, so they come from the profile alone."""
 
 
+Floor = Annotated[float, Field(gt=0)] | None
+
+
+class Floors(BaseModel):
+    """What `vqscale doctor` holds the machines to; what is left out is reported alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    all_reduce_gb_s: Floor = None
+    """Bus bandwidth of an all-reduce over all ranks, in GB/s."""
+    read_mb_s: Floor = None
+    """Reading shards on each node while all of them do, in MB/s."""
+    write_mb_s: Floor = None
+    """Writing and syncing a file in the folder of runs, in MB/s."""
+
+
 class Profile(BaseModel):
     """Facts about the machine or cluster that stages run on."""
 
@@ -39,6 +55,8 @@ class Profile(BaseModel):
     """Variables that are set for every stage, above those taken over from the shell."""
     inherit: tuple[str, ...] = INHERITED
     """Names (with `*`) of variables that stages take over from the shell; all others are dropped."""
+    floors: Floors = Floors()
+    """What `vqscale doctor` expects of the machines."""
     max_processes: Annotated[int, Field(ge=1)] | None = None
     """Most processes that a stage may have here; no limit when it is left out."""
     grace_s: Annotated[int, Field(ge=1)] = 30

@@ -143,6 +143,19 @@ def _add_control(add: Add) -> None:
 
 
 def _add_other(add: Add) -> None:
+    doctor = add(
+        "doctor",
+        "doctor:doctor",
+        "check the machines before hours are spent: this one, and by a short job the nodes",
+        "vqscale doctor --on my-cluster.yaml --nodes 4 --shards s3://bucket/shards/train",
+    )
+    doctor.add_argument("--on", default="local", metavar="PROFILE", help="machines to check (default: local)")
+    doctor.add_argument("--nodes", type=int, metavar="N", help="nodes to ask (default: those of a stage, at least 2)")
+    doctor.add_argument("--shards", metavar="URL", help="folder of shards, or one shard, that the nodes read")
+    doctor.add_argument(
+        "--wait", type=int, default=600, metavar="SECONDS", help="for nodes that are busy (default: 600)"
+    )
+    _json(doctor)
     cluster = add(
         "cluster",
         "cluster:cluster",

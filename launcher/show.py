@@ -131,4 +131,4 @@ def _output_lines(layout: RunLayout, facts: dict[str, Any]) -> Iterator[str]:
     if isinstance(facts["report"], dict):
         values = ", ".join(f"{name} {text}" for name, text in figures(facts["report"]))
         yield f"report       {values} ({layout.report})"
-    yield f"tensorboard  {facts['tensorboard'].removeprefix('tensorboard ')}"
+    yield f"tensorboard  {facts['tensorboard']}"

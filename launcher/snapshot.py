@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import os
 import platform
 import subprocess
@@ -13,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vqscale.files import write_bytes, write_json
-
-ROOMS = ("launcher", "vqscale", "pipelines", "cluster")
-"""Packages whose code decides what a run does."""
+from vqscale.sources import ROOMS, sources_hash
 
 RECORDED = (
     "PATH", "PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LANG", "LC_*",
@@ -63,20 +60,6 @@ def surroundings() -> dict[str, Any]:
         "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
         "variables": {name: value for name, value in sorted(os.environ.items()) if _recorded(name)},
     }
-
-
-def sources_hash(source: Path) -> str:
-    """SHA-256 over names and contents of all code and settings; also tells installed copies apart."""
-    digest = hashlib.sha256()
-    for path in _sources(source):
-        digest.update(f"{path.relative_to(source)}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def _sources(source: Path) -> list[Path]:
-    found = [path for room in ROOMS for path in (source / room).rglob("*") if path.suffix in (".py", ".yaml")]
-    return sorted(path for path in found if path.is_file())
 
 
 def _copy_untracked(source: Path, target: Path) -> list[str]:

@@ -25,6 +25,7 @@ from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.events import EventLog
 from vqscale.files import read_json, write_json
+from vqscale.sources import sources_hash
 
 
 def new_run(home: Path, run: str | None = None, **overrides: object) -> RunLayout:
@@ -60,7 +61,7 @@ def test_snapshot_holds_uncommitted_work(tmp_path: Path) -> None:
     known.write_text("x = 1\n")
     git = "git -c user.name=t -c user.email=t@t -c init.defaultBranch=main"
     os.system(f"cd {source} && {git} init -q && {git} add -A && {git} commit -qm one")
-    before = snapshot.sources_hash(source)
+    before = sources_hash(source)
     known.write_text("x = 2\n")
     (source / "vqscale" / "new.py").write_text("y = 1\n")
     snapshot.write_snapshot(source, tmp_path / "code")

@@ -248,3 +248,21 @@ def test_the_cluster_is_found_from_anywhere(cluster: Path) -> None:
     again = vqscale("cluster", "up", home=cluster)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert "is up already" in again.stderr
+
+
+def test_the_doctor_asks_the_nodes(conf: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--on", "devslurm", "--json"]) == 0
+    verdicts = json.loads(capsys.readouterr().out)
+    told = {(one["where"], one["check"]): one["value"] for one in verdicts}
+    assert told["all nodes", "nodes"] == "2 of 2 answered"
+    assert told["all nodes", "shared folder"].endswith("each sees the others' files")
+    assert told["all nodes", "rendezvous"].startswith("2 ranks over gloo")
+    assert told["here", "partition main"] == "3 nodes idle"
+    assert len({where for where, check in told if check == "clock offset"}) == 2
+    assert not queue()
+
+
+def test_nodes_that_slurm_does_not_give(conf: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--on", "devslurm", "--nodes", "5", "--wait", "2"]) == 1
+    assert "FAIL  all nodes  nodes            0 of 5 answered: srun: error: " in capsys.readouterr().out
+    assert not queue()

@@ -299,9 +299,8 @@ def test_the_rank_that_failed_says_why(tokenizers: Trained) -> None:
     with pytest.raises(RanksFailedError):
         run_ranks(2, run_failing_stage, tokenizers.run)
     failure = read_json(RunLayout(tokenizers.run).failure("tokenizer"))
-    assert failure == {
-        "stage": "tokenizer", "kind": "user", "rank": 1, "message": "shard-00007.tar: is unreadable; copy it again"
-    }  # fmt: skip
+    expected = {"stage": "tokenizer", "kind": "user", "rank": 1}
+    assert failure.items() >= {**expected, "message": "shard-00007.tar: is unreadable; copy it again"}.items()
 
 
 @pytest.mark.parametrize("missing", [["MASTER_ADDR"], ["RANK", "WORLD_SIZE"]])

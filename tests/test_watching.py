@@ -123,6 +123,7 @@ def test_filters(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "run-000" / "state.json").write_text("[]")
     assert ids("--state", "gone") == ["first"]
     assert ids("--state", "unreadable") == ["run-000"]
+    assert said(capsys, "status").endswith("2 more cannot be read or are gone: vqscale ls --state unreadable,gone\n")
     assert said(capsys, "ls", "--name", "none") == "no run fits; vqscale ls shows all\n"
 
 
@@ -164,7 +165,7 @@ def test_the_page_of_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> No
         "failed after 0 s: boom",
         f"tokenizer: steps 400 in {layout.root}/checkpoints/tokenizer",
         "report       psnr 24.5",
-        f"tensorboard  --logdir {layout.tensorboard}",
+        f"tensorboard  tensorboard --logdir {layout.tensorboard}",
         "torch 2.",
     ):
         assert text in page

@@ -37,7 +37,7 @@ _HEAD = """\
 set -e -o pipefail
 trap '' USR2  # until launcher.batch listens"""
 # Slurm's own address of the first node: its name need not resolve, and the login node is never asked.
-_FIND_EACH_OTHER = """\
+FIND_EACH_OTHER = """\
 read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
 endpoint="${address:?Slurm knows no address of $first}:$((20000 + SLURM_JOB_ID % 10000))\""""
@@ -156,7 +156,7 @@ def script(job: Job, stage: str, module: str) -> str:
         *exports,
         f"cd {shlex.quote(str(job.source))}",
         "",
-        _FIND_EACH_OTHER,
+        FIND_EACH_OTHER,
         "",
         f"exec {_watched(job, slurm, stage, module)}",
     ]

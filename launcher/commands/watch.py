@@ -30,11 +30,21 @@ def status(arguments: argparse.Namespace) -> int:
     if len(arguments.runs) == 1:
         return _status_of_one(resolve(arguments.runs[0]), arguments)
     named = [resolve(text) for text in arguments.runs]
+    lost = 0
 
     def read() -> list[RunStatus]:
-        return _all_readable(named) if named else [row.status for row in choice.rows("current") if row.status]
+        nonlocal lost
+        if named:
+            return _all_readable(named)
+        rows = choice.rows("current")
+        found = [row.status for row in rows if row.status]
+        lost = len(rows) - len(found)
+        return found
 
-    return _status_of_many(read, arguments)
+    code = _status_of_many(read, arguments)
+    if lost and not arguments.json:
+        print(f"{lost} more cannot be read or are gone: vqscale ls --state unreadable,gone")
+    return code
 
 
 def _status_of_one(layout: RunLayout, arguments: argparse.Namespace) -> int:

@@ -1,0 +1,1 @@
+"""Checks of machines before hours are spent: what a node measures (`node`), and what to think of it (`judge`)."""

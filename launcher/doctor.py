@@ -1,0 +1,160 @@
+"""Checks the machines of a profile before hours are spent: this one, and by a short job the nodes."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.preflight import sharing
+from cluster.preflight.host import (
+    Host,
+    judge_folder,
+    judge_host,
+    judge_packages,
+    look_at_folder,
+    look_at_host,
+    read_constraints,
+    required_packages,
+)
+from cluster.preflight.judge import ALL, ASKER, judge_nodes
+from cluster.preflight.node import Report, lines_of
+from cluster.preflight.verdict import Verdict, expect
+from cluster.profile import Profile
+from launcher import registry
+from launcher.backends import slurm_queue
+from launcher.backends.everywhere import Errand, run_everywhere
+from launcher.backends.local import SOURCE
+from vqscale.errors import UserError
+
+_HERE = "here"
+TOGETHER = (_HERE, ALL)
+"""Where a verdict is not of a single node."""
+_LIMIT_S = 300
+_PROGRAMS = {"slurm": ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")}
+"""What a backend calls on this machine."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What is to be checked.
+
+    Args:
+        profile: of the machines.
+        nodes: how many of its nodes.
+        shards: URL of shards that the nodes read; empty for none.
+        wait_s: seconds that nodes which are busy are waited for.
+    """
+
+    profile: Profile
+    nodes: int
+    shards: str = ""
+    wait_s: int = 600
+
+    def verdicts(self) -> Iterator[Verdict]:
+        """All verdicts, those of this machine first, as they are known.
+
+        Raises:
+            UserError: the folder of runs cannot be made, or the backend cannot ask its nodes.
+        """
+        host = look_at_host()
+        with _folder_of_runs() as folder:
+            yield from judge_packages(_HERE, host, read_constraints(SOURCE / "constraints.txt"), required_packages())
+            if self.profile.backend != "local":  # else this machine is the node
+                yield from judge_host(_HERE, host)
+                yield from judge_folder(_HERE, look_at_folder(folder, "here.bytes"), self.profile.floors.write_mb_s)
+            programs = _judge_programs(self.profile)
+            yield from programs
+            if all(verdict.word != "FAIL" for verdict in programs):
+                yield from self._judge_nodes(host, folder)
+
+    def _judge_nodes(self, host: Host, folder: Path) -> list[Verdict]:
+        token = secrets.token_hex(8)
+        sharing.leave(folder, ASKER, token)
+        arguments = ("--folder", str(folder), "--token", token, "--nodes", str(self.nodes), "--shards", self.shards)
+        errand = Errand(
+            self.profile, "cluster.preflight.node", arguments, self.nodes, wait_s=self.wait_s, limit_s=_LIMIT_S
+        )
+        answers = _Answers()
+        answers.read(run_everywhere(errand))
+        return judge_nodes(
+            answers.reports,
+            self.nodes,
+            host,
+            self.profile,
+            sees=sharing.seen(folder, token),
+            hellos=answers.ahead,
+            said=answers.last_words,
+        )
+
+
+class _Answers:
+    """What the nodes say, sorted as it comes."""
+
+    def __init__(self) -> None:
+        self.reports: list[Report] = []
+        self.ahead: dict[str, float] = {}
+        """Node → seconds that its clock was ahead of ours when its first line came."""
+        self.last_words = ""
+
+    def read(self, texts: Iterator[str]) -> None:
+        """Read until the nodes have ended."""
+        for tree in lines_of(self._kept(texts)):
+            if "hello" in tree:
+                self.ahead[tree["node"]] = tree["hello"] - time.time()
+            else:
+                self.reports.append(Report.parse(tree["report"]))
+        self.reports.sort(key=lambda report: report.node)
+
+    def _kept(self, texts: Iterator[str]) -> Iterator[str]:
+        for text in texts:
+            self.last_words = text.strip() or self.last_words
+            yield text
+
+
+@contextmanager
+def _folder_of_runs() -> Iterator[Path]:
+    """A folder of the trial's own where runs would be; nothing is left of it."""
+    root = registry.runs_root()
+    there = root.exists()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=root, ignore_cleanup_errors=True) as name:
+            yield Path(name)
+    except OSError as error:
+        raise UserError(f"cannot be used ({error.strerror})", where=str(root), mend="set $VQSCALE_RUNS") from None
+    finally:
+        if not there:
+            with suppress(OSError):
+                root.rmdir()
+
+
+def _judge_programs(profile: Profile) -> list[Verdict]:
+    """The programs that the backend calls, and whether Slurm answers."""
+    names = _PROGRAMS.get(profile.backend, ())
+    if not names:
+        return []
+    lost = [name for name in names if shutil.which(name) is None]
+    value = f"lacks {', '.join(lost)}" if lost else ", ".join(names)
+    found = expect("programs", _HERE, not lost, value, mend="go to a login node, or install them")
+    return [found] if lost else [found, *_judge_slurm(profile)]
+
+
+def _judge_slurm(profile: Profile) -> list[Verdict]:
+    try:
+        slurm_queue.call(("scontrol", "ping"))
+        partition = profile.slurm.partition if profile.slurm else None
+        only = ("-p", partition) if partition else ()
+        rows = slurm_queue.call(("sinfo", "-h", "-o", "%P %a %D %T", *only)).splitlines()
+    except UserError as error:
+        return [Verdict("Slurm", _HERE, "FAIL", str(error), mend="see scontrol ping; SLURM_CONF may be wrong")]
+    up = [row for row in rows if len(row.split()) == 4 and row.split()[1] == "up"]
+    told = "; ".join(f"{row.split()[2]} nodes {row.split()[3]}" for row in up)
+    name = f"partition {partition}" if partition else "Slurm"
+    mend = "correct slurm.partition in the profile: sinfo lists those there are"
+    return [expect(name, _HERE, bool(up), told or "is not there, or not up", mend=mend)]
