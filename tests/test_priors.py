@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.machine import ROOT
 from tests.recipes import tiny_recipe
+from vqscale.config.load import load_recipe
 from vqscale.config.prior import Network as Sections
+from vqscale.errors import UserError
 from vqscale.models.generate import Sampling
 from vqscale.models.network import GridShape
 from vqscale.models.prior import Prior
-from vqscale.training.build import NETWORKS, build_prior
+from vqscale.training.build import NETWORKS, build_prior, grid_shapes
 
 GRIDS = (GridShape(2, 5), GridShape(4, 7))
 CLASSES = 3
@@ -56,7 +60,7 @@ def test_a_kind_is_one_section_and_one_network() -> None:
     for section in SECTIONS:
         (kind,) = get_args(section.model_fields["kind"].annotation)
         taken = set(inspect.signature(NETWORKS[kind]).parameters) - {"grids", "classes", "given"}
-        assert taken == set(section.model_fields) - {"kind", "levels"}
+        assert taken == set(section.model_fields) - {"kind", "levels", "size"}
         assert kind in SMALL
 
 
@@ -137,3 +141,41 @@ def test_label_smoothing_is_for_training_alone() -> None:
     logits = plain.networks[0]([], codes, classes)[1]
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), codes[1].flatten(1), label_smoothing=0.2)
     assert smooth(codes, classes)[1].mean().item() / 16 == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("S", 15), ("B", 93), ("L", 313), ("XL", 722), ("XXL", 1376), ("3B", 2984)]
+)
+def test_sizes_have_the_weights_that_are_documented(size: str, millions: int) -> None:
+    """With the 5,120 codes of `imagenet256`, whose forward is followed without computing it."""
+    recipe = load_recipe(
+        ROOT / "pipelines/recipes/imagenet256.yaml", [f"prior.networks=[{{kind: transformer, size: {size}}}]"]
+    )
+    with torch.device("meta"):
+        prior = build_prior(recipe.prior, grid_shapes(recipe), 1000)
+        codes = [torch.zeros(2, grid.side, grid.side, dtype=torch.int64) for grid in prior.grids]
+        logits = prior.networks[0]([], codes, torch.zeros(2, dtype=torch.int64))
+    assert [tuple(level.shape) for level in logits] == [(2, 1024, 512), (2, 4096, 512)]
+    assert round(sum(parameter.numel() for parameter in prior.parameters()) / 1e6) == millions
+    assert re.search(rf"\| {size} \([^)]*\) \| {millions:,} \|", (ROOT / "docs/your-images.md").read_text())
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"size": "B", "layers": 3}, "size B means layers 12, but layers is 3; leave one out"),
+        ({"size": "huge"}, "networks.0.*size"),
+        ({"heads": 4, "key_value_heads": 3}, "heads 4 is not divisible by key_value_heads 3"),
+        ({"width": 36, "heads": 6, "positions": "rotary"}, "width 36 over heads 6 is not divisible by 4"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(network: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny_recipe(prior__networks=[{"kind": "transformer", **network}])
+
+
+def test_a_size_reads_back_as_it_was_written() -> None:
+    recipe = tiny_recipe(prior__networks=[{"size": "B", "heads": 12}])
+    network = recipe.prior.networks[0].model_dump()
+    assert (network["layers"], network["width"], network["heads"]) == (12, 768, 12)
+    assert tiny_recipe(prior__networks=[network]) == recipe

@@ -160,7 +160,7 @@ def test_rows_of_a_linear_layer_do_not_depend_on_batch_or_threads(any_threads: N
         layer, x = torch.nn.Linear(inputs, outputs), torch.randn(64, inputs)
         same, seen = steady(layer), set()
         torch.testing.assert_close(same(x), layer(x), atol=1e-5, rtol=1e-5)
-        for threads in (1, 2, 3):
+        for threads in (1, 2):
             torch.set_num_threads(threads)
             seen |= {same(x[-rows:])[-1].numpy().tobytes() for rows in (1, 2, 7, 16, 33, 64)}
         assert len(seen) == 1
@@ -171,11 +171,11 @@ def test_rows_of_a_linear_layer_do_not_depend_on_batch_or_threads(any_threads: N
 def test_logits_of_a_sample_are_those_of_any_batch_to_the_bit(guidance: float, any_threads: None) -> None:
     """So the same seed gives the same codes for batch 1, 7 and 64, and for ranks with more or fewer threads."""
     torch.manual_seed(0)
-    model = Transformer((GridShape(4, 64), GridShape(8, 64)), 3, layers=2, width=96, heads=4).eval()
+    model = Transformer((GridShape(2, 64), GridShape(4, 64)), 3, layers=2, width=96, heads=4).eval()
     classes, seeds = torch.arange(64) % 3, list(range(64))
     sampling = Sampling(guidance=guidance)
     together = generate(model, classes, seeds, sampling)
-    for threads, batch in ((1, 1), (2, 7), (3, 64)):
+    for threads, batch in ((1, 1), (2, 7), (2, 64)):
         torch.set_num_threads(threads)
         some = generate(model, classes[:batch], seeds[:batch], sampling)
         assert all(torch.equal(a, b[:batch]) for a, b in zip(some, together, strict=True))
@@ -184,17 +184,17 @@ def test_logits_of_a_sample_are_those_of_any_batch_to_the_bit(guidance: float, a
 @torch.no_grad()
 def test_logits_do_not_depend_on_the_batch_to_the_bit(any_threads: None) -> None:
     torch.manual_seed(0)
-    model = Transformer((GridShape(8, 64),), 3, layers=2, width=384, heads=6).eval()
-    codes, classes = torch.randint(64, (64, 64)), torch.arange(64) % 3
-    seen: list[set[bytes]] = [set() for _ in range(64)]
-    for threads, rows in ((1, 1), (2, 7), (1, 64), (3, 64)):
+    model = Transformer((GridShape(4, 64),), 3, layers=2, width=384, heads=6).eval()
+    codes, classes = torch.randint(64, (64, 16)), torch.arange(64) % 3
+    seen: list[set[bytes]] = [set() for _ in range(16)]
+    for threads, rows in ((1, 1), (2, 7), (1, 64), (2, 64)):
         torch.set_num_threads(threads)
         decoder = Decoder(model, classes[:rows])
         for position, logits in enumerate(seen):
             at = torch.tensor([position])
             logits.add(decoder.logits(0, at, position + 1)[0].numpy().tobytes())
             decoder.put(codes[:rows, position], at)
-    assert [len(logits) for logits in seen] == [1] * 64
+    assert [len(logits) for logits in seen] == [1] * 16
 
 
 def test_same_seed_same_sample_in_any_batch() -> None:

@@ -28,10 +28,24 @@ class NetworkSection(Section):
         return self.model_dump(exclude=set(NetworkSection.model_fields))
 
 
+SIZES = {
+    "S": {"layers": 6, "width": 384, "heads": 6},
+    "B": {"layers": 12, "width": 768, "heads": 12},
+    "L": {"layers": 24, "width": 1024, "heads": 16},
+    "XL": {"layers": 36, "width": 1280, "heads": 20},
+    "XXL": {"layers": 48, "width": 1536, "heads": 24},
+    "3B": {"layers": 24, "width": 3200, "heads": 32},
+}
+"""From B on those of LlamaGen (Sun et al. 2024, table 1)."""
+
+
 class Attending(NetworkSection):
     """What networks of transformer blocks have in common."""
 
     matrices: ClassVar[bool] = True
+    size: Literal["S", "B", "L", "XL", "XXL", "3B"] | None = None
+    """Sets `layers`, `width` and `heads`: S 6, 384, 6; B 12, 768, 12; L 24, 1024, 16; XL 36, 1280, 20;
+    XXL 48, 1536, 24; 3B 24, 3200, 32."""
     layers: Positive = 4
     """Transformer blocks."""
     width: Positive = 128
@@ -51,6 +65,23 @@ class Attending(NetworkSection):
     """Width inside the feed-forward; left out, 4 times `width`, and 8/3 times for SwiGLU, which has as many weights."""
     positions: Literal["learned", "rotary"] = "learned"
     """A learned vector for each cell, or rotations by row and column and a learned vector for each level."""
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The settings of the kind, without the name that stands for three of them."""
+        return {name: value for name, value in super().sizes.items() if name != "size"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_stands_for_three(cls, tree: Any) -> Any:
+        size = tree.get("size") if isinstance(tree, dict) else None
+        if not isinstance(size, str):
+            return tree
+        meant = SIZES.get(size, {})
+        for name, number in meant.items():
+            if tree.get(name, number) != number:
+                raise ValueError(f"size {size} means {name} {number}, but {name} is {tree[name]}; leave one out")
+        return {**tree, **meant}
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,12 +131,12 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor, turns: Tensor | None) -> Tensor:
         query, key, value = split_heads(self.query_key_value(x), self.shape)
-        if x.device.type == "cpu" and not (_AMX and x.shape[1] >= _HALF_FROM):
+        if wide := x.device.type == "cpu" and not (_AMX and x.shape[1] >= _HALF_FROM):
             # Without AMX, torch's bf16 attention on the CPU is several times slower than fp32.
             query, key, value = query.float(), key.float(), value.float()
         if turns is not None:
             query, key = rotate(query, turns), rotate(key, turns)
-        with torch.autocast(x.device.type, enabled=False):  # which would cast back to bf16
+        with torch.autocast("cpu", enabled=False) if wide else nullcontext():  # which would cast back to bf16
             out = attend(query, key, value, causal=self.causal)
         return self.project(merge_heads(out))
 
