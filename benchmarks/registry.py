@@ -23,7 +23,9 @@ BENCHMARKS = {
     "checkpoint": Entry("benchmarks.checkpoint", "saves in the background and blocking: ours, torch's DCP; floors"),
     "codes": Entry("benchmarks.codes", "code shards: size, shuffled reading against .npy files, extraction; floors"),
     "loader": Entry("benchmarks.loader", "image shards to batches: ours, webdataset, LitData, image folder; floors"),
+    "prior": Entry("benchmarks.prior", "training step of the transformer: ours, x-transformers; ceiling"),
     "quantizer": Entry("benchmarks.quantizer", "nearest codes and EMA: ours, vector-quantize-pytorch, faiss; floors"),
+    "sample": Entry("benchmarks.sample", "drawing codes: ours, without cache, x-transformers; floor"),
     "tokenizer": Entry(
         "benchmarks.tokenizer", "training step of the tokenizer: ours, the same in plain torch; ceiling"
     ),

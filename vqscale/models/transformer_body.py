@@ -73,16 +73,20 @@ class TransformerBody(Network):
 
     def forward(self, given: Sequence[Tensor], codes: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
         """Logits [B, side², K] a level, of every code given those before it."""
+        x = self.embed(given, codes, classes)
+        for block in self.blocks:
+            x = block(x, self.turns)
+        parts = self.norm(x).split(self.lengths, dim=1)
+        return [head(part) for head, part in zip(self.heads, parts, strict=True)]
+
+    def embed(self, given: Sequence[Tensor], codes: Sequence[Tensor], classes: Tensor) -> Tensor:
+        """What the first block is given: [B, T, width]; the arguments are those of `forward`."""
         flat = [grid.flatten(1).long() for grid in codes]
         embedded = [tokens(grid) for tokens, grid in zip(self.tokens, flat, strict=True)]
         inputs = torch.cat([self.class_token(classes)[:, None], *embedded], dim=1)[:, :-1]
         context = self.context(given)
         targets = torch.cat([self._targets(level, flat, context) for level in range(len(flat))], dim=1)
-        x = inputs + targets + self.class_everywhere(classes)[:, None]
-        for block in self.blocks:
-            x = block(x, self.turns)
-        parts = self.norm(x).split(self.lengths, dim=1)
-        return [head(part) for head, part in zip(self.heads, parts, strict=True)]
+        return inputs + targets + self.class_everywhere(classes)[:, None]
 
     def context(self, given: Sequence[Tensor]) -> Tensor | None:
         """What the given levels say of the first level's cells: [B, side², width]; None without any."""
