@@ -36,10 +36,11 @@ TINY = (
     "data.streams=2 data.packet=2 data.shuffle=16 tokenizer.hidden=16 tokenizer.residual_blocks=1 "
     "tokenizer.levels.0.codes=16 tokenizer.levels.1.codes=16 tokenizer.training.steps=4 "
     "tokenizer.quantizer.continuous_steps=0 "
-    "tokenizer.training.global_batch=8 prior.networks.0.layers=1 prior.networks.0.width=16 prior.networks.0.heads=2 "
+    "tokenizer.training.global_batch=8 "
     "prior.training.steps=4 prior.training.global_batch=8 sample.per_class=2 "
     "resources.processes=1 resources.threads=1 resources.device=cpu"
 )
+TINY_NETWORK = "prior.networks.0.layers=1 prior.networks.0.width=16 prior.networks.0.heads=2"
 TINY_CLOCKS = "data.clocks.train=96 data.clocks.validation=24 data.clocks.shards=4"
 
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -127,7 +128,7 @@ class Desk:
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `make quickstart` starts, small: its run directory."""
     desk = Desk(tmp_path_factory.mktemp("quickstart"))
-    printed = desk.shell(f"vqscale quickstart {TINY} {TINY_CLOCKS}", seconds=240)
+    printed = desk.shell(f"vqscale quickstart {TINY} {TINY_NETWORK} {TINY_CLOCKS}", seconds=240)
     assert "hour_accuracy" in printed
     assert "sheet.png" in printed
     return (desk.folder / "runs" / "latest").resolve()
@@ -180,7 +181,7 @@ def execute(desk: Desk, command: str, endless: bool, request: pytest.FixtureRequ
     elif command.startswith(("vqscale quickstart", "vqscale submit")):
         submit(desk, command, endless)
     elif command.startswith("vqscale plan"):
-        desk.shell(f"{command} {TINY}")
+        desk.shell(f"{command} {TINY} {own_network(command)}")
     else:
         desk.shell(command)
         if command.startswith("vqscale requeue") and not endless:
@@ -193,12 +194,17 @@ def submit(desk: Desk, command: str, endless: bool) -> None:
     whole = "--prepare-only" in command
     stages = "" if whole or clocks else " --stages tokenizer"  # the quickstart has been through all of them
     steps = " tokenizer.training.steps=1000000" if endless else ""
-    desk.shell(f"{command}{stages} {TINY}{clocks}{steps}")
+    desk.shell(f"{command}{stages} {TINY} {own_network(command)}{clocks}{steps}")
     if endless:
         desk.started.append(json.loads(desk.shell("vqscale status latest --json"))["id"])
     elif not whole:
         state = desk.shell("vqscale status latest --watch", seconds=240).strip().splitlines()[-1]
         assert state.endswith(": done"), state
+
+
+def own_network(command: str) -> str:
+    """A tiny network for the prior, unless the command names one itself."""
+    return "" if "prior.networks=" in command else TINY_NETWORK
 
 
 def runs() -> list[object]:

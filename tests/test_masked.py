@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vqscale.models.generate import Draws, Sampling
-from vqscale.models.masked import Masked
+from vqscale.models.masked import Masked, MaskedSteps
 from vqscale.models.network import GridShape
 from vqscale.models.prior import Prior
 
@@ -87,13 +87,13 @@ def test_the_figures_of_held_out_codes_depend_on_nothing_but_them() -> None:
 @torch.no_grad()
 def test_passes_fill_the_grid_by_the_schedule(schedule: str, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     network, masked = make(GridShape(4, 5), schedule=schedule, passes=passes), []
-    logits = Masked._logits
+    logits = MaskedSteps.logits
 
-    def watch(self: Masked, flat: Tensor, context: Tensor) -> Tensor:
+    def watch(self: MaskedSteps, flat: Tensor) -> Tensor:
         masked.append((flat < 0).sum(1).tolist())
-        return logits(self, flat, context)
+        return logits(self, flat)
 
-    monkeypatch.setattr(Masked, "_logits", watch)
+    monkeypatch.setattr(MaskedSteps, "logits", watch)
     known = torch.full((2, 4, 4), -1)
     known[1, :2] = 3
     draws = Draws(Sampling(), [1, 2], known.device)
@@ -120,11 +120,11 @@ def test_the_surest_codes_are_kept_first_unless_there_is_noise(monkeypatch: pyte
     sure[0, :, 1] = torch.tensor([10.0, 20.0, 30.0, 40.0])
     seen: list[Tensor] = []
 
-    def shown(flat: Tensor, context: Tensor) -> Tensor:
+    def shown(self: MaskedSteps, flat: Tensor) -> Tensor:
         seen.append(flat)
         return sure.expand(len(flat), -1, -1)
 
-    monkeypatch.setattr(network, "_logits", shown)
+    monkeypatch.setattr(MaskedSteps, "logits", shown)
     arguments = ([torch.tensor([[[0]]])], torch.tensor([0]))
     known = [torch.full((1, 2, 2), -1)]
     for seed in range(20):
@@ -134,3 +134,15 @@ def test_the_surest_codes_are_kept_first_unless_there_is_noise(monkeypatch: pyte
     for seed in range(20):
         network.sample(*arguments, Draws(Sampling(), [seed], known[0].device), known)
     assert len({tuple(grid[0].tolist()) for grid in seen[-39::2]}) > 3
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@torch.no_grad()
+def test_drawing_follows_the_forward(positions: str) -> None:
+    """What codes are drawn from are the logits of the forward, with other kernels."""
+    network = make(GridShape(4, 5), positions=positions)
+    top, classes, flat = torch.tensor([[[0]], [[2]]]), torch.tensor([0, 1]), torch.arange(32).view(2, 16) % 6 - 1
+    (expected,) = network([top], [flat.view(2, 4, 4)], classes)
+    assert network.condition is not None
+    steps = MaskedSteps(network, network._context(classes, network.condition.apart([top])))
+    torch.testing.assert_close(steps.logits(flat), expected, atol=1e-4, rtol=1e-4)

@@ -16,7 +16,7 @@ from tests.recipes import tiny_recipe
 from vqscale.config.load import load_recipe
 from vqscale.config.prior import Network as Sections
 from vqscale.errors import UserError
-from vqscale.models.generate import Sampling
+from vqscale.models.generate import Draws, Sampling
 from vqscale.models.network import GridShape
 from vqscale.models.prior import Prior
 from vqscale.training.build import NETWORKS, build_prior, grid_shapes
@@ -36,8 +36,9 @@ def sections(*kinds: str) -> list[dict[str, Any]]:
     return [{"kind": kind, **SMALL[kind]} for kind in kinds]
 
 
-def make(*kinds: str, **settings: Any) -> Prior:
-    recipe = tiny_recipe(prior__networks=sections(*kinds), **settings)
+def make(*kinds: str, wide: dict[str, Any] | None = None, **settings: Any) -> Prior:
+    networks = [section | (wide or {} if section["kind"] != "uniform" else {}) for section in sections(*kinds)]
+    recipe = tiny_recipe(prior__networks=networks, **settings)
     torch.manual_seed(0)
     prior = build_prior(recipe.prior, GRIDS, CLASSES).eval()
     for parameter in prior.parameters():  # the initial scale is too small to tell positions apart
@@ -86,6 +87,27 @@ def test_a_sample_depends_on_its_seed_alone(kinds: tuple[str, ...]) -> None:
         assert codes.dtype == torch.int64
         assert 0 <= codes.min() <= codes.max() < grid.codes
     assert len(together[1].flatten(1).unique(dim=0)) > 60
+
+
+@pytest.mark.parametrize("kind", SMALL)
+@torch.no_grad()
+def test_logits_of_a_sample_are_those_of_any_batch_to_the_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding that differs would change the codes of one sample in some thousands."""
+    prior = make("transformer", kind, wide={"width": 96})
+    classes, seeds, sampling = torch.arange(64) % 4, list(range(64)), Sampling(guidance=1.5)
+    guide, seen = Draws.guide, []
+
+    def watch(self: Draws, logits: Tensor, scale: Tensor | None = None) -> Tensor:
+        seen.append(guide(self, logits, scale))
+        return seen[-1]
+
+    monkeypatch.setattr(Draws, "guide", watch)
+    prior.generate(classes, seeds, sampling)
+    together, seen[:] = list(seen), []
+    for some in (slice(5, 6), slice(9, 16)):
+        prior.generate(classes[some], seeds[some], sampling)
+        assert all(torch.equal(one, all_[some]) for one, all_ in zip(seen, together, strict=True))
+        seen.clear()
 
 
 @every_kind

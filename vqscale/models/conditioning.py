@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,3 +35,7 @@ class Conditioner(nn.Module):
         grids = [table(grid).permute(0, 3, 1, 2) for table, grid in zip(self.codes, given, strict=True)]
         together = sum((F.interpolate(grid, size=self.finest) for grid in grids[:-1]), start=grids[-1])
         return F.interpolate(self.blocks(together), size=self.side)
+
+    def apart(self, given: Sequence[Tensor]) -> Tensor:
+        """As `forward`, one sample at a time: a convolution's rounding may depend on the batch."""
+        return torch.cat([self(list(one)) for one in zip(*(grid.split(1) for grid in given), strict=True)])

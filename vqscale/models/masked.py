@@ -19,7 +19,19 @@ from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
 from vqscale.models.generate import Draws
 from vqscale.models.network import GridShape, Network, nats
-from vqscale.models.transformer_block import Block, Feed, Norm, Positions, Shape, make_norm
+from vqscale.models.steady import steady
+from vqscale.models.transformer_block import (
+    Block,
+    Feed,
+    Norm,
+    Positions,
+    Shape,
+    attend,
+    make_norm,
+    merge_heads,
+    rotate,
+    split_heads,
+)
 from vqscale.models.transformer_body import turns_of
 
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
@@ -87,7 +99,11 @@ class Masked(Network):
 
     def forward(self, given: Sequence[Tensor], codes: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
         """Logits [[B, side², K]] of every code given those that are not masked, which negative ones are."""
-        return [self._logits(codes[0].flatten(1), self._context(given, classes))]
+        condition = None if self.condition is None else self.condition(given)
+        x = self.embedded(codes[0].flatten(1)) + self._context(classes, condition)
+        for block in self.blocks:
+            x = block(x, self.turns)
+        return [self.head(self.norm(x))]
 
     def nats(
         self, given: Sequence[Tensor], codes: Sequence[Tensor], classes: Tensor, chance: Tensor, smoothing: float
@@ -102,13 +118,15 @@ class Masked(Network):
 
     def sample(self, given: Sequence[Tensor], classes: Tensor, draws: Draws, known: Sequence[Tensor]) -> list[Tensor]:
         """Draw all codes that are masked, keep the surest, and again."""
-        context = self._context([draws.spread(grid) for grid in given], draws.rows(classes, self.no_class))
+        condition = None if self.condition is None else draws.spread(self.condition.apart(given))
+        steps = MaskedSteps(self, self._context(draws.rows(classes, self.no_class), condition))
+        scales = draws.sampling.scales(self.passes).to(classes.device)
         uniforms = draws.uniforms(2 * self.passes * self.grid.length).view(len(classes), self.passes, 2, -1)
         codes = known[0].flatten(1)
         free = (codes < 0).sum(dim=1, keepdim=True)
         for number in range(self.passes):
             done = (number + 1) / self.passes
-            logits = draws.guide(self._logits(draws.spread(codes), context))
+            logits = draws.guide(steps.logits(draws.spread(codes)), scales[number])
             drawn = draws.codes(logits.flatten(0, 1), uniforms[:, number, 0].flatten()).view_as(codes)
             sure = torch.log_softmax(logits.double(), dim=-1).gather(2, drawn[..., None])[..., 0]
             gumbel = -torch.log(-torch.log(uniforms[:, number, 1].clamp(1e-12, 1 - 1e-12)))
@@ -122,16 +140,52 @@ class Masked(Network):
         wanted = (free * self.schedule(done)).long() if done < 1 else torch.zeros_like(free)
         return torch.minimum(wanted, masked - 1).clamp(min=0)
 
-    def _context(self, given: Sequence[Tensor], classes: Tensor) -> Tensor:
+    def _context(self, classes: Tensor, condition: Tensor | None) -> Tensor:
         """What is known of each cell beforehand: [B, side², width]."""
         known = self.class_everywhere(classes)[:, None] + self.positions[0]
-        return known + self.condition(given).flatten(2).transpose(1, 2) if self.condition is not None else known
+        return known if condition is None else known + condition.flatten(2).transpose(1, 2)
 
-    def _logits(self, flat: Tensor, context: Tensor) -> Tensor:
-        x = self.tokens(torch.where(flat < 0, self.grid.codes, flat)) + context
-        for block in self.blocks:
-            x = block(x, self.turns)
-        return self.head(self.norm(x))
+    def embedded(self, flat: Tensor) -> Tensor:
+        """Codes int64 [B, side²], negative where they are masked, as vectors of the residual stream."""
+        return self.tokens(torch.where(flat < 0, self.grid.codes, flat))
+
+
+class MaskedSteps:
+    """The network while codes are drawn. What it gives a sample does not depend on the others.
+
+    Args:
+        network: in evaluation mode; its weights are those of the moment.
+        context: what is known of each cell beforehand, [B, side², width].
+    """
+
+    def __init__(self, network: Masked, context: Tensor) -> None:
+        self._network, self._context, self._head = network, context, steady(network.head)
+        self._blocks = [_steady_block(block) for block in network.blocks if isinstance(block, Block)]
+
+    def logits(self, flat: Tensor) -> Tensor:
+        """Logits [B, side², K] of codes [B, side²], negative where they are masked."""
+        x = self._network.embedded(flat) + self._context
+        for block in self._blocks:
+            x = block(x, self._network.turns)
+        return self._head(self._network.norm(x))
+
+
+def _steady_block(block: Block) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A block's forward without dropout, with linear layers that are `steady`."""
+    first, bend, last = block.feed
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    project, into, out = steady(block.project), steady(first), steady(last)
+    query_key_value = steady(block.query_key_value)
+
+    def run(x: Tensor, turns: Tensor | None) -> Tensor:
+        query, key, value = split_heads(query_key_value(block.norm_attention(x)), block.shape)
+        if turns is not None:
+            query, key = rotate(query, turns), rotate(key, turns)
+        x = x + project(merge_heads(attend(query, key, value, causal=False)))
+        return x + out(bend(into(block.norm_feed(x))))
+
+    return run
 
 
 def _keep_surest(codes: Tensor, drawn: Tensor, sure: Tensor, left: Tensor) -> Tensor:

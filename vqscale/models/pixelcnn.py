@@ -21,6 +21,7 @@ from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
 from vqscale.models.generate import Draws
 from vqscale.models.network import GridShape, Network
+from vqscale.models.steady import steady
 
 
 class GatedLayer(nn.Module):
@@ -39,14 +40,14 @@ class GatedLayer(nn.Module):
         self.along = nn.Conv2d(width, 2 * width, (1, self.reach + 1))
         self.link = nn.Conv2d(2 * width, 2 * width, 1)
         self.told = nn.Conv2d(width, 4 * width, 1)
-        self.out = nn.Sequential(nn.Dropout(dropout), nn.Conv2d(width, width, 1))
+        self.dropout, self.project = nn.Dropout(dropout), nn.Conv2d(width, width, 1)
 
     def forward(self, vertical: Tensor, horizontal: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """[B, width, H, W] of both stacks, and of what is told of each cell, to the two stacks."""
         told_down, told_along = self.told(context).chunk(2, dim=1)
         below = self.down(F.pad(vertical, (self.reach, self.reach, self.reach, 0))) + told_down
         row = self.along(F.pad(horizontal, (self.reach, 0, 0, 0))) + told_along + self.link(_one_down(below))
-        return gate(below), horizontal + self.out(gate(row))
+        return gate(below, 1), horizontal + self.project(self.dropout(gate(row, 1)))
 
 
 class PixelCNN(Network):
@@ -89,7 +90,7 @@ class PixelCNN(Network):
 
     def forward(self, given: Sequence[Tensor], codes: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
         """Logits [[B, side², K]] of every code given those before it in raster order."""
-        context = self._context(given, classes)
+        context = self._context(classes, None if self.condition is None else self.condition(given))
         vertical = self.tokens(codes[0]).permute(0, 3, 1, 2)
         horizontal = F.pad(vertical, (1, 0, 0, 0))[..., :-1]
         for layer in self.layers:
@@ -98,72 +99,92 @@ class PixelCNN(Network):
 
     def sample(self, given: Sequence[Tensor], classes: Tensor, draws: Draws, known: Sequence[Tensor]) -> list[Tensor]:
         """Draw code by code; the vertical stack runs once a row, the horizontal one over the new cell alone."""
-        rows, uniforms = draws.rows(classes, self.no_class), draws.uniforms(self.grid.length).view_as(known[0])
-        context = self._context([draws.spread(grid) for grid in given], rows)
-        layers = [_Incremental(layer, context) for layer in self.layers if isinstance(layer, GatedLayer)]
-        codes = known[0].clone()
-        blank = context.new_zeros(len(rows), context.shape[1], self.grid.side)
-        above = None
+        condition = None if self.condition is None else draws.spread(self.condition.apart(given))
+        context = self._context(draws.rows(classes, self.no_class), condition)
+        uniforms = draws.uniforms(self.grid.length).view_as(known[0])
+        scales = draws.sampling.scales(self.grid.length).view_as(known[0][0]).to(classes.device)
+        steps, codes = PixelSteps(self, context), known[0].clone()
         for y in range(self.grid.side):
-            below = blank if above is None else self.tokens(draws.spread(above)).transpose(1, 2)
-            for layer in layers:
-                below = layer.begin_row(y, below)
-            cell = blank[..., 0]
+            steps.begin_row(y, draws.spread(codes[:, y - 1]))
             for x in range(self.grid.side):
-                for layer in layers:
-                    cell = layer.step(x, cell)
-                logits = draws.guide(self.head(cell[..., None, None]).flatten(1))
+                logits = draws.guide(steps.logits(x, draws.spread(codes[:, y, x - 1])), scales[y, x])
                 drawn = draws.codes(logits, uniforms[:, y, x])
                 codes[:, y, x] = torch.where(codes[:, y, x] < 0, drawn, codes[:, y, x])
-                cell = self.tokens(draws.spread(codes[:, y, x]))
-            above = codes[:, y]
         return [codes]
 
-    def _context(self, given: Sequence[Tensor], classes: Tensor) -> Tensor:
+    def _context(self, classes: Tensor, condition: Tensor | None) -> Tensor:
         """What is known of each cell beforehand: [B, width, side, side]."""
         known = self.class_everywhere(classes)[:, :, None, None] + self.positions[0]
-        return known + self.condition(given) if self.condition is not None else known
+        return known if condition is None else known + condition
 
 
-class _Incremental:
-    """A layer while codes are drawn: it keeps the last rows and cells that it has to look back at."""
-
-    def __init__(self, layer: GatedLayer, context: Tensor) -> None:
-        self._layer, self._reach = layer, layer.reach
-        self._told_down, self._told_along = layer.told(context).chunk(2, dim=1)
-        batch, width, side, _ = context.shape
-        self._rows = context.new_zeros(batch, width, self._reach + 1, side + 2 * self._reach)
-        self._cells = context.new_zeros(batch, width, side + self._reach)
-        self._weight = layer.along.weight.flatten(1)
-        self._row = context.new_empty(0)  # of the first row on: what the horizontal stack is told of its cells
-
-    def begin_row(self, y: int, above: Tensor) -> Tensor:
-        """Take in the row y - 1 of the vertical stack [B, width, side] (anything for y = 0), and return its output."""
-        self._cells.zero_()
-        if not y:
-            self._row = self._told_along[:, :, 0] + self._linked(torch.zeros_like(self._told_down[:, :, 0]))
-            return above
-        self._rows = torch.cat([self._rows[:, :, 1:], F.pad(above, (self._reach, self._reach))[:, :, None]], dim=2)
-        below = self._layer.down(self._rows)[:, :, 0] + self._told_down[:, :, y - 1]
-        self._row = self._told_along[:, :, y] + self._linked(below)
-        return gate(below)
-
-    def step(self, x: int, cell: Tensor) -> Tensor:
-        """The horizontal stack's cell x of this row: [B, width] to the same."""
-        self._cells[:, :, x + self._reach] = cell
-        window = self._cells[:, :, x : x + self._reach + 1].flatten(1)
-        row = F.linear(window, self._weight, self._layer.along.bias) + self._row[:, :, x]
-        return cell + self._layer.out(gate(row)[..., None, None]).flatten(1)
-
-    def _linked(self, row: Tensor) -> Tensor:
-        return self._layer.link(row[:, :, None])[:, :, 0]
-
-
-def gate(x: Tensor) -> Tensor:
+def gate(x: Tensor, dim: int = -1) -> Tensor:
     """Tanh of the first half of the channels times the sigmoid of the second (equation 2)."""
-    a, b = x.chunk(2, dim=1)
+    a, b = x.chunk(2, dim=dim)
     return torch.tanh(a) * torch.sigmoid(b)
 
 
 def _one_down(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
+
+
+class PixelSteps:
+    """A PixelCNN while codes are drawn, cell by cell in raster order. What it gives a row does not depend on others.
+
+    Args:
+        network: in evaluation mode; its weights are those of the moment.
+        context: what is known of each cell beforehand, [B, width, side, side].
+    """
+
+    def __init__(self, network: PixelCNN, context: Tensor) -> None:
+        cells = context.permute(0, 2, 3, 1)
+        self._tokens, self._blank = network.tokens, torch.zeros_like(cells[:, 0])
+        self._layers = [LayerSteps(layer, cells) for layer in network.layers if isinstance(layer, GatedLayer)]
+        self._head = [steady(part) for part in network.head if isinstance(part, nn.Conv2d)]
+
+    def begin_row(self, y: int, above: Tensor) -> None:
+        """Take in the codes int64 [B, side] of the row above; of the first row anything."""
+        vertical = self._tokens(above) if y else self._blank
+        for layer in self._layers:
+            vertical = layer.begin_row(y, vertical)
+
+    def logits(self, x: int, left: Tensor) -> Tensor:
+        """Logits [B, K] of cell x of this row, given the code int64 [B] to its left; in the first column anything."""
+        cell = self._tokens(left) if x else self._blank[:, 0]
+        for layer in self._layers:
+            cell = layer.step(x, cell)
+        first, last = self._head
+        return last(torch.relu(first(torch.relu(cell))))
+
+
+class LayerSteps:
+    """A gated layer with the rows and cells that it has to look back at."""
+
+    def __init__(self, layer: GatedLayer, context: Tensor) -> None:
+        batch, side, _, width = context.shape
+        self._reach = layer.reach
+        self._down, self._along, self._link = steady(layer.down), steady(layer.along), steady(layer.link)
+        self._out = steady(layer.project)
+        self._told_down, self._told_along = steady(layer.told)(context).chunk(2, dim=-1)
+        self._rows = context.new_zeros(batch, width, layer.reach + 1, side + 2 * layer.reach)
+        self._cells = context.new_zeros(batch, width, side + layer.reach)
+        self._row = self._told_along[:, 0]
+
+    def begin_row(self, y: int, above: Tensor) -> Tensor:
+        """The row above of the vertical stack, [B, side, width], to the same of the next layer; of no use for y = 0."""
+        self._cells.zero_()
+        if not y:  # the vertical stack has nothing to tell, but the link has a bias
+            self._row = self._told_along[:, 0] + self._link(torch.zeros_like(self._told_down[:, 0]))
+            return above
+        padded = F.pad(above.transpose(1, 2), (self._reach, self._reach))
+        self._rows = torch.cat([self._rows[:, :, 1:], padded[:, :, None]], dim=2)
+        windows = self._rows.unfold(3, 2 * self._reach + 1, 1).permute(0, 3, 1, 2, 4)
+        below = self._down(windows.flatten(2)) + self._told_down[:, y - 1]
+        self._row = self._told_along[:, y] + self._link(below)
+        return gate(below)
+
+    def step(self, x: int, cell: Tensor) -> Tensor:
+        """The horizontal stack's cell x of this row, [B, width], to the same of the next layer."""
+        self._cells[:, :, x + self._reach] = cell
+        window = self._cells[:, :, x : x + self._reach + 1].flatten(1)
+        return cell + self._out(gate(self._along(window) + self._row[:, x]))

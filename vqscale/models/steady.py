@@ -19,9 +19,12 @@ _ROWS = 64
 """Number of rows for which the layout of the weights is chosen; it has to be the same for all batches."""
 
 
-def steady(layer: nn.Linear) -> Linear:
-    """The layer as a function of [..., in], without gradient. On a CPU with fp32 weights it holds a copy of them."""
-    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+def steady(layer: nn.Linear | nn.Conv2d) -> Linear:
+    """The layer as a function of [..., in], without gradient. On a CPU with fp32 weights it holds a copy of them.
+
+    A convolution becomes a function of windows, flattened as its kernels are: [..., channels · rows · columns].
+    """
+    weight, bias = layer.weight.detach().flatten(1), None if layer.bias is None else layer.bias.detach()
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)

@@ -18,9 +18,8 @@ class Transformer(TransformerBody):
     def sample(self, given: Sequence[Tensor], classes: Tensor, draws: Draws, known: Sequence[Tensor]) -> list[Tensor]:
         """Draw code by code."""
         rows = draws.rows(classes, self.no_class)
-        # One sample at a time: a convolution's rounding may depend on the batch.
-        contexts = [self.context([grid[i : i + 1] for grid in given]) for i in range(len(classes))]
-        context = draws.spread(torch.cat([one for one in contexts if one is not None])) if given else None
+        condition = None if self.condition is None else draws.spread(self.condition.apart(given))
+        context = None if condition is None else condition.flatten(2).transpose(1, 2)
         walk = Walk(Decoder(self, rows, context), draws, torch.cat([grid.flatten(1) for grid in known], dim=1))
         start = 0
         for level, length in enumerate(self.lengths):
