@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.drawing import fill
+from pipelines.drawing import drawn_set, fill
 from pipelines.stage import Stage, run_stage
-from vqscale.config.recipe import Sample
-from vqscale.data.drawn import DrawnSet
-from vqscale.export import TrainedTokenizer, class_names, load_prior, load_tokenizer
-from vqscale.models.prior import Prior
+from vqscale.export import class_names, load_prior, load_tokenizer
 from vqscale.sampling import draw_images, labels_to_draw
 from vqscale.training.checkpoints.fitting import require_prior_of
-from vqscale.training.checkpoints.reader import content_hash
 
 
 def main(stage: Stage) -> dict[str, Any]:
@@ -25,7 +20,9 @@ def main(stage: Stage) -> dict[str, Any]:
     recipe, ranks, layout = stage.recipe, stage.ranks, stage.layout
     tokenizer, prior = load_tokenizer(layout.root, ranks.device), load_prior(layout.root, ranks.device)
     require_prior_of(tokenizer.fingerprint, layout.checkpoints(recipe, "prior"))
-    drawn = drawn_set(layout.samples, recipe.sample, class_names(layout, recipe), tokenizer, prior)
+    names = class_names(layout, recipe)
+    labels = labels_to_draw(recipe.sample, names)
+    drawn = drawn_set(layout.samples, recipe.sample, names, labels, tokenizer, prior)
     mine = range(ranks.rank, len(drawn.parts), ranks.world)
     events = stage.events("images/s", sum(len(drawn.parts[part]) for part in mine))
 
@@ -41,19 +38,6 @@ def main(stage: Stage) -> dict[str, Any]:
     if events:
         events.close()
     return {"samples": len(drawn.labels)}
-
-
-def drawn_set(
-    folder: Path, settings: Sample, names: tuple[str, ...], tokenizer: TrainedTokenizer, prior: Prior
-) -> DrawnSet:
-    """The images that the settings ask for, and what they follow from."""
-    drawn_from = {
-        "tokenizer": tokenizer.fingerprint,
-        "prior": content_hash(prior.state_dict()),
-        "settings": settings.model_dump(mode="json", exclude={"batch", "output", "count", "per_class", "classes"}),
-    }
-    labels = labels_to_draw(settings, names)
-    return DrawnSet(folder, settings.output, tokenizer.image_size, names, labels, drawn_from)
 
 
 if __name__ == "__main__":
