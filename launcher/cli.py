@@ -44,8 +44,8 @@ def build_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     return parser, made
 
 
-_WITH_COMMANDS_OF_THEIR_OWN = ("data", "codes", "bench", "checkpoints")
-"""Their options, --help included, are read by what stands behind them."""
+_READ_ELSEWHERE = ("data", "codes", "sample", "bench", "checkpoints")
+"""Commands whose options, --help included, are read by what stands behind them."""
 
 Add = Callable[[str, str, str, str], OneLineParser]
 
@@ -180,6 +180,13 @@ def _add_other(add: Add) -> None:
         "vqscale codes pull s3://bucket/codes codes --fraction 0.1",
     )
     codes.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    sample = add(
+        "sample",
+        "other:sample",
+        "draw images from a finished run, complete images, redraw details (vqscale sample --help)",
+        "vqscale sample latest --classes 3,7 --count 64",
+    )
+    sample.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     drill = add(
         "drill",
         "drill:drill",
@@ -259,7 +266,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser, commands = build_parser()
     name = choose_command(parser, commands, argv)
     handler = commands[name].get_default("handler")
-    if name in _WITH_COMMANDS_OF_THEIR_OWN:
+    if name in _READ_ELSEWHERE:
         return argparse.Namespace(handler=handler, arguments=list(argv[1:]))
     return commands[name].parse(argv[1:])
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vqscale.config.recipe import Sample
 from vqscale.data.drawn import DrawnSet, write_parts
 from vqscale.data.images import encode_png
 from vqscale.data.sheet import labelled_sheet
+from vqscale.export import TrainedTokenizer
 from vqscale.files import write_bytes
+from vqscale.models.prior import Prior
+from vqscale.training.checkpoints.reader import content_hash
 
 SHEET, SHEET_CLASSES, SHEET_PER_CLASS = "sheet.png", 32, 12
 
@@ -69,8 +74,12 @@ def fill(
     ranks.barrier()
 
 
-def conclude(drawn: DrawnSet) -> None:
+def conclude(drawn: DrawnSet, picture: Callable[[DrawnSet], NDArray[np.uint8]] | None = None) -> None:
     """When all parts are there: make the whole of them, and put a sheet beside it. Does nothing a second time.
+
+    Args:
+        drawn: the set.
+        picture: makes the sheet uint8 [H, W, 3] of the finished set; None is `sheet_of`.
 
     Raises:
         UserError: a part is missing.
@@ -79,7 +88,37 @@ def conclude(drawn: DrawnSet) -> None:
         drawn.finish()
     sheet = drawn.folder / SHEET
     if not sheet.exists():
-        write_bytes(sheet, encode_png(sheet_of(drawn)))
+        write_bytes(sheet, encode_png((picture or sheet_of)(drawn)))
+
+
+def drawn_set(
+    folder: Path,
+    settings: Sample,
+    names: tuple[str, ...],
+    labels: tuple[int, ...],
+    tokenizer: TrainedTokenizer,
+    prior: Prior,
+    known: str = "",
+) -> DrawnSet:
+    """The images to be drawn, and what they follow from.
+
+    Args:
+        folder: for them.
+        settings: how they are drawn.
+        names: of all classes.
+        labels: class of each image; -1 for none.
+        tokenizer: decodes them.
+        prior: draws their codes.
+        known: hash of the codes that are known of them; empty where none are.
+    """
+    numbers = {"batch", "output", "count", "per_class", "classes"}  # in `labels` and `output`, or without influence
+    drawn_from = {
+        "tokenizer": tokenizer.fingerprint,
+        "prior": content_hash(prior.state_dict()),
+        "settings": settings.model_dump(mode="json", exclude=numbers),
+        **({"known": known} if known else {}),
+    }
+    return DrawnSet(folder, settings.output, tokenizer.image_size, names, labels, drawn_from)
 
 
 def sheet_of(drawn: DrawnSet) -> NDArray[np.uint8]:

@@ -20,7 +20,8 @@ from vqscale.export import TrainedTokenizer, load_prior, load_tokenizer
 from vqscale.files import read_json, write_bytes, write_json
 from vqscale.models.prior import Prior
 from vqscale.training.checkpoints.fitting import require_prior_of
-from vqscale.training.tracking import write_hparams
+from vqscale.training.dashboard import leaves
+from vqscale.training.tracking import Tracker
 
 SHEET_IMAGES = 12
 
@@ -39,13 +40,15 @@ def main(stage: Stage) -> dict[str, Any]:
         events.log(1)
     if recipe.data.clocks:
         figures |= measure_hours(stage)
+    numbers = {key: value for key, value in figures.items() if isinstance(value, float)}
     if events:
         events.log(2)
-        events.close()
-    if stage.ranks.first:
         write_json(layout.report, assemble(stage, figures, time.time() - began))
-        write_hparams(layout.tensorboard / stage.name, recipe.model_dump(mode="json"), figures)
-    return {key: value for key, value in figures.items() if isinstance(value, float)}
+        tracker = Tracker(layout.tensorboard / stage.name, events)
+        tracker.scalars(0, numbers)
+        tracker.outcome(dict(leaves(recipe.model_dump(mode="json"))), numbers)
+        tracker.close()
+    return numbers
 
 
 def measure_held_out(stage: Stage, tokenizer: TrainedTokenizer, prior: Prior | None) -> dict[str, Any]:

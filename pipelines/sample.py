@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.drawing import conclude, fill
+from pipelines.drawing import conclude, drawn_set, fill
 from pipelines.stage import Stage, run_stage
 from vqscale.data.drawn import DrawnSet
 from vqscale.export import class_names, load_prior, load_tokenizer
 from vqscale.sampling import draw_images, labels_to_draw
 from vqscale.training.checkpoints.fitting import require_prior_of
-from vqscale.training.checkpoints.reader import content_hash
 
 
 def main(stage: Stage) -> dict[str, Any]:
@@ -22,12 +21,9 @@ def main(stage: Stage) -> dict[str, Any]:
     recipe, ranks, layout = stage.recipe, stage.ranks, stage.layout
     tokenizer, prior = load_tokenizer(layout.root, ranks.device), load_prior(layout.root, ranks.device)
     require_prior_of(tokenizer.fingerprint, layout.checkpoints(recipe, "prior"))
-    follows_from = {
-        "tokenizer": tokenizer.fingerprint,
-        "prior": content_hash(prior.state_dict()),
-        "settings": recipe.sample.model_dump(mode="json", exclude={"batch", "output", "count", "per_class", "classes"}),
-    }
-    drawn = drawn_set(stage, follows_from)
+    names = class_names(layout, recipe)
+    labels = labels_to_draw(recipe.sample, names)
+    drawn = drawn_set(layout.samples, recipe.sample, names, labels, tokenizer, prior)
     mine = stage.share(len(drawn.parts))
     events = stage.events("images/s", sum(len(drawn.parts[part]) for part in mine))
 
@@ -42,22 +38,17 @@ def main(stage: Stage) -> dict[str, Any]:
     fill(drawn, ranks, mine, recipe.sample.batch, draw, report)
     if events:
         events.close()
-    return {"drawn_from": follows_from}
+    return {"drawn_from": drawn.drawn_from}
 
 
 def finish(stage: Stage, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Make the whole of the parts, and draw its sheet."""
-    drawn = drawn_set(stage, parts[0]["drawn_from"])
-    conclude(drawn)
-    return {"samples": len(drawn.labels)}
-
-
-def drawn_set(stage: Stage, drawn_from: Mapping[str, Any]) -> DrawnSet:
-    """The images that the recipe asks for, and what they follow from."""
     recipe, layout = stage.recipe, stage.layout
     names = class_names(layout, recipe)
-    labels = labels_to_draw(recipe.sample, names)
-    return DrawnSet(layout.samples, recipe.sample.output, recipe.data.image_size, names, labels, drawn_from)
+    labels, size = labels_to_draw(recipe.sample, names), recipe.data.image_size
+    drawn = DrawnSet(layout.samples, recipe.sample.output, size, names, labels, parts[0]["drawn_from"])
+    conclude(drawn)
+    return {"samples": len(drawn.labels)}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ def draw_images(
     settings: Sample,
     classes: Sequence[int],
     numbers: Sequence[int],
+    known: Mapping[str, NDArray[np.int64]] | None = None,
 ) -> NDArray[np.uint8]:
     """Images uint8 [n, S, S, 3], one a class entry.
 
@@ -35,14 +36,18 @@ def draw_images(
         tokenizer: the one that made the prior's codes, on the prior's device.
         settings: temperature, truncation, guidance, seed.
         classes: class indices; -1 for none.
-        numbers: the samples' numbers; sample i depends on (settings.seed, i) and its class alone.
+        numbers: the samples' numbers; sample i depends on (settings.seed, i), its class and what is known of it alone.
+        known: level name → codes [n, side, side] that stay as they are, negative where one is drawn; None draws all.
     """
     sampling = Sampling(
         settings.temperature, settings.top_k, settings.top_p, settings.guidance, settings.guidance_schedule
     )
     seeds = [mix(settings.seed, number) for number in numbers]
     labels = [prior.no_class if label == NO_LABEL else label for label in classes]
-    grids = prior.generate(torch.tensor(labels, device=tokenizer.device), seeds, sampling)
+    kept = (
+        [torch.from_numpy(known[name]).to(tokenizer.device) for name in reversed(tokenizer.levels)] if known else None
+    )
+    grids = prior.generate(torch.tensor(labels, device=tokenizer.device), seeds, sampling, kept)
     by_level = dict(zip(reversed(tokenizer.levels), (grid.cpu().numpy() for grid in grids), strict=True))
     return tokenizer.decode(by_level)
 
@@ -61,9 +66,14 @@ def labels_to_draw(settings: Sample, names: Sequence[str]) -> tuple[int, ...]:
     Raises:
         UserError: a class that there is not.
     """
-    chosen = [_class_number(wanted, names) for wanted in settings.classes] or range(len(names)) or [NO_LABEL]
+    chosen = chosen_classes(settings, names) or range(len(names)) or [NO_LABEL]
     count = settings.count or settings.per_class * len(chosen)
     return tuple(chosen[number % len(chosen)] for number in range(count))
+
+
+def chosen_classes(settings: Sample, names: Sequence[str]) -> list[int]:
+    """The classes that the settings name; empty where they name none. Raises as `labels_to_draw`."""
+    return [_class_number(wanted, names) for wanted in settings.classes]
 
 
 def _class_number(wanted: int | str, names: Sequence[str]) -> int:

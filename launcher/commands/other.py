@@ -1,4 +1,4 @@
-"""Commands beside runs: data, codes, bench, schema."""
+"""Commands whose work is done elsewhere: data, codes, sample, bench; and schema."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from launcher.backends.local import SOURCE
+from launcher.registry import resolve
 
 
 def data(arguments: argparse.Namespace) -> int:
@@ -20,6 +21,14 @@ def data(arguments: argparse.Namespace) -> int:
 def codes(arguments: argparse.Namespace) -> int:
     """Hand over to `pipelines.codes`."""
     _hand_over("pipelines.codes", arguments.arguments)
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    """Hand over to `pipelines.draw`, with the run's directory in the place of its name, which is the first word."""
+    words: list[str] = arguments.arguments
+    if words and not words[0].startswith("-"):
+        words = [str(resolve(words[0]).root), *words[1:]]
+    _hand_over("pipelines.draw", words)
 
 
 def bench(arguments: argparse.Namespace) -> int:

@@ -65,20 +65,25 @@ class DrawnSet:
         files = record["files"] if record and record.get("identity") == self.identity else []
         return bool(files) and all((self.folder / name).is_file() for name in files)
 
-    def prepare(self, *, replace: bool) -> None:
-        """Make the folder ready; what another drawing has left there is removed.
+    def require_own(self, *, replace: bool) -> list[Any]:
+        """Whether the folder may be used; returns what is recorded of other drawings in it.
 
         Args:
-            replace: whether it may be.
+            replace: whether these may be replaced.
 
         Raises:
-            UserError: it may not.
+            UserError: there are some, and they may not.
         """
         earlier = [read_json(path) for path in (self.folder / RECORD, self._plan)]
         others = [record for record in earlier if record and record.get("identity") != self.identity]
         if others and not replace:
             mend = "name another folder, or replace them with --force"
             raise UserError("holds images of another drawing", where=str(self.folder), mend=mend)
+        return others
+
+    def prepare(self, *, replace: bool) -> None:
+        """Make the folder ready; what another drawing has left there is removed. As `require_own`."""
+        others = self.require_own(replace=replace)
         for record in others:
             for name in record.get("files", ()):
                 (self.folder / name).unlink(missing_ok=True)

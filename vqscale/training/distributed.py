@@ -76,7 +76,7 @@ def process_group(device: str = "auto", timeout_s: int = 600) -> Iterator[Ranks]
             mend="start stages by `vqscale submit` or `torchrun -m pipelines.STAGE --run-dir DIR`",
         )
     local_rank = int(os.environ["LOCAL_RANK"])
-    chosen = _choose_device(device, local_rank)
+    chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group(
@@ -103,7 +103,12 @@ def gloo_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
     return group
 
 
-def _choose_device(device: str, local_rank: int) -> torch.device:
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """The device of a process: `cpu`, `cuda`, or what `auto` finds.
+
+    Raises:
+        UserError: CUDA was asked for and is not there.
+    """
     enough = torch.cuda.is_available() and torch.cuda.device_count() > local_rank
     if device == "cuda" and not enough:
         raise UserError(

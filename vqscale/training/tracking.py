@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,31 +83,6 @@ class Tracker:
         """Flush and close."""
         self._writer.close()
         self._events.close()
-
-
-def write_hparams(folder: Path, settings: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-    """A run's settings beside its figures, for TensorBoard's table of hyperparameters.
-
-    Args:
-        folder: TensorBoard's directory of the stage.
-        settings: a tree of plain values; nested names are joined by dots.
-        figures: those that are numbers are shown.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-
-    numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
-    with SummaryWriter(str(folder)) as writer:
-        writer.add_hparams(dict(_flat(settings)), numbers, run_name=".")
-
-
-def _flat(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The numbers, words and truth values of a tree, by dotted names."""
-    if isinstance(tree, (Mapping, list)):
-        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-        for key, value in items:
-            yield from _flat(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(tree, (bool, int, float, str)):
-        yield name, tree
 
 
 _IN_EVENTS = {"loss/total": "loss", "speed/data_wait": "data_wait", "data/bad_samples": "bad_samples"}
