@@ -48,7 +48,9 @@ class Host:
 
 def look_at_host() -> Host:
     """Facts about this machine."""
-    packages = {dist.name.lower().replace("_", "-"): dist.version for dist in metadata.distributions() if dist.name}
+    found = [dist for dist in metadata.distributions() if dist.name]
+    # Backwards: of several versions the first on the path is the one that is imported.
+    packages = {dist.name.lower().replace("_", "-"): dist.version for dist in reversed(found)}
     shm = Path("/dev/shm")
     return Host(
         python=platform.python_version(),
