@@ -98,7 +98,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def logs(arguments: argparse.Namespace) -> int:
     """Print or follow the logs of ranks."""
-    choice = LogChoice(arguments.stage, arguments.rank, arguments.failed, arguments.attempt)
+    choice = LogChoice(arguments.stage, arguments.rank, arguments.failed, arguments.attempt, arguments.task)
     try:
         print_logs(resolve(arguments.run), choice, arguments.follow, say=_say)
     except KeyboardInterrupt:
