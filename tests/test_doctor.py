@@ -338,14 +338,17 @@ def test_a_node_that_is_ended_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-def test_doctor_on_this_machine(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_on_this_machine(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
     shards = home / "shards"
     shards.mkdir()
     (shards / "0.tar").write_bytes(os.urandom(2_000_000))
     profile = home / "own.yaml"
     floors = {"all_reduce_gb_s": 1e6, "read_mb_s": 1e-3}
     profile.write_text(yaml.safe_dump({"name": "own", "environment": {"GLOO_SOCKET_IFNAME": "lo"}, "floors": floors}))
-    assert main(["doctor", "--on", str(profile), "--shards", str(shards), "--json"]) == 1
+    assert main(["doctor", "--on", str(profile), "--shards", "shards", "--json"]) == 1
     found = {one["check"]: one for one in json.loads(capsys.readouterr().out)}
     assert [check for check, one in found.items() if one["word"] == "FAIL"] == ["all-reduce"]
     assert found["all-reduce"]["limit"] == "at least 1e+06 GB/s"

@@ -190,7 +190,7 @@ def test_overrides_are_recorded(home: Path, capsys: pytest.CaptureFixture[str]) 
         ("PENDING", "Resources", "waits for free nodes (Resources)"),
         ("PENDING", "(Priority)", "waits behind jobs of higher priority (Priority)"),
         ("PENDING", "None", "has not been looked at yet (PENDING)"),
-        ("PENDING", "DependencyNeverSatisfied", "will never start: the stage before it failed"),
+        ("PENDING", "DependencyNeverSatisfied", "can never start: the stage before failed"),
         ("PENDING", "JobHeldUser", "is held by its user (JobHeldUser): scontrol release 7"),
         ("PENDING", "launch_failed_requeued_held", "a node could not start it"),
         ("PENDING", "launch failed requeued held", ": scontrol release 7"),
