@@ -23,7 +23,7 @@ from cluster.preflight.host import (
     required_packages,
 )
 from cluster.preflight.judge import ALL, ASKER, judge_nodes
-from cluster.preflight.node import Report, lines_of
+from cluster.preflight.node import Report, from_lines
 from cluster.preflight.verdict import Verdict, expect
 from cluster.profile import Profile
 from launcher import registry
@@ -104,7 +104,7 @@ class _Answers:
 
     def read(self, texts: Iterator[str]) -> None:
         """Read until the nodes have ended."""
-        for tree in lines_of(self._kept(texts)):
+        for tree in from_lines(self._kept(texts)):
             if "hello" in tree:
                 self.ahead[tree["node"]] = tree["hello"] - time.time()
             else:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from cluster.preflight.host import (
     required_packages,
 )
 from cluster.preflight.judge import ASKER, judge_nodes
-from cluster.preflight.node import ENDPOINT, INDEX, MARK, NODE, Report, Torch, _port_fault, lines_of
+from cluster.preflight.node import ENDPOINT, INDEX, MARK, NODE, Report, Torch, _port_fault, from_lines, to_lines
 from cluster.preflight.reading import Reading, read_shards
 from cluster.preflight.verdict import Verdict
 from cluster.profile import Profile
@@ -270,12 +271,16 @@ def test_shards_are_read_through_the_storage(tmp_path: Path) -> None:
     assert read_shards(str(tmp_path), 0, 1, limit_s=0).bytes == 0, "it ends in time"
 
 
-def test_a_report_is_read_among_other_lines() -> None:
+def test_reports_are_read_among_other_lines() -> None:
+    """Those of two nodes come at the same time, with what srun says between them."""
     told = report("a", reading=None, meeting=None)
-    lines = ["srun: job 7 queued\n", f"node1: {MARK}{json.dumps({'report': asdict(told)})}\n", "bye\n"]
-    (tree,) = lines_of(iter(lines))
-    assert Report.parse(tree["report"]) == told
-    assert Report.parse(asdict(report("b"))) == report("b")
+    first, second = to_lines("a", {"report": asdict(told)}), to_lines("b", {"report": asdict(report("b"))})
+    assert len(first) > 1
+    assert max(map(len, first)) < 600
+    mixed = [line for pair in zip_longest(first, second, fillvalue="srun: job 7 queued") for line in pair]
+    trees = list(from_lines(f"{line}\n" for line in (f"node: {MARK}torn", *mixed, "bye")))
+    assert [Report.parse(tree["report"]) for tree in trees] == [told, report("b")]
+    assert not list(from_lines(first[:-1])), "one that was cut off is none"
 
 
 def node(folder: Path, index: int, endpoint: str, name: str = "") -> subprocess.Popen[str]:
@@ -301,7 +306,7 @@ def test_nodes_meet_and_do_not_share_a_folder(tmp_path: Path) -> None:
         folder.mkdir()
     running = [node(folder, index, f"127.0.0.1:{port}") for index, folder in enumerate(folders)]
     printed = [one.communicate(timeout=120)[0] for one in running]
-    trees = [tree for text in printed for tree in lines_of(iter(text.splitlines()))]
+    trees = [tree for text in printed for tree in from_lines(text.splitlines())]
     reports = [Report.parse(tree["report"]) for tree in trees if "report" in tree]
     assert [(one.node, one.sees) for one in reports] == [("n0", ["n0"]), ("n1", ["n1"])]
     meetings = [one.meeting for one in reports]

@@ -1,6 +1,6 @@
-"""What runs on every node: `python -m cluster.preflight.node`, started by a backend. Prints lines of JSON.
+"""What runs on every node: `python -m cluster.preflight.node`, started by a backend. Prints JSON.
 
-The first line is said at once, so that who started it can compare the clocks; the second has all that was measured.
+The first word is said at once, so that who started it can compare the clocks; the second has all that was measured.
 Lines are marked, since schedulers and libraries print too. Which node it is the backend says by the variables below.
 """
 
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +36,9 @@ NODE, INDEX, ENDPOINT = "VQSCALE_NODE", "VQSCALE_NODE_INDEX", "VQSCALE_ENDPOINT"
 MARK = "vqscale-preflight "
 """Stands before each line that is ours."""
 
+_LINE = 500
+"""Characters of a line's content; srun passes on a kilobyte in one piece."""
+_PART = re.compile(r"(?P<node>\S+) (?P<number>\d+)/(?P<all>\d+) (?P<part>.+)")
 _MEETING_S = 120.0
 _END_S = 20.0
 _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?(?:[\w.]+\.)?(?!ChildFailed)\w*Error: .+")
@@ -80,12 +83,23 @@ class Report:
         return cls(**{k: parts[k](**v) if k in parts and v is not None else v for k, v in tree.items()})
 
 
-def lines_of(texts: Iterator[str]) -> Iterator[dict[str, Any]]:
+def to_lines(node: str, tree: Mapping[str, Any]) -> list[str]:
+    """What a node says, in short lines: srun lets those of several nodes run into each other where they are long."""
+    text = json.dumps(tree)
+    parts = [text[start : start + _LINE] for start in range(0, len(text), _LINE)]
+    return [f"{MARK}{node} {number}/{len(parts)} {part}" for number, part in enumerate(parts, 1)]
+
+
+def from_lines(texts: Iterable[str]) -> Iterator[dict[str, Any]]:
     """What nodes say, among all that is printed: a tree with `hello` and `node`, or one with `report`."""
+    begun: dict[str, str] = {}
     for text in texts:
-        _, mark, body = text.partition(MARK)
-        if mark:
-            yield json.loads(body)
+        _, mark, body = text.rstrip("\n").partition(MARK)
+        found = _PART.fullmatch(body) if mark else None
+        if found:
+            begun[found["node"]] = ("" if found["number"] == "1" else begun.get(found["node"], "")) + found["part"]
+            if found["number"] == found["all"]:
+                yield json.loads(begun.pop(found["node"]))
 
 
 def main() -> int:
@@ -99,8 +113,8 @@ def main() -> int:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the agent is ended too
     name = os.environ.get(NODE) or socket.gethostname()
-    _say({"hello": time.time(), "node": name})
-    _say({"report": asdict(_measure(name, given))})
+    print(*to_lines(name, {"hello": time.time(), "node": name}), sep="\n", flush=True)
+    print(*to_lines(name, {"report": asdict(_measure(name, given))}), sep="\n", flush=True)
     return 0
 
 
@@ -193,10 +207,6 @@ def _why(told: str) -> str:
     lines = [line.strip() for line in told.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line)]
     return (errors[:1] or lines[-1:] or [""])[0][:300]
-
-
-def _say(tree: dict[str, Any]) -> None:
-    print(f"{MARK}{json.dumps(tree)}", flush=True)
 
 
 if __name__ == "__main__":
