@@ -380,11 +380,11 @@ def test_slurm_that_does_not_answer(
     programs = home / "bin"
     programs.mkdir()
     for name in doctor_module._PROGRAMS["slurm"]:
-        (programs / name).write_text("#!/bin/sh\necho 'scontrol: error: no controller' >&2; exit 1\n")
+        (programs / name).write_text("#!/bin/sh\necho 'sinfo: error: no controller' >&2; exit 1\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     assert main(["doctor", "--on", "devslurm"]) == 1
-    assert "FAIL  here       Slurm            scontrol: no controller" in capsys.readouterr().out
+    assert "FAIL  here       Slurm            sinfo: no controller" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

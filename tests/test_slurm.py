@@ -257,7 +257,7 @@ def test_the_doctor_asks_the_nodes(conf: Path, home: Path, capsys: pytest.Captur
     assert told["all nodes", "nodes"] == "2 of 2 answered"
     assert told["all nodes", "shared folder"].endswith("each sees the others' files")
     assert told["all nodes", "rendezvous"].startswith("2 ranks over gloo")
-    assert told["here", "partition main"] == "3 nodes idle"
+    assert told["here", "partition main"] == "3 of 3 nodes take jobs"
     assert len({where for where, check in told if check == "clock offset"}) == 2
     assert not queue()
 
@@ -279,6 +279,14 @@ def test_the_doctor_finds_a_node_that_differs(conf: Path, home: Path, capsys: py
 
 
 def test_nodes_that_slurm_does_not_give(conf: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--on", "devslurm", "--nodes", "5", "--wait", "2"]) == 1
-    assert "FAIL  all nodes  nodes            0 of 5 answered: srun: error: " in capsys.readouterr().out
-    assert not queue()
+    assert main(["doctor", "--on", "devslurm", "--nodes", "5"]) == 1
+    assert "FAIL  here       partition main   3 of 3 nodes take jobs  (at least 5)" in capsys.readouterr().out
+    busy = subprocess.Popen(["srun", "--nodes=3", "--exclusive", "sleep", "600"])
+    try:
+        until(lambda: "RUNNING" in queue().values(), RunLayout(home))
+        assert main(["doctor", "--on", "devslurm", "--wait", "2"]) == 1
+        assert "FAIL  all nodes  nodes            0 of 2 answered: srun: error: " in capsys.readouterr().out
+        assert len(queue()) == 1, "it waits for them no longer"
+    finally:
+        busy.terminate()
+        busy.wait()
