@@ -23,7 +23,7 @@ from cluster.preflight.host import (
     required_packages,
 )
 from cluster.preflight.judge import ALL, ASKER, judge_nodes
-from cluster.preflight.node import Report, from_lines
+from cluster.preflight.report import Report, from_lines
 from cluster.preflight.verdict import Verdict, expect
 from cluster.profile import Profile
 from launcher import registry

@@ -33,8 +33,9 @@ from cluster.preflight.host import (
     required_packages,
 )
 from cluster.preflight.judge import ASKER, judge_nodes
-from cluster.preflight.node import ENDPOINT, INDEX, MARK, NODE, Report, Torch, _port_fault, from_lines, to_lines
+from cluster.preflight.node import ENDPOINT, INDEX, NODE, _port_fault
 from cluster.preflight.reading import Reading, read_shards
+from cluster.preflight.report import MARK, Report, Torch, from_lines, to_lines
 from cluster.preflight.verdict import Verdict
 from cluster.profile import Profile
 from launcher import doctor as doctor_module
