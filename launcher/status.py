@@ -138,8 +138,8 @@ def read_status(layout: RunLayout, machine: Machine | None = None, depth: Depth 
     Raises:
         UserError: the directory holds no run, or no state.
     """
-    info = read_json(layout.info)
     try:
+        info = read_json(layout.info)
         profile = Profile.model_validate(info["profile"])
         run, created = str(info["id"]), float(info["created"])
     except (KeyError, TypeError, ValueError):
@@ -172,6 +172,8 @@ def read_many(layouts: Iterable[RunLayout], depth: Depth = "current") -> list[Ru
             return read_status(layout, machine, depth)
         except UserError as error:
             return error
+        except OSError as error:  # somebody else's, or storage that is gone
+            return UserError(f"cannot be read ({error.strerror})", where=str(layout.root))
 
     with ThreadPoolExecutor(_READERS) as readers:
         return list(readers.map(read, layouts))

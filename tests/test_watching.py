@@ -94,6 +94,9 @@ def test_the_newest_checkpoint(home: Path) -> None:
     assert saved() == 3, "the last try failed"
     events.note("checkpoint", 9, committed=True)
     assert saved() == 9
+    with layout.events("tokenizer").open("a") as file:
+        file.write('{"time": 1, "event": "checkpoint", "st{"time": 2, "event": "checkpoint", "step": 10}\n')
+    assert saved() == 9, "a line that a kill has torn is passed over"
     (layout.root / "checkpoints/tokenizer/step-00000005").mkdir(parents=True)
     assert saved() == 5, "the folder knows better"
 
@@ -121,9 +124,10 @@ def test_filters(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ids("--on", "other") == ["run-002"]
     shutil.rmtree(first.root)
     (home / "run-000" / "state.json").write_text("[]")
+    (home / "run-001" / "run.json").write_text("{")
     assert ids("--state", "gone") == ["first"]
-    assert ids("--state", "unreadable") == ["run-000"]
-    assert said(capsys, "status").endswith("2 more cannot be read or are gone: vqscale ls --state unreadable,gone\n")
+    assert ids("--state", "unreadable") == ["run-000", "run-001"]
+    assert said(capsys, "status").endswith("3 more cannot be read or are gone: vqscale ls --state unreadable,gone\n")
     assert said(capsys, "ls", "--name", "none") == "no run fits; vqscale ls shows all\n"
 
 
