@@ -413,3 +413,33 @@ def test_an_errand_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     lines = list(run_everywhere(Errand(profile, "endless", (), nodes=1, wait_s=0, limit_s=1)))
     assert lines in (["begun\n"], [])
     assert time.monotonic() - began < 30
+
+
+def test_srun_is_asked_for_what_stages_get_and_no_value_is_read_as_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against stand-ins for srun and scontrol that show their arguments and play the node."""
+    srun = 'echo "$@" > asked; while [ "$1" != bash ]; do shift; done; exec env SLURM_JOB_ID=12345 "$@"'
+    scontrol = 'case "$2" in hostnames) echo n0; echo n1;; node) echo "   NodeAddr=10.0.0.1 Port=1";; esac'
+    for name, text in (("srun", srun.replace("asked", str(tmp_path / "asked"))), ("scontrol", scontrol)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    names = [NODE, INDEX, ENDPOINT, "EVIL"]
+    (tmp_path / "told.py").write_text(f"import os, sys\nprint(*(os.environ[n] for n in {names}), sys.argv[1:])")
+    slurm = {"cpus_per_task": 4, "partition": "p", "exclude": ["n7"]}
+    place = f"export SLURMD_NODENAME=n1 SLURM_NODEID=1 SLURM_JOB_NODELIST='n[0-1]' PYTHONPATH={tmp_path}"
+    profile = Profile.model_validate(
+        {
+            "name": "x",
+            "backend": "slurm",
+            "slurm": {**slurm, "setup": [place], "options": ["--nice=5"]},
+            "environment": {"EVIL": "'; exit 1; $(exit 2) `exit 3`"},
+        }
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (line,) = run_everywhere(Errand(profile, "told", ("it's", "$HOME"), nodes=2, wait_s=9, limit_s=100))
+    assert line == "n1 1 10.0.0.1:22345 '; exit 1; $(exit 2) `exit 3` [\"it's\", '$HOME']\n"
+    asked = (tmp_path / "asked").read_text().split(" bash -c ")[0].split()
+    assert {"--nodes=2", "--ntasks=2", "--partition=p", "--exclude=n7", "--cpus-per-task=4", "--nice=5"} <= set(asked)
+    assert {"--immediate=9", "--time=3"} <= set(asked)
+    assert not any(option.startswith(("--gpus", "--mem", "--account")) for option in asked)
