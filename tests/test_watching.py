@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launcher import registry
+from launcher import process, registry, watch
 from launcher.backends import slurm_queue
 from launcher.backends.slurm_queue import Row
 from launcher.backends.slurm_words import explain
@@ -75,7 +76,32 @@ def test_several_runs_are_a_line_each(home: Path, capsys: pytest.CaptureFixture[
     facts = json.loads(said(capsys, "status", "first", third.root.name, "--json"))
     assert [one["id"] for one in facts] == ["first", "run-001"]
     assert [line.split()[0] for line in said(capsys, "status", "-n", "1").splitlines()[1:]] == ["run-001", "run-001:"]
-    assert "run-000  tokenizer  failed" in said(capsys, "status", "--watch", "--state", "failed")
+    assert said(capsys, "status", "--watch", "first", "run-000").splitlines()[-2:] == [
+        "first: waiting, prepared only: vqscale requeue first starts it",
+        "run-000: failed",
+    ]
+
+
+def test_a_live_table_follows_all_runs_to_their_end(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = new_run(home, "first")
+    (second,) = copies(first, 1)
+    write_json(second.supervisor, process.identity(os.getpid()))  # somebody runs it
+    begin(second, "generate")
+
+    def end(seconds: float) -> None:
+        begin(second, "generate", end="failed", message="boom")
+        second.supervisor.unlink()
+
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=end, monotonic=time.monotonic))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["status", "--watch"]) == 0
+    printed = capsys.readouterr().out
+    assert 0 < printed.index("running") < printed.index("failed")
+    assert printed.endswith("run-000: failed\n")
+    assert "first" not in printed, "it was over before"
+    assert said(capsys, "status", "--watch").startswith("no run is going on")
 
 
 def test_the_newest_checkpoint(home: Path) -> None:
