@@ -107,6 +107,7 @@ def _add_watch(add: Add) -> None:
     _run(logs)
     logs.add_argument("--stage", metavar="STAGE", help="stage; the one that runs or failed if left out")
     logs.add_argument("--attempt", type=int, metavar="N", help="attempt of the stage; the newest if left out")
+    logs.add_argument("--task", type=int, metavar="N", help="task of a stage that is an array; all if left out")
     which = logs.add_mutually_exclusive_group()
     which.add_argument("--rank", type=int, metavar="N", help="one rank only")
     which.add_argument("--failed", action="store_true", help="only ranks that failed")

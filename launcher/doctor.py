@@ -23,7 +23,7 @@ from cluster.preflight.host import (
     required_packages,
 )
 from cluster.preflight.judge import ALL, ASKER, judge_nodes
-from cluster.preflight.node import Report, lines_of
+from cluster.preflight.report import Report, from_lines
 from cluster.preflight.verdict import Verdict, expect
 from cluster.profile import Profile
 from launcher import registry
@@ -68,7 +68,7 @@ class Examination:
             if self.profile.backend != "local":  # else this machine is the node
                 yield from judge_host(_HERE, host)
                 yield from judge_folder(_HERE, look_at_folder(folder, "here.bytes"), self.profile.floors.write_mb_s)
-            programs = _judge_programs(self.profile)
+            programs = _judge_programs(self.profile, self.nodes)
             yield from programs
             if all(verdict.word != "FAIL" for verdict in programs):
                 yield from self._judge_nodes(host, folder)
@@ -104,7 +104,7 @@ class _Answers:
 
     def read(self, texts: Iterator[str]) -> None:
         """Read until the nodes have ended."""
-        for tree in lines_of(self._kept(texts)):
+        for tree in from_lines(self._kept(texts)):
             if "hello" in tree:
                 self.ahead[tree["node"]] = tree["hello"] - time.time()
             else:
@@ -134,7 +134,7 @@ def _folder_of_runs() -> Iterator[Path]:
                 root.rmdir()
 
 
-def _judge_programs(profile: Profile) -> list[Verdict]:
+def _judge_programs(profile: Profile, nodes: int) -> list[Verdict]:
     """The programs that the backend calls, and whether Slurm answers."""
     names = _PROGRAMS.get(profile.backend, ())
     if not names:
@@ -142,19 +142,20 @@ def _judge_programs(profile: Profile) -> list[Verdict]:
     lost = [name for name in names if shutil.which(name) is None]
     value = f"lacks {', '.join(lost)}" if lost else ", ".join(names)
     found = expect("programs", _HERE, not lost, value, mend="go to a login node, or install them")
-    return [found] if lost else [found, *_judge_slurm(profile)]
+    return [found] if lost else [found, _judge_slurm(profile, nodes)]
 
 
-def _judge_slurm(profile: Profile) -> list[Verdict]:
+def _judge_slurm(profile: Profile, nodes: int) -> Verdict:
+    """Whether the controller answers, and whether enough nodes of the partition take jobs."""
+    partition = (profile.slurm.partition if profile.slurm else None) or ""
     try:
-        slurm_queue.call(("scontrol", "ping"))
-        partition = profile.slurm.partition if profile.slurm else None
-        only = ("-p", partition) if partition else ()
-        rows = slurm_queue.call(("sinfo", "-h", "-o", "%P %a %D %T", *only)).splitlines()
+        states = slurm_queue.node_states(partition)
     except UserError as error:
-        return [Verdict("Slurm", _HERE, "FAIL", str(error), mend="see scontrol ping; SLURM_CONF may be wrong")]
-    up = [row for row in rows if len(row.split()) == 4 and row.split()[1] == "up"]
-    told = "; ".join(f"{row.split()[2]} nodes {row.split()[3]}" for row in up)
-    name = f"partition {partition}" if partition else "Slurm"
-    mend = "correct slurm.partition in the profile: sinfo lists those there are"
-    return [expect(name, _HERE, bool(up), told or "is not there, or not up", mend=mend)]
+        return Verdict("Slurm", _HERE, "FAIL", str(error), mend="see scontrol ping; SLURM_CONF may be wrong")
+    out = [f"{node} is {state}" for node, state in states.items() if slurm_queue.is_out(state)]
+    told = f"{len(states) - len(out)} of {len(states)} nodes take jobs" + (f"; {', '.join(out[:3])}" if out else "")
+    return expect(
+        *(f"partition {partition}" if partition else "Slurm", _HERE, len(states) - len(out) >= nodes, told),
+        limit=f"at least {nodes}",
+        mend="sinfo -R says why nodes are out; or correct slurm.partition in the profile",
+    )

@@ -4,8 +4,8 @@ stages/STAGE/attempt-NNN/agent.log
 stages/STAGE/attempt-NNN/ranks/RDZV_XXXX/attempt_K/N/{stdout,stderr}.log     K: restarts by the agent
 
 Each node's agent has an RDZV_XXXX of its own, and N counts its processes; the file `rank` in N, which the process
-leaves, has the rank in the whole job. Lines are merged by the times before them (`vqscale.stamps`), so by the clocks of
-the hosts.
+leaves, has the rank in the whole job. Each task of an array has such a tree in stages/STAGE/task-NNN. Lines are merged
+by the times before them (`vqscale.stamps`), so by the clocks of the hosts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 
-from launcher.state import ENDED, RunState
+from launcher.state import ENDED, RunState, StageState
 from launcher.status import read_status
 from vqscale import stamps
 from vqscale.config.layout import RunLayout
@@ -77,6 +77,8 @@ class LogChoice:
     failed: bool = False
     attempt: int | None = None
     """None: the newest."""
+    task: int | None = None
+    """Of a stage that is an array; None: all of them."""
 
 
 def print_logs(layout: RunLayout, choice: LogChoice, follow: bool, say: Callable[[str], None] = print) -> None:
@@ -89,7 +91,7 @@ def print_logs(layout: RunLayout, choice: LogChoice, follow: bool, say: Callable
     while True:
         over = not follow or _over(layout, choice)  # asked before reading, so that the last lines are not missed
         stage = choice.stage or RunState.read(layout).current
-        if stage and not (follow and _awaited(layout, stage)):
+        if stage and not (follow and not _places(layout, choice, stage)):
             files = choose(layout, choice, stage)
         else:
             files = _before_first(layout)
@@ -108,21 +110,64 @@ def merged(files: Iterable[LogFile], whole: bool) -> Iterator[str]:
     return (line for _, line in heapq.merge(*(file.new_lines(whole) for file in files), key=itemgetter(0)))
 
 
+@dataclass(frozen=True)
+class Place:
+    """The logs of one attempt, of a stage or of one task of it."""
+
+    layout: RunLayout
+    stage: str
+    attempt: int
+
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        return self.layout.attempt(self.stage, self.attempt)
+
+    @property
+    def name(self) -> str:
+        """For the mark: `tokenizer#2`, or `extract.3#2` where it is task 3 of an array."""
+        task = "" if self.layout.task is None else f".{self.layout.task}"
+        return f"{self.stage}{task}#{self.attempt}"
+
+
 def choose(layout: RunLayout, choice: LogChoice, stage: str) -> list[LogFile]:
-    """The files that a choice names, in the order of their ranks."""
-    number = choice.attempt or _newest_attempt(layout, stage)
-    folder = layout.attempt(stage, number)
-    if not folder.is_dir():
+    """The files that a choice names, in the order of tasks and ranks."""
+    places = _places(layout, choice, stage)
+    if not places:
         raise UserError(f"stage '{stage}' has no such attempt", where=layout.root.name, mend=_begun(layout))
-    logs = rank_logs(folder)
     if choice.failed:
-        logs = _of_failed(layout, stage, logs)
+        places = [place for place in places if not place.layout.done(stage).exists()]
+        if not places:
+            raise UserError(f"no rank of stage '{stage}' failed", where="--failed", mend="choose one with --stage")
+    return [file for place in places for file in _chosen(place, choice)]
+
+
+def _chosen(place: Place, choice: LogChoice) -> list[LogFile]:
+    logs = rank_logs(place.folder)
+    if choice.failed:
+        logs = _of_failed(place, logs)
     if choice.rank is not None:
-        logs = _of_rank(choice.rank, logs, stage)
-    files = [LogFile(log.path, f"[{stage}#{number} {log.who}]") for log in logs]
+        logs = _of_rank(choice.rank, logs, place.stage)
+    files = [LogFile(log.path, f"[{place.name} {log.who}]") for log in logs]
     # The agent speaks when no rank did: it could not start them, or they died at their first line.
     silent = choice.rank is None and not any(file.path.stat().st_size for file in files)
-    return [LogFile(folder / "agent.log", f"[{stage}#{number} agent]")] if silent else files
+    return [LogFile(place.folder / "agent.log", f"[{place.name} agent]")] if silent else files
+
+
+def _places(layout: RunLayout, choice: LogChoice, stage: str) -> list[Place]:
+    """The attempts that have begun: the newest of the stage, or of each of its tasks, or the one that is asked for."""
+    state = RunState.read(layout)
+    if stage not in state.stages:
+        raise UserError(f"no stage '{stage}' in this run", where="--stage", mend=f"stages: {', '.join(state.stages)}")
+    tasks = state.stages[stage].tasks
+    if choice.task is not None and (tasks == 1 or choice.task not in range(tasks)):
+        mend = f"tasks: 0 to {tasks - 1}" if tasks > 1 else "it is not in tasks: leave --task out"
+        raise UserError(f"stage '{stage}' has no task {choice.task}", where="--task", mend=mend)
+    wanted = range(tasks) if choice.task is None else (choice.task,)
+    owns = [layout] if tasks == 1 else [layout.of_task(task) for task in wanted]
+    entries = (RunState.read(own).stages.get(stage, StageState()) for own in owns)
+    places = [Place(own, stage, choice.attempt or one.attempt) for own, one in zip(owns, entries, strict=True)]
+    return [place for place in places if place.folder.is_dir()]
 
 
 def last_words(attempt: Path) -> str:
@@ -181,29 +226,16 @@ def _of_rank(rank: int, logs: list[RankLog], stage: str) -> list[RankLog]:
     return [log for log in logs if log.rank == rank]
 
 
-def _of_failed(layout: RunLayout, stage: str, logs: list[RankLog]) -> list[RankLog]:
+def _of_failed(place: Place, logs: list[RankLog]) -> list[RankLog]:
     """Ranks that left an error or that the failure marker names; all of them when nobody knows."""
-    if layout.done(stage).exists():
-        raise UserError(f"no rank of stage '{stage}' failed", where="--failed", mend="choose one with --stage")
-    told = (read_json(layout.failure(stage)) or {}).get("rank")
+    told = (read_json(place.layout.failure(place.stage)) or {}).get("rank")
     failed = {log.rank for log in logs if log.failed} | {log.rank for log in logs if log.rank == told}
     return [log for log in logs if log.rank in failed] or logs
-
-
-def _newest_attempt(layout: RunLayout, stage: str) -> int:
-    state = RunState.read(layout)
-    if stage not in state.stages:
-        raise UserError(f"no stage '{stage}' in this run", where="--stage", mend=f"stages: {', '.join(state.stages)}")
-    return state.stages[stage].attempt
 
 
 def _begun(layout: RunLayout) -> str:
     begun = [f"{name} (1 to {s.attempt})" for name, s in RunState.read(layout).stages.items() if s.attempt]
     return f"attempts so far: {', '.join(begun) or 'none'}"
-
-
-def _awaited(layout: RunLayout, stage: str) -> bool:
-    return not layout.attempt(stage, _newest_attempt(layout, stage)).is_dir()
 
 
 def _before_first(layout: RunLayout) -> list[LogFile]:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher.report import figures
-from launcher.state import RunState
+from launcher.state import RunState, StageState
 from launcher.status import RunStatus, read_status
 from launcher.wording import below, duration
 from vqscale.checkpoint import folder
@@ -69,9 +69,15 @@ def _code(layout: RunLayout) -> dict[str, Any]:
 
 
 def _attempts(layout: RunLayout, state: RunState, stage: str) -> list[dict[str, Any]]:
+    """All attempts of a stage; of an array, those of each task, which has a name then."""
+    tasks = state.stages[stage].tasks
+    owns = [layout] if tasks == 1 else [layout.of_task(task) for task in range(tasks)]
+    entries = [RunState.read(own).stages.get(stage, StageState()) for own in owns]
     return [
-        {**asdict(attempt), "logs": str(layout.attempt(stage, attempt.attempt))}
-        for attempt in state.stages[stage].attempts
+        {"task": own.task, **asdict(one), "newest": one == newest, "logs": str(own.attempt(stage, one.attempt))}
+        for own, entry in zip(owns, entries, strict=True)
+        for newest in entry.attempts[-1:]
+        for one in entry.attempts
     ]
 
 
@@ -108,18 +114,19 @@ def _stage_lines(facts: dict[str, Any], status: RunStatus) -> Iterator[str]:
     for stage in status.stages:
         attempts = facts["attempts"][stage.stage]
         yield f"{stage.stage:<12} {stage.state}"
-        yield from (f"  attempt {_attempt_line(attempt, attempt is attempts[-1])}" for attempt in attempts)
+        yield from (f"  {_attempt_line(attempt)}" for attempt in attempts)
     yield from below(status)
 
 
-def _attempt_line(attempt: dict[str, Any], newest: bool) -> str:
+def _attempt_line(attempt: dict[str, Any]) -> str:
     began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempt["started"]))
     state, message = attempt["state"], f": {attempt['message']}" if attempt["message"] else ""
     if attempt["ended"]:
         state = f"{state} after {duration(attempt['ended'] - attempt['started'])}"
-    elif not newest:
+    elif not attempt["newest"]:
         state = "lost: who watched over it was killed"
-    return f"{attempt['attempt']}  {began}  {state}{message}"
+    task = "" if attempt["task"] is None else f"task {attempt['task']} "
+    return f"{task}attempt {attempt['attempt']}  {began}  {state}{message}"
 
 
 def _output_lines(layout: RunLayout, facts: dict[str, Any]) -> Iterator[str]:

@@ -61,6 +61,8 @@ class StageStatus:
     rate: float | None = None
     unit: str = ""
     eta_s: float | None = None
+    tasks: int = 1
+    """Tasks of an array; step, total and rate are then sums over them."""
     bad: dict[str, int] = field(default_factory=dict)
     """Kind → bad samples on the stage's quarantine list."""
     saved: Saved | None = None
@@ -136,8 +138,8 @@ def read_status(layout: RunLayout, machine: Machine | None = None, depth: Depth 
     Raises:
         UserError: the directory holds no run, or no state.
     """
-    info = read_json(layout.info)
     try:
+        info = read_json(layout.info)
         profile = Profile.model_validate(info["profile"])
         run, created = str(info["id"]), float(info["created"])
     except (KeyError, TypeError, ValueError):
@@ -170,6 +172,8 @@ def read_many(layouts: Iterable[RunLayout], depth: Depth = "current") -> list[Ru
             return read_status(layout, machine, depth)
         except UserError as error:
             return error
+        except OSError as error:  # somebody else's, or storage that is gone
+            return UserError(f"cannot be read ({error.strerror})", where=str(layout.root))
 
     with ThreadPoolExecutor(_READERS) as readers:
         return list(readers.map(read, layouts))
@@ -207,21 +211,40 @@ def _stage(layout: RunLayout, name: str, stage: StageState, deep: bool) -> Stage
     state, message = stage.state, stage.message
     if state == "waiting" and layout.done(name).exists():
         state, message = "done", "started by hand"
-    base = StageStatus(name, state, stage.attempt, seconds, message)
-    return _with_events(layout, base) if deep else base
+    base = StageStatus(name, state, stage.attempt, seconds, message, tasks=stage.tasks)
+    if not deep:
+        return base
+    bad = count_by_kind(layout.quarantine(name))
+    found = _of_tasks(layout, base) if stage.tasks > 1 else _of_events(layout, base)
+    return replace(base, bad=bad, **found)
 
 
-def _with_events(layout: RunLayout, base: StageStatus) -> StageStatus:
+def _of_events(layout: RunLayout, base: StageStatus) -> dict[str, Any]:
     found = newest(layout.events(base.stage), "", "checkpoint")
-    facts: dict[str, Any] = {
-        "bad": count_by_kind(layout.quarantine(base.stage)),
-        "saved": _saved(layout, base.stage, found.get("checkpoint")),
-    }
+    facts: dict[str, Any] = {"saved": _saved(layout, base.stage, found.get("checkpoint"))}
     event = found.get("")
     # An older attempt's line says nothing about this one.
     if event is not None and (not base.attempt or event.get("attempt") == base.attempt):
         facts |= _progress(base, event)
-    return replace(base, **facts)
+    return facts
+
+
+def _of_tasks(layout: RunLayout, base: StageStatus) -> dict[str, Any]:
+    """Figures of an array: sums over its tasks. What they come to in the end is known when all have begun."""
+    owns = [layout.of_task(task) for task in range(base.tasks)]
+    entries = [RunState.read(own).stages.get(base.stage, StageState()) for own in owns]
+    single = [_stage(own, base.stage, entry, deep=True) for own, entry in zip(owns, entries, strict=True)]
+    told = [task for task in single if task.step is not None]
+    running = [task for task in told if task.state == "running"]
+    whole = len(told) == base.tasks and all(task.total is not None for task in told)
+    left = [task.eta_s for task in running if task.eta_s is not None]
+    return {
+        "step": sum(task.step or 0 for task in told) if told else None,
+        "total": sum(task.total or 0 for task in told) if whole else None,
+        "rate": sum(task.rate or 0.0 for task in running) or None,
+        "unit": told[0].unit if told else "",
+        "eta_s": max(left) if whole and running and len(left) == len(running) else None,
+    }
 
 
 def _progress(base: StageStatus, event: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,8 @@ def _follow_live(read: Read, refresh_s: float, shown: Callable[[Sequence[RunStat
     from rich.live import Live
 
     statuses = read()
+    if not statuses:
+        return statuses
     with Live(shown(statuses), console=Console(), refresh_per_second=4) as live:
         while not all(status.over for status in statuses):
             time.sleep(refresh_s)

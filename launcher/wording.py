@@ -79,7 +79,8 @@ def ago(seconds: float) -> str:
 def below(status: RunStatus) -> list[str]:
     """What is said below the table of a run: why it failed, and the stages' bad samples."""
     counted = [f"{stage.stage}: {bad_samples(stage)}" for stage in status.stages if stage.bad]
-    return [line for line in (status.message, *counted) if line]
+    tasks = [f"{s.stage}: {s.message}" for s in status.stages if s.tasks > 1 and s.state == "running" and s.message]
+    return [line for line in (status.message, *tasks, *counted) if line]
 
 
 def beside(status: RunStatus) -> list[str]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,9 @@ from cluster.preflight.host import (
     required_packages,
 )
 from cluster.preflight.judge import ASKER, judge_nodes
-from cluster.preflight.node import ENDPOINT, INDEX, MARK, NODE, Report, Torch, _port_fault, lines_of
+from cluster.preflight.node import ENDPOINT, INDEX, NODE, _port_fault
 from cluster.preflight.reading import Reading, read_shards
+from cluster.preflight.report import MARK, Report, Torch, from_lines, to_lines
 from cluster.preflight.verdict import Verdict
 from cluster.profile import Profile
 from launcher import doctor as doctor_module
@@ -270,12 +272,16 @@ def test_shards_are_read_through_the_storage(tmp_path: Path) -> None:
     assert read_shards(str(tmp_path), 0, 1, limit_s=0).bytes == 0, "it ends in time"
 
 
-def test_a_report_is_read_among_other_lines() -> None:
+def test_reports_are_read_among_other_lines() -> None:
+    """Those of two nodes come at the same time, with what srun says between them."""
     told = report("a", reading=None, meeting=None)
-    lines = ["srun: job 7 queued\n", f"node1: {MARK}{json.dumps({'report': asdict(told)})}\n", "bye\n"]
-    (tree,) = lines_of(iter(lines))
-    assert Report.parse(tree["report"]) == told
-    assert Report.parse(asdict(report("b"))) == report("b")
+    first, second = to_lines("a", {"report": asdict(told)}), to_lines("b", {"report": asdict(report("b"))})
+    assert len(first) > 1
+    assert max(map(len, first)) < 600
+    mixed = [line for pair in zip_longest(first, second, fillvalue="srun: job 7 queued") for line in pair]
+    trees = list(from_lines(f"{line}\n" for line in (f"node: {MARK}torn", *mixed, "bye")))
+    assert [Report.parse(tree["report"]) for tree in trees] == [told, report("b")]
+    assert not list(from_lines(first[:-1])), "one that was cut off is none"
 
 
 def node(folder: Path, index: int, endpoint: str, name: str = "") -> subprocess.Popen[str]:
@@ -301,7 +307,7 @@ def test_nodes_meet_and_do_not_share_a_folder(tmp_path: Path) -> None:
         folder.mkdir()
     running = [node(folder, index, f"127.0.0.1:{port}") for index, folder in enumerate(folders)]
     printed = [one.communicate(timeout=120)[0] for one in running]
-    trees = [tree for text in printed for tree in lines_of(iter(text.splitlines()))]
+    trees = [tree for text in printed for tree in from_lines(text.splitlines())]
     reports = [Report.parse(tree["report"]) for tree in trees if "report" in tree]
     assert [(one.node, one.sees) for one in reports] == [("n0", ["n0"]), ("n1", ["n1"])]
     meetings = [one.meeting for one in reports]
@@ -338,14 +344,17 @@ def test_a_node_that_is_ended_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-def test_doctor_on_this_machine(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_on_this_machine(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
     shards = home / "shards"
     shards.mkdir()
     (shards / "0.tar").write_bytes(os.urandom(2_000_000))
     profile = home / "own.yaml"
     floors = {"all_reduce_gb_s": 1e6, "read_mb_s": 1e-3}
     profile.write_text(yaml.safe_dump({"name": "own", "environment": {"GLOO_SOCKET_IFNAME": "lo"}, "floors": floors}))
-    assert main(["doctor", "--on", str(profile), "--shards", str(shards), "--json"]) == 1
+    assert main(["doctor", "--on", str(profile), "--shards", "shards", "--json"]) == 1
     found = {one["check"]: one for one in json.loads(capsys.readouterr().out)}
     assert [check for check, one in found.items() if one["word"] == "FAIL"] == ["all-reduce"]
     assert found["all-reduce"]["limit"] == "at least 1e+06 GB/s"
@@ -372,11 +381,11 @@ def test_slurm_that_does_not_answer(
     programs = home / "bin"
     programs.mkdir()
     for name in doctor_module._PROGRAMS["slurm"]:
-        (programs / name).write_text("#!/bin/sh\necho 'scontrol: error: no controller' >&2; exit 1\n")
+        (programs / name).write_text("#!/bin/sh\necho 'sinfo: error: no controller' >&2; exit 1\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     assert main(["doctor", "--on", "devslurm"]) == 1
-    assert "FAIL  here       Slurm            scontrol: no controller" in capsys.readouterr().out
+    assert "FAIL  here       Slurm            sinfo: no controller" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -401,6 +410,36 @@ def test_an_errand_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)\n")
     profile = Profile(name="x", environment={"PYTHONPATH": str(tmp_path)})
     began = time.monotonic()
-    lines = list(run_everywhere(Errand(profile, "endless", (), nodes=1, wait_s=0, limit_s=3)))
+    lines = list(run_everywhere(Errand(profile, "endless", (), nodes=1, wait_s=0, limit_s=1)))
     assert lines in (["begun\n"], [])
     assert time.monotonic() - began < 30
+
+
+def test_srun_is_asked_for_what_stages_get_and_no_value_is_read_as_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against stand-ins for srun and scontrol that show their arguments and play the node."""
+    srun = 'echo "$@" > asked; while [ "$1" != bash ]; do shift; done; exec env SLURM_JOB_ID=12345 "$@"'
+    scontrol = 'case "$2" in hostnames) echo n0; echo n1;; node) echo "   NodeAddr=10.0.0.1 Port=1";; esac'
+    for name, text in (("srun", srun.replace("asked", str(tmp_path / "asked"))), ("scontrol", scontrol)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    names = [NODE, INDEX, ENDPOINT, "EVIL"]
+    (tmp_path / "told.py").write_text(f"import os, sys\nprint(*(os.environ[n] for n in {names}), sys.argv[1:])")
+    slurm = {"cpus_per_task": 4, "partition": "p", "exclude": ["n7"]}
+    place = f"export SLURMD_NODENAME=n1 SLURM_NODEID=1 SLURM_JOB_NODELIST='n[0-1]' PYTHONPATH={tmp_path}"
+    profile = Profile.model_validate(
+        {
+            "name": "x",
+            "backend": "slurm",
+            "slurm": {**slurm, "setup": [place], "options": ["--nice=5"]},
+            "environment": {"EVIL": "'; exit 1; $(exit 2) `exit 3`"},
+        }
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (line,) = run_everywhere(Errand(profile, "told", ("it's", "$HOME"), nodes=2, wait_s=9, limit_s=100))
+    assert line == "n1 1 10.0.0.1:22345 '; exit 1; $(exit 2) `exit 3` [\"it's\", '$HOME']\n"
+    asked = (tmp_path / "asked").read_text().split(" bash -c ")[0].split()
+    assert {"--nodes=2", "--ntasks=2", "--partition=p", "--exclude=n7", "--cpus-per-task=4", "--nice=5"} <= set(asked)
+    assert {"--immediate=9", "--time=3"} <= set(asked)
+    assert not any(option.startswith(("--gpus", "--mem", "--account")) for option in asked)

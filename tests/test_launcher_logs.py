@@ -13,11 +13,15 @@ import pytest
 
 from launcher import logs, process
 from launcher.logs import LogChoice, last_words, print_logs
+from launcher.show import page_facts
 from launcher.state import RunState
+from launcher.status import read_status
+from launcher.wording import below
 from tests.test_launcher_runs import logs_of, new_run
 from vqscale import stamps
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
+from vqscale.events import EventLog
 from vqscale.files import write_json
 
 NOON = 1_769_860_800.0
@@ -126,6 +130,38 @@ def test_following_goes_on_with_the_next_attempt(home: Path, monkeypatch: pytest
         ("[generate#2 rank 0", "four"),
         ("[generate#2 rank 0", "five"),
     ]
+
+
+def test_tasks_of_an_array_are_merged_too(home: Path) -> None:
+    layout = new_run(home, "mine", resources__processes=1)
+    state = RunState.read(layout)
+    state.stages["extract"].tasks = 3
+    state.write(layout)
+    for task, seconds in ((0, 1), (2, 0)):  # task 1 has not begun
+        own = layout.of_task(task)
+        entry = RunState.read(own)
+        entry.begin("extract", 1)
+        entry.write(own)
+        folder = own.attempt("extract", 1) / "ranks/id_x/attempt_0/0"
+        folder.mkdir(parents=True)
+        (folder / "stdout.log").write_text(at(seconds, f"from {task}"))
+        EventLog(own.events("extract"), "extract", 1, "images/s", 10).log(4 + task, rate=100.0)
+    lines = logs_of(layout, stage="extract")
+    assert [line.partition("]")[0] for line in lines] == ["[extract.2#1 rank 0", "[extract.0#1 rank 0"]
+    assert [line.split()[-1] for line in logs_of(layout, stage="extract", task=2)] == ["2"]
+    for task, expected in [(3, "tasks: 0 to 2"), (1, "no such attempt")]:
+        with pytest.raises(UserError, match=expected):
+            logs_of(layout, stage="extract", task=task)
+    with pytest.raises(UserError, match="leave --task out"):
+        logs_of(layout, stage="pack", task=0)
+    stage = read_status(layout).stage
+    assert stage is not None
+    assert (stage.stage, stage.step, stage.total, stage.rate) == ("extract", 10, None, 200.0)
+    assert "extract: 0 of 3 tasks done" in below(read_status(layout))
+    attempts = page_facts(layout)["attempts"]["extract"]
+    assert [(one["task"], one["attempt"], one["state"]) for one in attempts] == [(0, 1, "running"), (2, 1, "running")]
+    write_json(layout.of_task(0).done("extract"), {})
+    assert [line.split()[-1] for line in logs_of(layout, stage="extract", failed=True)] == ["2"]
 
 
 def test_threads_do_not_break_lines() -> None:

@@ -257,12 +257,36 @@ def test_the_doctor_asks_the_nodes(conf: Path, home: Path, capsys: pytest.Captur
     assert told["all nodes", "nodes"] == "2 of 2 answered"
     assert told["all nodes", "shared folder"].endswith("each sees the others' files")
     assert told["all nodes", "rendezvous"].startswith("2 ranks over gloo")
-    assert told["here", "partition main"] == "3 nodes idle"
+    assert told["here", "partition main"] == "3 of 3 nodes take jobs"
     assert len({where for where, check in told if check == "clock offset"}) == 2
     assert not queue()
 
 
-def test_nodes_that_slurm_does_not_give(conf: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--on", "devslurm", "--nodes", "5", "--wait", "2"]) == 1
-    assert "FAIL  all nodes  nodes            0 of 5 answered: srun: error: " in capsys.readouterr().out
+def test_the_doctor_finds_a_node_that_differs(conf: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On one of two nodes another version of a package comes first on the path."""
+    planted = home / "planted/rich-0.0.1.dist-info"
+    planted.mkdir(parents=True)
+    (planted / "METADATA").write_text("Metadata-Version: 2.1\nName: rich\nVersion: 0.0.1\n")
+    profile = yaml.safe_load((PROFILES / "devslurm.yaml").read_text())
+    profile["slurm"]["setup"] = [f'if [ "$SLURM_NODEID" = 1 ]; then export PYTHONPATH={planted.parent}; fi']
+    profile["floors"] = {"all_reduce_gb_s": 1e6}
+    (home / "own.yaml").write_text(yaml.safe_dump(profile))
+    assert main(["doctor", "--on", str(home / "own.yaml"), "--json"]) == 1
+    failed = {one["check"]: one["value"] for one in json.loads(capsys.readouterr().out) if one["word"] == "FAIL"}
+    assert list(failed) == ["equal versions", "all-reduce"]
+    assert failed["equal versions"].startswith("rich 0.0.1 on node")
     assert not queue()
+
+
+def test_nodes_that_slurm_does_not_give(conf: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--on", "devslurm", "--nodes", "5"]) == 1
+    assert "FAIL  here       partition main   3 of 3 nodes take jobs  (at least 5)" in capsys.readouterr().out
+    busy = subprocess.Popen(["srun", "--nodes=3", "--exclusive", "sleep", "600"])
+    try:
+        until(lambda: "RUNNING" in queue().values(), RunLayout(home))
+        assert main(["doctor", "--on", "devslurm", "--wait", "2"]) == 1
+        assert "FAIL  all nodes  nodes            0 of 2 answered: srun: error: " in capsys.readouterr().out
+        assert len(queue()) == 1, "it waits for them no longer"
+    finally:
+        busy.terminate()
+        busy.wait()

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launcher import registry
+from launcher import process, registry, watch
 from launcher.backends import slurm_queue
 from launcher.backends.slurm_queue import Row
 from launcher.backends.slurm_words import explain
@@ -75,7 +76,32 @@ def test_several_runs_are_a_line_each(home: Path, capsys: pytest.CaptureFixture[
     facts = json.loads(said(capsys, "status", "first", third.root.name, "--json"))
     assert [one["id"] for one in facts] == ["first", "run-001"]
     assert [line.split()[0] for line in said(capsys, "status", "-n", "1").splitlines()[1:]] == ["run-001", "run-001:"]
-    assert "run-000  tokenizer  failed" in said(capsys, "status", "--watch", "--state", "failed")
+    assert said(capsys, "status", "--watch", "first", "run-000").splitlines()[-2:] == [
+        "first: waiting, prepared only: vqscale requeue first starts it",
+        "run-000: failed",
+    ]
+
+
+def test_a_live_table_follows_all_runs_to_their_end(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = new_run(home, "first")
+    (second,) = copies(first, 1)
+    write_json(second.supervisor, process.identity(os.getpid()))  # somebody runs it
+    begin(second, "generate")
+
+    def end(seconds: float) -> None:
+        begin(second, "generate", end="failed", message="boom")
+        second.supervisor.unlink()
+
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=end, monotonic=time.monotonic))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["status", "--watch"]) == 0
+    printed = capsys.readouterr().out
+    assert 0 < printed.index("running") < printed.index("failed")
+    assert printed.endswith("run-000: failed\n")
+    assert "first" not in printed, "it was over before"
+    assert said(capsys, "status", "--watch").startswith("no run is going on")
 
 
 def test_the_newest_checkpoint(home: Path) -> None:
@@ -94,6 +120,9 @@ def test_the_newest_checkpoint(home: Path) -> None:
     assert saved() == 3, "the last try failed"
     events.note("checkpoint", 9, committed=True)
     assert saved() == 9
+    with layout.events("tokenizer").open("a") as file:
+        file.write('{"time": 1, "event": "checkpoint", "st{"time": 2, "event": "checkpoint", "step": 10}\n')
+    assert saved() == 9, "a line that a kill has torn is passed over"
     (layout.root / "checkpoints/tokenizer/step-00000005").mkdir(parents=True)
     assert saved() == 5, "the folder knows better"
 
@@ -121,9 +150,10 @@ def test_filters(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ids("--on", "other") == ["run-002"]
     shutil.rmtree(first.root)
     (home / "run-000" / "state.json").write_text("[]")
+    (home / "run-001" / "run.json").write_text("{")
     assert ids("--state", "gone") == ["first"]
-    assert ids("--state", "unreadable") == ["run-000"]
-    assert said(capsys, "status").endswith("2 more cannot be read or are gone: vqscale ls --state unreadable,gone\n")
+    assert ids("--state", "unreadable") == ["run-000", "run-001"]
+    assert said(capsys, "status").endswith("3 more cannot be read or are gone: vqscale ls --state unreadable,gone\n")
     assert said(capsys, "ls", "--name", "none") == "no run fits; vqscale ls shows all\n"
 
 
@@ -190,7 +220,7 @@ def test_overrides_are_recorded(home: Path, capsys: pytest.CaptureFixture[str]) 
         ("PENDING", "Resources", "waits for free nodes (Resources)"),
         ("PENDING", "(Priority)", "waits behind jobs of higher priority (Priority)"),
         ("PENDING", "None", "has not been looked at yet (PENDING)"),
-        ("PENDING", "DependencyNeverSatisfied", "will never start: the stage before it failed"),
+        ("PENDING", "DependencyNeverSatisfied", "can never start: the stage before failed"),
         ("PENDING", "JobHeldUser", "is held by its user (JobHeldUser): scontrol release 7"),
         ("PENDING", "launch_failed_requeued_held", "a node could not start it"),
         ("PENDING", "launch failed requeued held", ": scontrol release 7"),

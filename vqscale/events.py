@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -95,7 +96,8 @@ def _newest(lines: list[bytes], kinds: tuple[str, ...]) -> dict[str, dict[str, A
         # Most lines are passed over, so they are not parsed for it. Inside of a value the quotes would be escaped.
         kind = line.partition(b'"event": "')[2].partition(b'"')[0].decode()
         if kind in kinds and kind not in found and b'"committed": false' not in line:
-            found[kind] = json.loads(line)
+            with contextlib.suppress(ValueError):  # two lines in one: a kill tore the first
+                found[kind] = json.loads(line)
         if len(found) == len(kinds):
             break
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -48,7 +49,9 @@ class Host:
 
 def look_at_host() -> Host:
     """Facts about this machine."""
-    packages = {dist.name.lower().replace("_", "-"): dist.version for dist in metadata.distributions() if dist.name}
+    found = [dist for dist in metadata.distributions() if dist.name]
+    # Backwards: of several versions the first on the path is the one that is imported.
+    packages = {_normal(dist.name): dist.version for dist in reversed(found)}
     shm = Path("/dev/shm")
     return Host(
         python=platform.python_version(),
@@ -146,19 +149,18 @@ def read_constraints(path: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     pairs = (line.split("==") for line in path.read_text(encoding="utf-8").splitlines() if "==" in line)
-    return {name.strip().lower().replace("_", "-"): version.strip() for name, version in pairs}
+    return {_normal(name): version.strip() for name, version in pairs}
 
 
 def required_packages() -> list[str]:
     """Names of the packages that vqscale asks for, without those of extras."""
-    asked = metadata.requires("vqscale") or []
-    names = (line.partition(";")[0] for line in asked if "extra ==" not in line)
-    return ["".join(_name(text)).lower().replace("_", "-") for text in names]
+    asked = [line for line in metadata.requires("vqscale") or [] if "extra ==" not in line]
+    return [_normal(found[0]) for line in asked if (found := re.match(r"[\w.-]+", line))]
 
 
-def _name(text: str) -> list[str]:
-    end = next((place for place, letter in enumerate(text) if letter in "<>=!~ [("), len(text))
-    return [text[:end].strip()]
+def _normal(name: str) -> str:
+    """Names of packages are the same whatever their case, with `_` or `-`."""
+    return name.strip().lower().replace("_", "-")
 
 
 def judge_interfaces(where: str, host: Host, variables: Mapping[str, str]) -> list[Verdict]:

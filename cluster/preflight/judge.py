@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from cluster.preflight.gpus import judge_gpus
 from cluster.preflight.host import Host, judge_folder, judge_host, judge_interfaces
-from cluster.preflight.node import Report
+from cluster.preflight.report import Report
 from cluster.preflight.verdict import Verdict, Word, at_least, expect
 from cluster.profile import Profile
 

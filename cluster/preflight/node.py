@@ -1,13 +1,12 @@
-"""What runs on every node: `python -m cluster.preflight.node`, started by a backend. Prints lines of JSON.
+"""What runs on every node: `python -m cluster.preflight.node`, started by a backend. Prints JSON.
 
-The first line is said at once, so that who started it can compare the clocks; the second has all that was measured.
-Lines are marked, since schedulers and libraries print too. Which node it is the backend says by the variables below.
+The first word is said at once, so that who started it can compare the clocks; the second has all that was measured
+(`report`). Which node it is the backend says by the variables below.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import signal
@@ -16,76 +15,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from cluster.preflight import sharing
 from cluster.preflight.collective import Meeting
-from cluster.preflight.gpus import Gpus, look_at_gpus
-from cluster.preflight.host import Folder, Host, look_at_folder, look_at_host
-from cluster.preflight.reading import Reading, read_shards
+from cluster.preflight.gpus import look_at_gpus
+from cluster.preflight.host import look_at_folder, look_at_host
+from cluster.preflight.reading import read_shards
+from cluster.preflight.report import Report, Torch, to_lines
 from cluster.rendezvous import agent_arguments
 from vqscale.files import read_json
 
 NODE, INDEX, ENDPOINT = "VQSCALE_NODE", "VQSCALE_NODE_INDEX", "VQSCALE_ENDPOINT"
 """Variables that the backend sets: the node's name, its number from 0, where the agents meet (empty: this machine)."""
 
-MARK = "vqscale-preflight "
-"""Stands before each line that is ours."""
-
 _MEETING_S = 120.0
 _END_S = 20.0
 _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?(?:[\w.]+\.)?(?!ChildFailed)\w*Error: .+")
-
-
-@dataclass(frozen=True)
-class Torch:
-    """What torch can do on a node."""
-
-    gpus: int = 0
-    """How many it can use."""
-    cuda: str = ""
-    """The CUDA or ROCm that it was built for; empty for a build without."""
-    fault: str = ""
-    """Why it cannot be imported."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that one node has measured."""
-
-    node: str
-    host: Host
-    gpus: Gpus
-    torch: Torch
-    folder: Folder
-    sees: list[str]
-    """Machines whose tokens it saw in the shared folder."""
-    token_fault: str
-    port_fault: str
-    """Why the rendezvous' port cannot be had; asked on the first node only."""
-    reading: Reading | None
-    """None where no shards were named."""
-    meeting: Meeting | None
-    """None where the ranks could not meet."""
-    meeting_fault: str
-
-    @classmethod
-    def parse(cls, tree: Mapping[str, Any]) -> Report:
-        """A report from its JSON."""
-        parts = {"host": Host, "gpus": Gpus, "torch": Torch, "folder": Folder, "reading": Reading, "meeting": Meeting}
-        return cls(**{k: parts[k](**v) if k in parts and v is not None else v for k, v in tree.items()})
-
-
-def lines_of(texts: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """What nodes say, among all that is printed: a tree with `hello` and `node`, or one with `report`."""
-    for text in texts:
-        _, mark, body = text.partition(MARK)
-        if mark:
-            yield json.loads(body)
 
 
 def main() -> int:
@@ -99,8 +47,8 @@ def main() -> int:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the agent is ended too
     name = os.environ.get(NODE) or socket.gethostname()
-    _say({"hello": time.time(), "node": name})
-    _say({"report": asdict(_measure(name, given))})
+    print(*to_lines(name, {"hello": time.time(), "node": name}), sep="\n", flush=True)
+    print(*to_lines(name, {"report": asdict(_measure(name, given))}), sep="\n", flush=True)
     return 0
 
 
@@ -193,10 +141,6 @@ def _why(told: str) -> str:
     lines = [line.strip() for line in told.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line)]
     return (errors[:1] or lines[-1:] or [""])[0][:300]
-
-
-def _say(tree: dict[str, Any]) -> None:
-    print(f"{MARK}{json.dumps(tree)}", flush=True)
 
 
 if __name__ == "__main__":

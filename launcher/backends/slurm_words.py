@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from launcher.backends.slurm_queue import Row
 
+_ANEW = "vqscale cancel, correct the profile, submit anew"
+"""A run keeps the profile that it was made with."""
 _WAITS = {
     "Resources": "waits for free nodes",
     "Priority": "waits behind jobs of higher priority",
@@ -16,18 +18,18 @@ _WAITS = {
     "None": "has not been looked at yet",
 }
 _STUCK = {
-    "DependencyNeverSatisfied": ("will never start: the stage before it failed", "vqscale requeue"),
+    "DependencyNeverSatisfied": ("can never start: the stage before failed", "vqscale cancel, then vqscale requeue"),
     "JobHeldUser": ("is held by its user", "scontrol release {job}"),
     "JobHeldAdmin": ("is held by an administrator", "ask who runs the cluster"),
     "launch failed requeued held": ("is held: a node could not start it", "scontrol release {job}"),
     "JobHoldMaxRequeue": ("is held: it was requeued too often", "scontrol release {job}"),
-    "BadConstraints": ("asks for what no node has", "change the profile and requeue"),
+    "BadConstraints": ("asks for what no node has", _ANEW),
     "PartitionDown": ("waits for its partition, which is down", "ask who runs the cluster"),
     "PartitionInactive": ("waits for its partition, which is inactive", "ask who runs the cluster"),
-    "PartitionNodeLimit": ("asks for more nodes than its partition gives", "change the profile and requeue"),
-    "PartitionTimeLimit": ("asks for more time than its partition gives", "set slurm.time_min lower and requeue"),
-    "InvalidAccount": ("names an account that is not valid", "set slurm.account and requeue"),
-    "InvalidQOS": ("names a quality of service that is not valid", "set slurm.qos and requeue"),
+    "PartitionNodeLimit": ("asks for more nodes than its partition gives", _ANEW),
+    "PartitionTimeLimit": ("asks for more time than its partition gives", _ANEW),
+    "InvalidAccount": ("names an account that is not valid", _ANEW),
+    "InvalidQOS": ("names a quality of service that is not valid", _ANEW),
     "NodeDown": ("waits for a node that is down", "sinfo -R says why"),
 }
 _RUNS = {

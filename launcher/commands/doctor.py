@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from cluster.preflight.verdict import Verdict
 from cluster.profile import Profile
@@ -26,7 +28,10 @@ def doctor(arguments: argparse.Namespace) -> int:
     profile = load_profile(arguments.on)
     if arguments.wait < 1:
         raise UserError(f"waits {arguments.wait} s", where="--wait", mend="choose 1 or more")
-    examination = Examination(profile, _nodes(arguments.nodes, profile), arguments.shards or "", arguments.wait)
+    nodes = _nodes(arguments.nodes, profile)
+    examination = Examination(profile, nodes, _absolute(arguments.shards or ""), arguments.wait)
+    if profile.backend != "local":
+        print(f"asks {nodes} nodes of {profile.name}; waits {arguments.wait} s for them at most", file=sys.stderr)
     found: list[Verdict] = []
     for verdict in examination.verdicts():
         found.append(verdict)
@@ -70,6 +75,11 @@ def _number(text: str) -> tuple[float, str]:
     """Figures by their size, other values by their letters."""
     found = re.match(r"[\d,.]+", text)
     return (float(found[0].replace(",", "").rstrip(".") or 0) if found else 0.0, text)
+
+
+def _absolute(shards: str) -> str:
+    """As seen from here: the nodes work in another folder."""
+    return shards if not shards or "://" in shards else str(Path(shards).expanduser().absolute())
 
 
 def _print(verdict: Verdict) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from launcher import registry
 from launcher.listing import Choice, Row, choose
@@ -14,11 +15,12 @@ from launcher.registry import resolve
 from launcher.show import page, page_facts
 from launcher.status import RunStatus, read_many, read_status
 from launcher.tables import console, view, view_many
-from launcher.watch import Read, follow, follow_many
+from launcher.watch import follow, follow_many
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 
 _NO_RUNS = "no runs yet; start one with `vqscale submit RECIPE` or `vqscale quickstart`"
+_NONE_GOES_ON = "no run is going on; vqscale status shows all"
 _NONE_FITS = "no run fits; vqscale ls shows all"
 
 
@@ -29,22 +31,42 @@ def status(arguments: argparse.Namespace) -> int:
         raise UserError("filters choose among all runs", where="vqscale status", mend="leave RUN or the filters out")
     if len(arguments.runs) == 1:
         return _status_of_one(resolve(arguments.runs[0]), arguments)
-    named = [resolve(text) for text in arguments.runs]
-    lost = 0
+    runs = _Runs([resolve(text) for text in arguments.runs], choice)
+    watched = arguments.watch and not arguments.json
+    try:
+        statuses = follow_many(runs.going_on) if watched else runs.read()
+    except KeyboardInterrupt:
+        return 0
+    _print_many(statuses, arguments)
+    if runs.lost and not arguments.json:
+        print(f"{runs.lost} more cannot be read or are gone: vqscale ls --state unreadable,gone")
+    return 0
 
-    def read() -> list[RunStatus]:
-        nonlocal lost
-        if named:
-            return _all_readable(named)
-        rows = choice.rows("current")
+
+@dataclass
+class _Runs:
+    """Runs that a command line names, or else chooses."""
+
+    named: Sequence[RunLayout]
+    choice: Choice
+    lost: int = 0
+    """How many of the chosen could not be read when it was last tried."""
+    _going: set[str] = field(default_factory=set)
+
+    def read(self) -> list[RunStatus]:
+        """How they stand now."""
+        if self.named:
+            return _all_readable(self.named)
+        rows = self.choice.rows("current")
         found = [row.status for row in rows if row.status]
-        lost = len(rows) - len(found)
+        self.lost = len(rows) - len(found)
         return found
 
-    code = _status_of_many(read, arguments)
-    if lost and not arguments.json:
-        print(f"{lost} more cannot be read or are gone: vqscale ls --state unreadable,gone")
-    return code
+    def going_on(self) -> list[RunStatus]:
+        """The same; of the chosen without those that have always been over: they would push others off the screen."""
+        found = self.read()
+        self._going.update(one.id for one in found if not one.over)
+        return [one for one in found if self.named or one.id in self._going]
 
 
 def _status_of_one(layout: RunLayout, arguments: argparse.Namespace) -> int:
@@ -64,20 +86,15 @@ def _status_of_one(layout: RunLayout, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _status_of_many(read: Read, arguments: argparse.Namespace) -> int:
-    try:
-        statuses = follow_many(read) if arguments.watch and not arguments.json else read()
-    except KeyboardInterrupt:
-        return 0
+def _print_many(statuses: Sequence[RunStatus], arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps([status.facts() for status in statuses], indent=2))
     elif not statuses:
-        print(_NONE_FITS if registry.entries() else _NO_RUNS)
+        print(_NO_RUNS if not registry.entries() else _NONE_GOES_ON if arguments.watch else _NONE_FITS)
     elif arguments.watch:
         print(*(f"{status.id}: {status.words}" for status in statuses), sep="\n")
     else:
         console().print(view_many(statuses))
-    return 0
 
 
 def _all_readable(layouts: Sequence[RunLayout]) -> list[RunStatus]:
@@ -98,7 +115,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def logs(arguments: argparse.Namespace) -> int:
     """Print or follow the logs of ranks."""
-    choice = LogChoice(arguments.stage, arguments.rank, arguments.failed, arguments.attempt)
+    choice = LogChoice(arguments.stage, arguments.rank, arguments.failed, arguments.attempt, arguments.task)
     try:
         print_logs(resolve(arguments.run), choice, arguments.follow, say=_say)
     except KeyboardInterrupt:
