@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 from launcher import process
@@ -21,7 +22,7 @@ from launcher.logs import last_words
 from launcher.state import RunState, StageState, StageWord
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
-from vqscale.files import read_json, write_json
+from vqscale.files import read_json, write_bytes, write_json
 
 Render = Callable[[RunLayout, str, int], StageCommand]
 """From a run (or one task of an array), a stage's name and the number of the attempt to the command that runs it.
@@ -106,6 +107,8 @@ class Attempts:
     def _execute(self, command: StageCommand) -> int:
         """Start the command, wait for its end or a request to stop, leave none of its processes behind."""
         command.log.parent.mkdir(parents=True, exist_ok=True)
+        if command.script:
+            write_bytes(Path(command.argv[-1]), command.script.encode())
         with command.log.open("ab") as log:
             agent = subprocess.Popen(
                 command.argv,

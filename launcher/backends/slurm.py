@@ -78,6 +78,9 @@ class SlurmBackend:
             script=script(job, stage, self._modules[stage]),
         )
 
+    def check(self, job: Job) -> None:
+        """Nothing: `sbatch` itself refuses what cannot be."""
+
     def submit(self, layout: RunLayout) -> Poll:
         """Write the scripts of all unfinished stages and submit them as a chain."""
         now = self.poll(layout)
