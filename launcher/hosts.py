@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,18 +20,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from cluster.rendezvous import inherited
 from launcher import process
 from launcher.on_host import ALIVE_S, Request
 from vqscale.errors import EXIT_USER_ERROR
 from vqscale.files import read_json
-
-OWN = (
-    "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "XDG_*", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
-)  # fmt: skip
-"""Variables that each host has of its own: they are not taken along from the machine that submits."""
 
 MARGIN_S = 3
 """Seconds above the grace after which a host that does not answer is given up."""
@@ -50,21 +45,24 @@ class Spec:
     environment: dict[str, str]
     """Set for the stage."""
     inherit: list[str]
-    """Allow-list of variables taken over from the surroundings, besides `OWN`."""
-    hosts: list[dict[str, Any]]
-    """`host`, `ssh` (the whole command) and `argv` (what the host runs; none to end what is left there) of each."""
+    """Allow-list of variables taken over from the surroundings."""
+    own: list[str]
+    """Those of them that each host has of its own, and that are not sent."""
+    hosts: list[dict[str, str]]
+    """Of each: `host`; `ssh`, the whole command; `runs`, what the host runs, empty to end what is left there."""
 
     def clearing(self, hosts: Collection[str]) -> Spec:
         """The same for some hosts, and with nothing to run: they end what is left there."""
-        return replace(self, hosts=[{**host, "argv": []} for host in self.hosts if host["host"] in hosts])
+        return replace(self, hosts=[{**host, "runs": ""} for host in self.hosts if host["host"] in hosts])
 
     def requests(self, surroundings: Mapping[str, str]) -> list[Request]:
         """What is sent to each host."""
         taken = inherited(surroundings, self.inherit)
-        own = inherited(taken, OWN)
+        own = inherited(taken, self.own)
         given = {name: value for name, value in taken.items() if name not in own} | self.environment
         return [
-            Request(host["host"], self.run, host["argv"], given, self.directory, self.grace_s) for host in self.hosts
+            Request(host["host"], self.run, shlex.split(host["runs"]), given, self.directory, self.grace_s)
+            for host in self.hosts
         ]
 
 
@@ -135,7 +133,7 @@ class Hosts:
         """Run until all hosts have ended; their exit codes."""
         requests = self._spec.requests(surroundings)
         connections = [
-            Connection(host["ssh"], request, self._say)
+            Connection(shlex.split(host["ssh"]), request, self._say)
             for host, request in zip(self._spec.hosts, requests, strict=True)
         ]
         try:

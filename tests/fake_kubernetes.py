@@ -60,19 +60,25 @@ class Cluster:
 
     def create(self, made: Tree) -> None:
         name = made["metadata"]["name"]
-        job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
-        container = job["template"]["spec"]["containers"][0]
+        if made["kind"] == "TrainJob":
+            container, number = made["spec"]["trainer"], made["spec"]["trainer"]["numNodes"]
+        else:
+            job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+            container, number = job["template"]["spec"]["containers"][0], job["completions"]
         self.objects[name] = made
-        self.pods[name] = [self._start(f"{name}-node-0-{n}", container, n) for n in range(job["completions"])]
+        self.pods[name] = [self._start(f"{name}-node-0-{n}", container, n) for n in range(number)]
 
     def _start(self, name: str, container: Tree, index: int) -> Pod:
         given = {"POD_IP": "127.0.0.1", "JOB_COMPLETION_INDEX": str(index), "PATH": os.environ["PATH"]}
+        given |= {"PET_NODE_RANK": str(index), "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": "29500"}
         given |= {one["name"]: expanded(one["value"], given) for one in container["env"] if "value" in one}
         del given[STAGE_TAG]  # this machine does not find processes of another one
         command = [expanded(word, given) for word in container["command"]]
         log = self.folder / f"{name}.log"
         with log.open("wb") as file:
-            process = subprocess.Popen(command, env=given, cwd=container["workingDir"], stdout=file, stderr=file)
+            process = subprocess.Popen(
+                command, env=given, cwd=container.get("workingDir", "/"), stdout=file, stderr=file
+            )
         return Pod(name, process, log)
 
     def read(self, name: str) -> Tree | None:

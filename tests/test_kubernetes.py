@@ -95,6 +95,17 @@ def test_a_chain_ends_done(cluster: Cluster, layout: RunLayout) -> None:
     assert "node-0-1: holds the store: 0" in log
 
 
+def test_a_train_job_runs_as_well(cluster: Cluster, on: Path, home: Path) -> None:
+    tree = yaml.safe_load(on.read_text())
+    tree["kubernetes"]["kind"] = "TrainJob"
+    on.write_text(yaml.safe_dump(tree))
+    recipe = write_recipe(home / "r.yaml", resources__processes=2)
+    layout = create(make_plan(str(recipe), str(on), run=home / "mine", stages="generate"))
+    assert start(layout, "generate=pods:done").wait(60) == 0, agent_log(layout)
+    assert "POST /apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs" in cluster.asked
+    assert "node-0-1: holds the store: 0" in agent_log(layout)
+
+
 @pytest.mark.fault
 def test_cancel_deletes_the_object_and_waits_for_its_pods(cluster: Cluster, layout: RunLayout) -> None:
     supervisor = start(layout, "generate=pods:wait")

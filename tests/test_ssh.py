@@ -92,7 +92,7 @@ def test_ranks_meet_over_two_hosts(layout: RunLayout, capsys: pytest.CaptureFixt
     assert start(layout, "generate=ranks").wait(120) == 0, agent_log(layout)
     assert read_json(layout.done("generate")) == {"world": 2, "threads": "1"}
     assert main(["logs", "mine", "--stage", "generate"]) == 0
-    assert {"rank 0 of 2", "rank 1 of 2"} <= {line[4:] for line in capsys.readouterr().out.splitlines()}
+    assert {"rank 0 of 2", "rank 1 of 2"} <= {line[-11:] for line in capsys.readouterr().out.splitlines()}
     assert not left(layout)
 
 

@@ -55,9 +55,9 @@ def test_what_is_sent_is_golden() -> None:
     assert command.argv[1:] == ("-m", "launcher.hosts", "/runs/with space/tiny-1/stages/tokenizer/hosts.json")
     spec = Spec(**json.loads(command.script))
     assert [host["host"] for host in spec.hosts] == ["gpu1", "gpu2"], "as few as hold the processes"
-    assert spec.hosts[1]["ssh"] == GOLDEN_SSH
-    assert spec.hosts[1]["argv"] == shlex.split(GOLDEN_AGENT)
-    first, second = (host["argv"] for host in spec.hosts)
+    assert spec.hosts[1]["ssh"] == shlex.join(GOLDEN_SSH)
+    assert spec.hosts[1]["runs"] == " ".join(GOLDEN_AGENT.split("\n")).strip()
+    first, second = (shlex.split(host["runs"]) for host in spec.hosts)
     differing = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
     assert differing == [("is_host=1", "is_host=0"), ("10.0.0.1", "10.0.0.2")]
     assert spec.environment["NCCL_DEBUG"] == "WARN"
@@ -76,7 +76,7 @@ def test_render_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_attempt_meets_at_a_port_of_its_own() -> None:
     def endpoint(attempt: int) -> str:
         (command,) = SshBackend().render(golden_job(), {"tokenizer": attempt})
-        argv: list[str] = json.loads(command.script)["hosts"][0]["argv"]
+        argv = shlex.split(json.loads(command.script)["hosts"][0]["runs"])
         return argv[argv.index("--rdzv-endpoint") + 1]
 
     ports = {int(endpoint(attempt).partition(":")[2]) for attempt in range(1, 20)}

@@ -22,6 +22,11 @@ from launcher.state import RunState
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 
+OWN = (
+    "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "XDG_*", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
+)  # fmt: skip
+"""Variables that each host has of its own: they are not taken along from the machine that submits."""
+
 
 class SshBackend(Supervised):
     """Runs stages on the hosts of the profile's section `ssh`."""
@@ -120,9 +125,14 @@ def _spec(job: Job, commands: Mapping[Host, tuple[str, ...]], environment: dict[
         directory=directory,
         grace_s=job.profile.grace_s,
         environment=environment,
-        inherit=list(job.profile.inherit),
+        inherit=[name for name in job.profile.inherit if name not in OWN],
+        own=list(OWN),
         hosts=[
-            {"host": host.name, "ssh": connect(ssh, host, python, directory), "argv": argv}
+            {
+                "host": host.name,
+                "ssh": shlex.join(connect(ssh, host, python, directory)),
+                "runs": shlex.join(argv),
+            }
             for host, argv in commands.items()
         ],
     )
