@@ -32,6 +32,8 @@ It may refuse with a `UserError`: then the attempt has failed, and nothing was s
 _POLL_S = 0.1
 _STRAGGLER_S = 1.0
 """For processes that are left when their agent has ended."""
+_SEEN_S = 60.0
+"""Longest wait for a file that another machine says it has written."""
 
 
 @dataclass
@@ -130,7 +132,7 @@ class Attempts:
 
     def _judged(self, stage: str, exit_code: int) -> tuple[StageWord, str]:
         """How the attempt ended, and why."""
-        if self._layout.done(stage).exists():
+        if self._is_done(stage, exit_code):
             return "done", ""
         saved = self._saved(stage)
         if self._request.came and not self._request.preempts:
@@ -138,6 +140,17 @@ class Attempts:
         if self._request.preempts or saved:
             return "preempted", f"preempted, {saved or 'not saved: it goes on from its last checkpoint'}"
         return "failed", self._reason(stage, exit_code)
+
+    def _is_done(self, stage: str, exit_code: int) -> bool:
+        """Whether the marker is there. Where the agent's end says so, it is waited for: another machine wrote it."""
+        marker = self._layout.done(stage)
+        limit = time.monotonic() + (_SEEN_S if exit_code == 0 else 0)
+        while not marker.exists():
+            if time.monotonic() > limit:
+                return False
+            os.listdir(marker.parent)  # NFS may remember that a name was missing, and asks anew for a listing
+            time.sleep(_POLL_S)
+        return True
 
     def _saved(self, stage: str) -> str:
         """What the stage says of its last save, if this attempt was asked to stop and could save."""

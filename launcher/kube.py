@@ -86,10 +86,11 @@ class Stage:
     def _look(self) -> Outcome:
         outcome = self._cluster.outcome(self._name)
         pods = self._cluster.pods(self._name)
-        for pod, words in pods.items():
-            if self._told.get(pod) != words:
-                _say(f"{pod}: {words}")
-        self._told = pods
+        news = pods if outcome.ended else {self._name: outcome.words, **pods}
+        for name, words in news.items():
+            if words and self._told.get(name) != words:
+                _say(f"{name}: {words}")
+        self._told = news
         if outcome.ended:
             for pod in pods:
                 for line in self._cluster.log(pod, _LINES).splitlines():
