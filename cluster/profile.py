@@ -8,7 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster.container import ContainerSettings
+from cluster.kubernetes import KubernetesSettings
 from cluster.slurm import SlurmSettings
+from cluster.ssh import SshSettings
 
 PROFILES = Path(__file__).parent / "profiles"
 """Folder of the profiles that come with vqscale; a file's stem is its name."""
@@ -47,10 +50,17 @@ class Profile(BaseModel):
     """Name of the profile, as in `--on NAME`."""
     description: str = ""
     """What the machine is, in a line."""
-    backend: Literal["local", "slurm"] = "local"
-    """Who starts the stages: `local` is torch's elastic agent on this machine, `slurm` a job of Slurm for each."""
+    backend: Literal["local", "slurm", "ssh", "kubernetes"] = "local"
+    """Who starts the stages: `local` is torch's elastic agent on this machine, `slurm` a job of Slurm for each, `ssh`
+    an agent on each of several hosts, `kubernetes` one in each of several pods."""
     slurm: SlurmSettings | None = None
     """What is asked of Slurm, for the backend `slurm`."""
+    ssh: SshSettings | None = None
+    """The hosts, for the backend `ssh`."""
+    kubernetes: KubernetesSettings | None = None
+    """What is asked of Kubernetes, for the backend `kubernetes`."""
+    container: ContainerSettings | None = None
+    """The container that stages run in, for the backends `slurm` and `kubernetes`."""
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
     """Variables that are set for every stage, above those taken over from the shell."""
     inherit: tuple[str, ...] = INHERITED
@@ -64,11 +74,34 @@ class Profile(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Profile:
-        if (self.backend == "slurm") != (self.slurm is not None):
-            raise ValueError("the section `slurm` and the line `backend: slurm` go together")
+        sections = {"slurm": self.slurm, "ssh": self.ssh, "kubernetes": self.kubernetes}
+        for name, section in sections.items():
+            if (self.backend == name) != (section is not None):
+                raise ValueError(f"the section `{name}` and the line `backend: {name}` go together")
         if self.slurm and self.slurm.lead_s <= self.grace_s + 5:
             raise ValueError(f"slurm.lead_s must be more than 5 s above grace_s ({self.grace_s} s)")
+        runtime = self.container.runtime if self.container else None
+        if self.container and self.backend not in ("slurm", "kubernetes"):
+            raise ValueError(f"the backend `{self.backend}` knows no containers; leave the section `container` out")
+        if self.container and (self.backend == "slurm") != (runtime is not None):
+            raise ValueError("container.runtime: pyxis or apptainer for the backend `slurm`, nothing for others")
+        if self.kubernetes and not self.container:
+            raise ValueError("the backend `kubernetes` needs container.image")
+        if self.kubernetes and self.container and self.container.mounts:
+            raise ValueError("container.mounts: with Kubernetes use kubernetes.volumes")
         return self
+
+    def nodes_of(self, stage: str) -> SlurmSettings | SshSettings | KubernetesSettings | None:
+        """The section about the machines that a stage runs on; None for this machine."""
+        return self.slurm.of(stage) if self.slurm else self.ssh or self.kubernetes
+
+    def resolved(self, folder: Path) -> Profile:
+        """The profile without references to other files, which are looked for in `folder`.
+
+        Raises:
+            ValueError: such a file is missing or faulty.
+        """
+        return self.model_copy(update={"ssh": self.ssh.resolved(folder)}) if self.ssh else self
 
 
 def profile_names() -> list[str]:

@@ -29,6 +29,7 @@ def agent_arguments(
     least_nodes: int = 0,
     endpoint: str = "",
     holds_store: bool | None = None,
+    address: str = "",
 ) -> tuple[str, ...]:
     """Arguments of `python -m torch.distributed.run` on one node.
 
@@ -43,13 +44,14 @@ def agent_arguments(
         endpoint: `host:port` that all nodes reach; needed for more than one.
         holds_store: whether this node holds the store in which the nodes meet. All others end when it is lost. None
             lets torch decide by the endpoint's address.
+        address: where the other nodes reach this one; the name that it has for itself when it is left out.
 
     Raises:
         ValueError: several nodes without an endpoint. Localhost would leave each node waiting for itself.
     """
     if nodes > 1 and not endpoint:
         raise ValueError(f"a rendezvous of {nodes} nodes needs an endpoint (host:port) that all of them reach")
-    loopback = () if endpoint else ("--local-addr", "127.0.0.1")
+    own = address or ("" if endpoint else "127.0.0.1")
     # A lost node is noticed after three missed seconds instead of three times five, and not waited for longer.
     settings = ["keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3"] if least_nodes else []
     settings += [f"is_host={int(holds_store)}"] if holds_store is not None else []
@@ -59,7 +61,7 @@ def agent_arguments(
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint or "127.0.0.1:0", "--rdzv-id", rdzv_id),
         *(("--rdzv-conf", ",".join(settings)) if settings else ()),
         *("--signals-to-handle", ",".join(FORWARDED)),
-        *loopback,
+        *(("--local-addr", own) if own else ()),
     )
 
 

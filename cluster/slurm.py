@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from cluster.nodes import spread
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,@+-]*$")]
 """A name of Slurm's, or several with commas between them."""
 Nodes = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,-]*(\[[0-9,-]+\][A-Za-z0-9_.-]*)?$")]
@@ -108,14 +110,15 @@ class SlurmSettings(BaseModel):
         """Tasks of a stage's array that may run at the same time."""
         return self.stages.get(stage, StageSlurm()).at_most
 
+    @property
+    def cores_per_node(self) -> int:
+        """CPU cores of each node."""
+        return self.cpus_per_task
+
     def spread(self, processes: int) -> int:
         """Nodes for so many processes.
 
         Raises:
             ValueError: they cannot be shared evenly.
         """
-        fewest = -(-processes // self.gpus_per_node) if self.gpus_per_node else 1
-        nodes = self.nodes or fewest
-        if processes % nodes:
-            raise ValueError(f"{processes} processes cannot be shared evenly by {nodes} nodes")
-        return nodes
+        return spread(processes, self.nodes, self.gpus_per_node)

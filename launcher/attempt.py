@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 from launcher import process
@@ -21,7 +22,7 @@ from launcher.logs import last_words
 from launcher.state import RunState, StageState, StageWord
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
-from vqscale.files import read_json, write_json
+from vqscale.files import read_json, write_bytes, write_json
 
 Render = Callable[[RunLayout, str, int], StageCommand]
 """From a run (or one task of an array), a stage's name and the number of the attempt to the command that runs it.
@@ -31,6 +32,8 @@ It may refuse with a `UserError`: then the attempt has failed, and nothing was s
 _POLL_S = 0.1
 _STRAGGLER_S = 1.0
 """For processes that are left when their agent has ended."""
+_SEEN_S = 60.0
+"""Longest wait for a file that another machine says it has written."""
 
 
 @dataclass
@@ -106,6 +109,8 @@ class Attempts:
     def _execute(self, command: StageCommand) -> int:
         """Start the command, wait for its end or a request to stop, leave none of its processes behind."""
         command.log.parent.mkdir(parents=True, exist_ok=True)
+        if command.script:
+            write_bytes(Path(command.argv[-1]), command.script.encode())
         with command.log.open("ab") as log:
             agent = subprocess.Popen(
                 command.argv,
@@ -127,7 +132,7 @@ class Attempts:
 
     def _judged(self, stage: str, exit_code: int) -> tuple[StageWord, str]:
         """How the attempt ended, and why."""
-        if self._layout.done(stage).exists():
+        if self._is_done(stage, exit_code):
             return "done", ""
         saved = self._saved(stage)
         if self._request.came and not self._request.preempts:
@@ -135,6 +140,17 @@ class Attempts:
         if self._request.preempts or saved:
             return "preempted", f"preempted, {saved or 'not saved: it goes on from its last checkpoint'}"
         return "failed", self._reason(stage, exit_code)
+
+    def _is_done(self, stage: str, exit_code: int) -> bool:
+        """Whether the marker is there. Where the agent's end says so, it is waited for: another machine wrote it."""
+        marker = self._layout.done(stage)
+        limit = time.monotonic() + (_SEEN_S if exit_code == 0 else 0)
+        while not marker.exists():
+            if time.monotonic() > limit:
+                return False
+            os.listdir(marker.parent)  # NFS may remember that a name was missing, and asks anew for a listing
+            time.sleep(_POLL_S)
+        return True
 
     def _saved(self, stage: str) -> str:
         """What the stage says of its last save, if this attempt was asked to stop and could save."""

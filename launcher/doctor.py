@@ -28,15 +28,15 @@ from cluster.preflight.verdict import Verdict, expect
 from cluster.profile import Profile
 from launcher import registry
 from launcher.backends import slurm_queue
+from launcher.backends.base import SOURCE
 from launcher.backends.everywhere import Errand, run_everywhere
-from launcher.backends.local import SOURCE
 from vqscale.errors import UserError
 
 _HERE = "here"
 TOGETHER = (_HERE, ALL)
 """Where a verdict is not of a single node."""
 _LIMIT_S = 300
-_PROGRAMS = {"slurm": ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")}
+_PROGRAMS = {"ssh": ("ssh",), "slurm": ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")}
 """What a backend calls on this machine."""
 
 

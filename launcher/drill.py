@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import process
-from launcher.backends.base import STAGE_TAG
-from launcher.backends.local import SOURCE
+from launcher.backends.base import SOURCE, STAGE_TAG
 from launcher.state import RunState
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.profile import Profile
-from launcher.backends.base import Job, Place
-from launcher.backends.local import SOURCE
+from launcher.backends.base import SOURCE, Job, Place
 from vqscale.arguments import did_you_mean
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import STAGES, Recipe
@@ -50,19 +49,19 @@ def _place(recipe: Recipe, profile: Profile, stage: str) -> Place:
         raise UserError(
             f"asks for {asked} processes, profile {profile.name} allows {limit}", where=key, mend=f"use at most {limit}"
         )
-    if profile.slurm is None:
+    section = profile.nodes_of(stage)
+    if section is None:
         return Place(len(os.sched_getaffinity(0)))
-    slurm = profile.slurm.of(stage)
     try:
-        nodes = slurm.spread(asked)
+        nodes = section.spread(asked)
     except ValueError as error:
-        mend = "use a multiple, or set slurm.nodes in the profile"
+        mend = f"use a multiple, or other nodes in the profile's section `{profile.backend}`"
         raise UserError(f"{error} of profile {profile.name}", where=key, mend=mend) from None
-    each = asked // nodes
-    if resources.device != "cpu" and slurm.gpus_per_node and each > slurm.gpus_per_node:
+    each, gpus = asked // nodes, section.gpus_per_node
+    if resources.device != "cpu" and gpus and each > gpus:
         raise UserError(
-            f"{each} processes a node, but profile {profile.name} has {slurm.gpus_per_node} GPUs a node",
+            f"{each} processes a node, but profile {profile.name} has {gpus} GPUs a node",
             where=key,
-            mend=f"use at most {slurm.gpus_per_node * nodes}, or resources.device=cpu",
+            mend=f"use at most {gpus * nodes}, or resources.device=cpu",
         )
-    return Place(slurm.cpus_per_task, nodes)
+    return Place(section.cores_per_node, nodes)

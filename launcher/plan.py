@@ -116,9 +116,14 @@ def load_profile(on: str) -> Profile:
         UserError: no such profile, or a faulty file.
     """
     try:
-        return load_model(Profile, profile_path(on))
+        path = profile_path(on)
     except LookupError as error:
         raise UserError(f"no profile '{on}'", where="--on", mend=str(error)) from None
+    profile = load_model(Profile, path)
+    try:
+        return profile.resolved(path.parent)
+    except ValueError as error:
+        raise UserError(str(error), where=str(path)) from None
 
 
 def absolute_paths(recipe: Recipe) -> Recipe:

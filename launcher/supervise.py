@@ -18,8 +18,8 @@ from typing import TextIO
 
 from launcher import process
 from launcher.attempt import Attempts, Render, Request, say
+from launcher.backends import backend_for
 from launcher.backends.base import StageCommand
-from launcher.backends.local import LocalBackend
 from launcher.handover import check_handover
 from launcher.job import job_of
 from launcher.state import RunState, StageState, StageWord, tasks_left
@@ -114,7 +114,8 @@ def supervise(root: Path, render: Render | None = None) -> int:
 
 def _own_render(layout: RunLayout, stage: str, attempt: int) -> StageCommand:
     check_handover(layout, stage)
-    return LocalBackend().render(job_of(layout, (stage,)), {stage: attempt})[0]
+    job = job_of(layout, (stage,))
+    return backend_for(job.profile).render(job, {stage: attempt})[0]
 
 
 def _hold(lock: TextIO, layout: RunLayout) -> None:

@@ -66,6 +66,13 @@ def test_success_is_decided_by_the_marker(layout: RunLayout) -> None:
     assert (status.words, status.stages[0].step, status.stages[0].total) == ("done", 4, 4)
 
 
+def test_a_marker_of_another_machine_is_waited_for(layout: RunLayout) -> None:
+    """A file system that machines share shows a file later than the connection tells of the end."""
+    layout.stage("pack").mkdir(parents=True)
+    assert run(layout, "pack=late") == 0
+    assert words(layout) == ["done", "done", "done"]
+
+
 def test_failure_names_its_reason_and_stops(layout: RunLayout) -> None:
     assert run(layout, "pack=fail") == 1
     assert words(layout) == ["done", "failed", "waiting"]

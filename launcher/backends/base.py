@@ -15,6 +15,9 @@ from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
 from vqscale.config.resources import Resources
 
+SOURCE = Path(__file__).resolve().parents[2]
+"""Folder of the packages; the supervisor and the stages start in it."""
+
 STAGE_MODULES = {
     "generate": "pipelines.generate",
     "pack": "pipelines.pack",
@@ -179,6 +182,9 @@ class Backend(Protocol):
 
     def render(self, job: Job, attempts: Mapping[str, int] | None = None) -> tuple[StageCommand, ...]:
         """Commands of the job's stages; `attempts` gives the number of each stage's attempt (else 1)."""
+
+    def check(self, job: Job) -> None:
+        """Refuse, before anything is made, what cannot be started from here."""
 
     def submit(self, layout: RunLayout) -> Poll:
         """Start the prepared run; returns at once."""

@@ -18,7 +18,7 @@ from cluster.preflight.node import ENDPOINT, INDEX, NODE
 from cluster.profile import Profile
 from cluster.rendezvous import agent_environment, inherited
 from cluster.slurm import SlurmSettings
-from launcher.backends.local import SOURCE
+from launcher.backends.base import SOURCE
 from launcher.backends.slurm import FIND_EACH_OTHER
 from vqscale.errors import UserError
 

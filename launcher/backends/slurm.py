@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.rendezvous import agent_arguments
 from cluster.slurm import SlurmSettings
+from launcher.backends import containers
 from launcher.backends import slurm_queue as queue
 from launcher.backends.base import STAGE_MODULES, Job, Poll, StageCommand
 from launcher.backends.slurm_words import explain
@@ -77,6 +78,9 @@ class SlurmBackend:
             grace_s=job.profile.grace_s,
             script=script(job, stage, self._modules[stage]),
         )
+
+    def check(self, job: Job) -> None:
+        """Nothing: `sbatch` itself refuses what cannot be."""
 
     def submit(self, layout: RunLayout) -> Poll:
         """Write the scripts of all unfinished stages and submit them as a chain."""
@@ -215,13 +219,15 @@ def _watched(job: Job, slurm: SlurmSettings, stage: str, module: str) -> str:
         ),
         # An agent that was asked to stop ends with 1: that must not end the others, which may still be saving.
         ("--kill-on-bad-exit=0", f"--wait={profile.grace_s}", "--label"),
+        containers.srun_options(job, (variable.name for variable in job.variables(stage))),
         ("bash", "-c", Shell(_ON_EACH_NODE), "agent"),
-        (job.python, "-m", "torch.distributed.run", *agent[:6]),
+        containers.before_agent(job, slurm.gpus_per_node),
+        (containers.python(job), "-m", "torch.distributed.run", *agent[:6]),
         agent[6:12],
         agent[12:],
         ("--redirects", "3", "-m", "--", module, "--run", str(job.run)),
     ]
-    return " \\\n    ".join(" ".join(map(_quoted, line)) for line in lines)
+    return " \\\n    ".join(" ".join(map(_quoted, line)) for line in lines if line)
 
 
 def _quoted(word: str) -> str:

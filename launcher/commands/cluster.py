@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.devslurm import GPUS, DevSlurm, prepare
 from launcher import process, registry
-from launcher.backends.local import SOURCE
+from launcher.backends.base import SOURCE
 from launcher.keeper import TAG
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_json

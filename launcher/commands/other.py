@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from launcher.backends.local import SOURCE
+from launcher.backends.base import SOURCE
 from launcher.registry import resolve
 
 

@@ -40,9 +40,12 @@ def submit(arguments: argparse.Namespace) -> int:
         other = "--json" if arguments.json else "--prepare-only"
         raise UserError(f"--follow and {other} exclude each other", where="vqscale submit", mend="leave one out")
     made = _plan(arguments)
+    backend = backend_for(made.job.profile)
+    if not arguments.prepare_only:
+        backend.check(made.job)
     layout = create(made)
     if not arguments.prepare_only:
-        backend_for(made.job.profile).submit(layout)
+        backend.submit(layout)
     _announce(made, layout, arguments)
     return follow_or_detach(layout) if arguments.follow else 0
 

@@ -1,20 +1,57 @@
 """The real supervisor over fake stages: `python -m tests.fake_stages.supervisor RUN STAGE=ACT ...`.
 
-A task of an array is `STAGE.TASK`. The act `ranks` starts `tests.fake_stages.ranked` under torch's elastic agent.
+A task of an array is `STAGE.TASK`. The act `ranks` starts `tests.fake_stages.ranked` under torch's elastic agent,
+the act `hosts` `tests.fake_stages.hosted` on each host of the run's profile, the acts `pods:...`
+`tests.fake_stages.podded` in each of its pods.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.backends.base import STAGE_TAG, StageCommand, Variable, task_variables
-from launcher.backends.local import LocalBackend
+from launcher.backends import backend_for
+from launcher.backends.base import STAGE_TAG, Job, StageCommand, Variable, task_variables
+from launcher.backends.kubernetes import KubernetesBackend
+from launcher.backends.ssh import SshBackend
 from launcher.job import job_of
 from launcher.supervise import supervise
 from vqscale.config.layout import RunLayout
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+class Hosted(SshBackend):
+    """Without torch, which takes its time."""
+
+    def agent(
+        self, job: Job, stage: str, attempt: int, rendezvous: Sequence[str], python: str, tee: bool = False
+    ) -> tuple[str, ...]:
+        return (python, "-m", "tests.fake_stages.hosted", str(job.run), stage)
+
+
+class Podded(KubernetesBackend):
+    """The same for pods."""
+
+    def __init__(self, act: str) -> None:
+        super().__init__()
+        self._act = act
+
+    def agent(
+        self, job: Job, stage: str, attempt: int, rendezvous: Sequence[str], python: str, tee: bool = False
+    ) -> tuple[str, ...]:
+        return (python, "-m", "tests.fake_stages.podded", str(job.run), stage, self._act)
+
+
+def real_command(layout: RunLayout, stage: str, attempt: int, act: str) -> StageCommand:
+    job = job_of(layout, (stage,))
+    if act == "hosts":
+        return Hosted().stage_command(job, stage, attempt)
+    if act.startswith("pods:"):
+        return Podded(act.partition(":")[2]).stage_command(job, stage, attempt)
+    backend = type(backend_for(job.profile))({stage: "tests.fake_stages.ranked"})
+    return backend.render(job, {stage: attempt})[0]
 
 
 def fake_command(layout: RunLayout, stage: str, attempt: int, act: str) -> StageCommand:
@@ -32,11 +69,9 @@ def main() -> int:
     acts = dict(text.split("=") for text in sys.argv[2:])
 
     def render(layout: RunLayout, stage: str, attempt: int) -> StageCommand:
-        if acts.get(stage) == "ranks":
-            backend = LocalBackend({stage: "tests.fake_stages.ranked"})
-            return backend.render(job_of(layout, (stage,)), {stage: attempt})[0]
-        name = stage if layout.task is None else f"{stage}.{layout.task}"
-        return fake_command(layout, stage, attempt, acts.get(name, "done"))
+        act = acts.get(stage if layout.task is None else f"{stage}.{layout.task}", "done")
+        make = real_command if act in ("ranks", "hosts") or act.startswith("pods:") else fake_command
+        return make(layout, stage, attempt, act)
 
     return supervise(run, render)
 

@@ -13,6 +13,8 @@ RUN/
   stages/STAGE/failure.json   why the stage's processes gave up, in one line
   stages/STAGE/preempted.json the step that was saved when the stage was asked to stop
   stages/STAGE/job.sh         the batch script (backend slurm)
+  stages/STAGE/hosts.json     what is sent to each host (backend ssh)
+  stages/STAGE/manifest.yaml  the object that is made for the stage (backend kubernetes)
   stages/STAGE/requeues.json  when a job put itself back into the queue, and at which step (backend slurm)
   stages/STAGE/trace.json     a trace that somebody asked for and that is not written yet
   stages/STAGE/traces/        traces of some steps, and tables of what takes their time
@@ -139,6 +141,14 @@ class RunLayout:
     def script(self, stage: str) -> Path:
         """The batch script of a stage."""
         return self.stage(stage) / "job.sh"
+
+    def hosts(self, stage: str) -> Path:
+        """What is sent to each host of a stage."""
+        return self.stage(stage) / "hosts.json"
+
+    def manifest(self, stage: str) -> Path:
+        """The object of Kubernetes that is made for a stage."""
+        return self.stage(stage) / "manifest.yaml"
 
     def requeues(self, stage: str) -> Path:
         """When the stage's job put itself back into the queue, and at which step."""
