@@ -164,6 +164,7 @@ def _add_other(add: Add) -> None:
     )
     cluster.add_argument("action", choices=("up", "down", "status"), help="start it, end it, show how it stands")
     cluster.add_argument("--nodes", type=int, default=3, metavar="N", help="nodes to start (default: 3)")
+    cluster.add_argument("--hosts", action="store_true", help="nodes with addresses of their own (root only)")
     cluster.add_argument("--dir", metavar="DIR", help="folder of all its files (default: in $VQSCALE_HOME)")
     cluster.add_argument("--conf", action="store_true", help="print the path of slurm.conf alone (status)")
     data = add(
