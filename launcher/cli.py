@@ -233,6 +233,16 @@ def _recipe(parser: OneLineParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a recipe that comes with vqscale")
     parser.add_argument("--on", default="local", metavar="PROFILE", help="machine to run on (default: local)")
     parser.add_argument("--stages", metavar="A,B", help="only these stages")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="key=a,b",
+        help="a run for each value; given again, for each combination",
+    )
+    parser.add_argument(
+        "--at-most", type=int, metavar="N", help="runs of a sweep at the same time (default: all in a queue, else 1)"
+    )
     _directory(parser)
     _overrides(parser)
 
