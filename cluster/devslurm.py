@@ -2,6 +2,7 @@
 
 Several slurmd share the machine, each under a node name and a port of its own, with GPUs that are only device files.
 All is below one directory; nothing under /etc is read or written. Debian's build of Slurm can do this (`slurmd -N`).
+With a network of their own (`cluster.netns`; root only) the nodes are hosts with addresses, cables and process ids.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster import netns
+from cluster.netns import Hosts
 from vqscale.errors import UserError
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "sinfo", "scancel", "scontrol")
@@ -35,14 +38,14 @@ _HEAD = "# Written by `vqscale cluster up`."
 _CONF = """\
 {head}
 ClusterName=devslurm
-SlurmctldHost=localhost(127.0.0.1)
+SlurmctldHost=localhost({here})
 SlurmctldPort={controller}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 # A job that is requeued waits for as long as a credential lives: seconds here, two minutes by default.
 AuthInfo=socket={root}/run/munge.sock,cred_expire=5
-CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+CommunicationParameters={listen}
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool/%n
 SlurmctldPidFile={root}/run/slurmctld.pid
@@ -67,7 +70,7 @@ SlurmdParameters=config_overrides
 EnforcePartLimits=ALL
 PartitionName=main Nodes=ALL MaxNodes={most} Default=YES MaxTime=INFINITE State=UP
 """
-_NODE = "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=64000 Gres=gpu:{gpus}"
+_NODE = "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=8 RealMemory=64000 Gres=gpu:{gpus}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,13 @@ class DevSlurm:
 
     root: Path
     nodes: int
+    network: int = 0
+    """Number of the nodes' own network; 0 where they are names and ports on this machine."""
+
+    @property
+    def hosts(self) -> Hosts | None:
+        """The nodes' own network, if they have one."""
+        return Hosts(self.network, self.nodes, self.root / "etc/hosts") if self.network else None
 
     @property
     def conf(self) -> Path:
@@ -106,8 +116,12 @@ class DevSlurm:
 
     def daemons(self) -> tuple[tuple[str, ...], ...]:
         """Commands of the controller and of the nodes, in the foreground."""
-        nodes = ((program("slurmd"), "-D", "-N", name) for name in self.names)
-        return ((program("slurmctld"), "-D", "-c"), *nodes)
+        return ((program("slurmctld"), "-D", "-c"), *(self.node(name) for name in self.names))
+
+    def node(self, name: str) -> tuple[str, ...]:
+        """Command of one node's daemon."""
+        command = (program("slurmd"), "-D", "-N", name)
+        return self.hosts.on(name, command) if self.hosts else command
 
     def environment(self) -> dict[str, str]:
         """The shell's, pointing at this Slurm; options of another one are left out."""
@@ -172,16 +186,23 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
 
 
-def prepare(root: Path, nodes: int) -> DevSlurm:
+def prepare(root: Path, nodes: int, hosts: bool = False) -> DevSlurm:
     """Make the directory and all files of a new Slurm; those of an earlier one are replaced.
 
+    Args:
+        root: directory for all of it.
+        nodes: number of nodes.
+        hosts: whether they are on a network of their own, which is chosen here and made by the keeper.
+
     Raises:
-        UserError: programs are missing, or the directory cannot be used.
+        UserError: programs or rights are missing, or the directory cannot be used.
     """
     lacking = missing()
     if lacking:
         raise UserError(f"{', '.join(lacking)} not installed", where="vqscale cluster up", mend=INSTALL)
-    made = DevSlurm(root, nodes)
+    if hosts and netns.missing():
+        raise UserError(netns.missing(), where="vqscale cluster up --hosts", mend="leave --hosts out")
+    made = DevSlurm(root, nodes, netns.free_number() if hosts else 0)
     _check_directory(made)
     for name in _FOLDERS:
         shutil.rmtree(root / name, ignore_errors=True)
@@ -222,13 +243,21 @@ def _make_devices(folder: Path) -> str:
 
 def _write_settings(made: DevSlurm, devices: str) -> None:
     controller, *ports = _free_ports(1 + made.nodes)
-    nodes = (_NODE.format(name=name, port=port, gpus=GPUS) for name, port in zip(made.names, ports, strict=True))
+    hosts = made.hosts
+    each = (
+        {"name": name, "port": port, "gpus": GPUS, "host": name if hosts else "localhost"}
+        | {"address": hosts.address(name) if hosts else "127.0.0.1"}
+        for name, port in zip(made.names, ports, strict=True)
+    )
     text = _CONF.format(
         head=_HEAD,
+        here=hosts.here if hosts else "127.0.0.1",
+        # The controller of a network of its own has to be heard there; its name leads to loopback.
+        listen="NoInAddrAny" if hosts else "NoInAddrAny,NoCtldInAddrAny",
         controller=controller,
         user=getpass.getuser(),
         root=made.root,
-        nodes="\n".join(nodes),
+        nodes="\n".join(_NODE.format(**facts) for facts in each),
         most=made.nodes,
     )
     files = {

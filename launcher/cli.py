@@ -165,6 +165,7 @@ def _add_other(add: Add) -> None:
     )
     cluster.add_argument("action", choices=("up", "down", "status"), help="start it, end it, show how it stands")
     cluster.add_argument("--nodes", type=int, default=3, metavar="N", help="nodes to start (default: 3)")
+    cluster.add_argument("--hosts", action="store_true", help="nodes with addresses of their own (root only)")
     cluster.add_argument("--dir", metavar="DIR", help="folder of all its files (default: in $VQSCALE_HOME)")
     cluster.add_argument("--conf", action="store_true", help="print the path of slurm.conf alone (status)")
     data = add(
@@ -240,6 +241,16 @@ def _recipe(parser: OneLineParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a recipe that comes with vqscale")
     parser.add_argument("--on", default="local", metavar="PROFILE", help="machine to run on (default: local)")
     parser.add_argument("--stages", metavar="A,B", help="only these stages")
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="key=a,b",
+        help="a run for each value; given again, for each combination",
+    )
+    parser.add_argument(
+        "--at-most", type=int, metavar="N", help="runs of a sweep at the same time (default: all in a queue, else 1)"
+    )
     _directory(parser)
     _overrides(parser)
 

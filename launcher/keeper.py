@@ -1,7 +1,8 @@
-"""Owns the daemons of the throw-away Slurm, so that none outlives it: `python -m launcher.keeper DIR NODES`.
+"""Owns the daemons of the throw-away Slurm, so that none outlives it: `python -m launcher.keeper DIR NODES [NETWORK]`.
 
 It stays in the background until it gets TERM, or until one of the daemons ends; then it cancels all jobs, stops the
-daemons and reaps what they leave.
+daemons and reaps what they leave. Where the nodes are hosts with a network of their own, it makes and removes that too,
+and a host may be lost.
 """
 
 from __future__ import annotations
@@ -46,11 +47,14 @@ class Keeper:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._ask)
         try:
+            if self._made.hosts:
+                self._made.hosts.make()
             self._start(self._made.munged())
             if self._wait_for_munge():
                 for command in self._made.daemons():
                     self._start(command)
-            while not self._asked and all(daemon.poll() is None for daemon in self._daemons):
+            needed = self._daemons[:2] if self._made.hosts else self._daemons
+            while not self._asked and all(daemon.poll() is None for daemon in needed):
                 _reap_strangers(self._daemons)
                 time.sleep(_POLL_S)
         finally:
@@ -82,10 +86,15 @@ class Keeper:
         if self._made.states():
             self._made.drain()
         munged, others = self._daemons[:1], self._daemons[1:]
+        if self._made.hosts:  # the first process of a host is deaf to TERM
+            for host in others[1:]:
+                host.kill()
         _end(others)
         _end(munged)  # last: the others sign their farewells
         process.end_tagged(TAG, str(self._made.root), grace_s=1)
         process.reap_orphans()
+        if self._made.hosts:
+            self._made.hosts.end()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
@@ -114,8 +123,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.keeper", description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("nodes", type=int)
+    parser.add_argument("network", type=int, nargs="?", default=0)
     arguments = parser.parse_args()
-    return Keeper(DevSlurm(arguments.directory, arguments.nodes)).run()
+    return Keeper(DevSlurm(arguments.directory, arguments.nodes, arguments.network)).run()
 
 
 if __name__ == "__main__":

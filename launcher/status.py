@@ -20,6 +20,7 @@ from launcher import process
 from launcher.backends import backend_for
 from launcher.backends.base import STAGE_TAG, Poll
 from launcher.state import ENDED, RunState, StageState
+from launcher.sweep import turn
 from vqscale.checkpoint import folder
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
@@ -202,7 +203,7 @@ def _never_began(layout: RunLayout, run: str, state: RunState, poll: Poll) -> st
     if any(stage.attempt for stage in state.stages.values()):
         return f"but its {poll.who} is gone: vqscale requeue {run}"
     if not poll.begun:
-        return f"prepared only: vqscale requeue {run} starts it"
+        return turn(layout) or f"prepared only: vqscale requeue {run} starts it"
     return f"but its {poll.who} is gone before the first stage: see {layout.log}"
 
 

@@ -152,8 +152,8 @@ def test_a_preempted_job_goes_on_by_itself(conf: Path, home: Path, monkeypatch: 
     until(layout.faults("tokenizer").exists, layout)
     subprocess.run(["scancel", "--batch", "--signal=USR2", job], check=True)
     until(lambda: RunState.read(layout).stages["tokenizer"].attempt == 2, layout)
-    (step,) = read_json(layout.requeues("tokenizer"))["steps"]
-    assert 5 < step < STEPS
+    (once,) = read_json(layout.requeues("tokenizer"))["tries"]
+    assert 5 < once["step"] < STEPS
     until(layout.done("tokenizer").exists, layout)
     until(lambda: job not in queue(), layout)
     assert read_status(layout).words == "done"

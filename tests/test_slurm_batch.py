@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -397,6 +400,44 @@ def test_one_question_serves_all_runs(layout: RunLayout, fakes: Path, capsys: py
     stand_in(fakes, "squeue", 'echo asked >> "$(dirname "$0")/questions"; echo "10|RUNNING|x|None"')
     assert main(["ls"]) == 0
     assert (fakes / "questions").read_text() == "asked\n"
+
+
+def test_a_hundred_jobs_cost_a_question_every_few_seconds(
+    layout: RunLayout, fakes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A display of a hundred runs, redrawn twice a second for ten seconds, on a clock of the test's own."""
+    names = [f"many-{number}" for number in range(100)]
+    rows = "".join(f"{100 + n}|RUNNING|vqscale-{name}-generate|None\n" for n, name in enumerate(names))
+    stand_in(fakes, "squeue", f'echo asked >> "$(dirname "$0")/questions"; cat <<END\n{rows}END')
+    runs = []
+    for number, name in enumerate(names):
+        root = layout.root.with_name(name)
+        shutil.copytree(layout.root, root)
+        write_json(root / "slurm.json", {"jobs": {"generate": str(100 + number)}, "cancelled": False})
+        runs.append(RunLayout(root))
+    clock = itertools.count(1000.0, 0.5)
+    now = next(clock)
+    monkeypatch.setattr(slurm_queue.time, "monotonic", lambda: now)
+    for _ in range(20):
+        now = next(clock)
+        assert all(SlurmBackend().poll(run).alive for run in runs)
+    assert 3 <= len((fakes / "questions").read_text().splitlines()) <= 4
+
+
+def test_submit_returns_at_once(layout: RunLayout, fakes: Path) -> None:
+    """Seven jobs, with a queue that answers at once. The processors' time is judged: this machine may be loaded."""
+    stand_in(fakes, "sbatch", 'cd "$(dirname "$0")"; echo x >> sent; wc -l < sent')
+    queued(fakes)
+    took = []
+    for number in range(3):
+        command = [sys.executable, "-m", "launcher", "submit", str(layout.recipe), "--on", "devslurm"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        where = str(layout.root.with_name(f"quick-{number}"))
+        subprocess.run([*command, "--run", where], cwd=ROOT, check=True, capture_output=True, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert len((fakes / "sent").read_text().splitlines()) == 21
+    assert min(took) < 1.0, took
 
 
 def test_without_slurm_there_is_one_clear_line(

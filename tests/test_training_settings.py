@@ -241,6 +241,22 @@ def test_evaluation_and_pictures_change_nothing(alone: Ranks, run: Path, codes: 
         assert recorder.shown == shown
 
 
+def test_validation_gives_a_sign_of_life_with_each_batch(alone: Ranks, run: Path, codes: Path, tmp_path: Path) -> None:
+    for number, made in enumerate(
+        (
+            tokenizer(alone, run, evaluate__batch=5),
+            prior_experiment(alone, codes, tiny_recipe(evaluate={"batch": 5})),
+        )
+    ):
+        made.run(tmp_path / str(number))  # sets the codebooks, and the loop's own watchdog
+        assert made.task.alive is not None
+        signs: list[int] = []
+        made.task.alive = lambda: signs.append(1)  # noqa: B023
+        batches = len(list(made.task._held_out()))  # type: ignore[attr-defined]
+        made.task.validate()
+        assert len(signs) == batches > 1
+
+
 def test_validation_is_that_of_the_held_out_images(alone: Ranks, run: Path, tmp_path: Path) -> None:
     """A mean over images: a mean of the batches' means would give the images of the short last one too much weight."""
     from vqscale.evaluation.metrics import mse, psnr

@@ -88,6 +88,20 @@ def test_signs_of_life_keep_the_watchdog_quiet(tmp_path: Path) -> None:
     assert not (tmp_path / "hang").exists()
 
 
+def test_a_sign_in_the_midst_of_something_keeps_what_it_was(tmp_path: Path) -> None:
+    """As the batches of a validation give one each; what then hangs is still the validation."""
+    ended = threading.Event()
+    with Watchdog(tmp_path, 0, limit_s=2, end=ended.set) as watchdog:
+        watchdog.beat("own part", 1)
+        watchdog.beat("validation", 2)
+        for _ in range(15):
+            assert not ended.wait(0.2)
+            watchdog.alive()
+        assert ended.wait(30)
+    note = json.loads((tmp_path / "hang/rank-00000.json").read_text())
+    assert (note["doing"], note["step"]) == ("validation", 2)
+
+
 @pytest.mark.parametrize(
     ("ranks", "said"),
     [

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from cluster.profile import Profile
 from cluster.rendezvous import Variable, agent_environment, inherited, thread_environment
@@ -194,3 +194,11 @@ class Backend(Protocol):
 
     def cancel(self, layout: RunLayout) -> None:
         """Stop the run and wait until none of its processes is left."""
+
+
+@runtime_checkable
+class Queue(Protocol):
+    """A backend that keeps runs waiting by itself, so that nobody has to stay to start them."""
+
+    def submit_after(self, layout: RunLayout, earlier: RunLayout | None) -> Poll:
+        """Submit a prepared run that starts when another one has ended, however it did; None starts it at once."""

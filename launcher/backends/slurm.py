@@ -84,6 +84,10 @@ class SlurmBackend:
 
     def submit(self, layout: RunLayout) -> Poll:
         """Write the scripts of all unfinished stages and submit them as a chain."""
+        return self.submit_after(layout, None)
+
+    def submit_after(self, layout: RunLayout, earlier: RunLayout | None) -> Poll:
+        """As `submit`, and the chain begins when the last job of another one has ended."""
         now = self.poll(layout)
         if now.alive:
             raise UserError("is running already", where=layout.root.name, mend="vqscale cancel ends it")
@@ -99,6 +103,8 @@ class SlurmBackend:
                 write_bytes(layout.script(command.stage), command.script.encode())
                 argv = [word.format(**submitted) if "{" in word else word for word in command.argv[:-1]]
                 argv += _only_those_left(job, layout, command.stage)
+                if earlier and not submitted:
+                    argv.append(f"--dependency=afterany:{list(_jobs(earlier).values())[-1]}")
                 environment = command.environment()
                 number = queue.submit([*argv, command.argv[-1]], command.directory, environment)
                 submitted[command.stage] = number

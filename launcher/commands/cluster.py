@@ -39,9 +39,10 @@ def _up(arguments: argparse.Namespace) -> int:
         raise UserError("is up already", where=str(known.root), mend="vqscale cluster down ends it")
     folder = Path(arguments.dir or registry.home() / "devslurm").expanduser().resolve()
     _clear(folder)
-    made = prepare(folder, arguments.nodes)
+    made = prepare(folder, arguments.nodes, arguments.hosts)
     keeper = _start_keeper(made)
-    write_json(_record(), {"dir": str(folder), "nodes": made.nodes, "keeper": process.identity(keeper.pid)})
+    facts = {"dir": str(folder), "nodes": made.nodes, "network": made.network}
+    write_json(_record(), {**facts, "keeper": process.identity(keeper.pid)})
     _wait_until_ready(made, keeper)
     print(f"{made.nodes} nodes with {GPUS} fake GPUs each, below {folder}")
     _advise(made)
@@ -53,9 +54,12 @@ def _down(arguments: argparse.Namespace) -> int:
     if record is None:
         print("no cluster is up")
         return 0
-    folder = Path(record["dir"])
+    made = _recorded(record)
+    folder = made.root
     _stop(record["keeper"], folder)
     _clear(folder)
+    if made.hosts:
+        made.hosts.end()  # what a keeper that was killed has left
     _record().unlink(missing_ok=True)
     print(f"ended; its logs are in {folder / 'log'}")
     return 0
@@ -88,13 +92,17 @@ def _known() -> DevSlurm | None:
     record = read_json(_record())
     if record is None or not process.is_alive(record["keeper"]):
         return None
-    return DevSlurm(Path(record["dir"]), int(record["nodes"]))
+    return _recorded(record)
+
+
+def _recorded(record: Mapping[str, Any]) -> DevSlurm:
+    return DevSlurm(Path(record["dir"]), int(record["nodes"]), int(record.get("network", 0)))
 
 
 def _start_keeper(made: DevSlurm) -> subprocess.Popen[bytes]:
     with (made.root / "log/keeper.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "launcher.keeper", str(made.root), str(made.nodes)],
+            [sys.executable, "-m", "launcher.keeper", str(made.root), str(made.nodes), str(made.network)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -8,10 +8,12 @@ import json
 from cluster.profile import Profile
 from launcher.backends import Backend, backend_for
 from launcher.commands.start import follow_or_detach
+from launcher.commands.sweep import cancel as cancel_sweep
 from launcher.plan import select_stages
 from launcher.registry import resolve
 from launcher.state import ENDED, RunState, StageState
 from launcher.status import read_status
+from launcher.sweep import find as find_sweep
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import TRAINED
 from vqscale.errors import UserError
@@ -19,7 +21,10 @@ from vqscale.files import read_json, write_json
 
 
 def cancel(arguments: argparse.Namespace) -> int:
-    """Stop a run and wait until nothing of it is left."""
+    """Stop a run, or all runs of a sweep, and wait until nothing of it is left."""
+    found = find_sweep(arguments.run)
+    if found:
+        return cancel_sweep(*found, arguments.json)
     layout = resolve(arguments.run)
     before = read_status(layout)
     if before.state in ENDED and not before.alive:

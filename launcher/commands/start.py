@@ -10,6 +10,7 @@ import sys
 from types import FrameType
 
 from launcher.backends import backend_for
+from launcher.commands import sweep
 from launcher.plan import Plan, make_plan
 from launcher.registry import choose_directory
 from launcher.report import print_report
@@ -26,6 +27,9 @@ EXIT_INTERRUPTED = 130
 
 def plan(arguments: argparse.Namespace) -> int:
     """Print what `submit` with the same arguments would run."""
+    if arguments.sweep:
+        return sweep.plan(arguments)
+    _refuse_at_most(arguments)
     made = _plan(arguments)
     print(
         json.dumps(made.facts(), indent=2) if arguments.json else made.text(),
@@ -36,6 +40,9 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def submit(arguments: argparse.Namespace) -> int:
     """Make the run directory and start the run."""
+    if arguments.sweep:
+        return sweep.submit(arguments)
+    _refuse_at_most(arguments)
     if arguments.follow and (arguments.json or arguments.prepare_only):
         other = "--json" if arguments.json else "--prepare-only"
         raise UserError(f"--follow and {other} exclude each other", where="vqscale submit", mend="leave one out")
@@ -78,6 +85,11 @@ def follow_or_detach(layout: RunLayout) -> int:
         print(f"\n{run} goes on; vqscale status {run} --watch shows it, vqscale cancel {run} ends it")
         return 0
     return _conclude(layout, status)
+
+
+def _refuse_at_most(arguments: argparse.Namespace) -> None:
+    if arguments.at_most is not None:
+        raise UserError("is for sweeps", where="--at-most", mend="add --sweep key=a,b,c")
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:

@@ -67,6 +67,7 @@ class Loop:
         self._engine, self._ranks = task.engine, task.engine.ranks
         self._checkpoints, self._watch, self._vigil, self._tracker = checkpoints, watch, vigil, tracker
         self._tracer, self._steps = tracer, Steps(task)
+        task.alive = vigil.alive
 
     def run(self, start: int) -> dict[str, float]:
         """Train behind `start` finished steps; returns the last validation's figures.

@@ -66,7 +66,7 @@ class PriorTask(Task):
         sums = torch.zeros(1 + len(self._levels), dtype=torch.float64)
         count = 0
         with self.engine.evaluated() as network:
-            for fields in self._held_out():
+            for fields in self.watched(self._held_out()):
                 losses = self._nats(network, fields, self._classes(fields))
                 size = len(fields["label"])
                 sums += size * torch.stack([value.double().cpu() for value in losses.values()])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from vqscale.training.pieces import Piece
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
 
+Batch = TypeVar("Batch")
+
 
 class Task(ABC):
     """What differs between stages. Every method runs on every rank and may use collectives."""
@@ -19,6 +22,16 @@ class Task(ABC):
     engine: Engine
     parts: Mapping[str, int] = {}
     """What a sample consists of, if speed is counted in that too: name and number, such as `codes`."""
+
+    alive: Callable[[], None] | None = None
+    """A sign of life, if somebody watches for them; the loop sets it."""
+
+    def watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same held-out batches, a sign of life with each: all of them may take longer than a silence may last."""
+        for batch in batches:
+            if self.alive:
+                self.alive()
+            yield batch
 
     def before_step(self, batch: DeviceBatch) -> None:
         """Called before each step's forwards, with all of this rank's samples."""

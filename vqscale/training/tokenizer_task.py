@@ -142,7 +142,7 @@ class TokenizerTask(Task):
         names = ["mse", "psnr", *(["lpips"] if self._perceptual else [])]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)
         with self._judged() as network:
-            for images in self._held_out():
+            for images in self.watched(self._held_out()):
                 measured = self._measure(network, from_uint8(images, self.engine.ranks.device))
                 sums += torch.stack([*(values.sum() for values in measured), torch.tensor(len(images)).double()])
         *values, count = self.engine.ranks.sum(sums.to(self.engine.ranks.device)).tolist()

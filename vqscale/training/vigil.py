@@ -52,6 +52,10 @@ class Vigil:
         """A sign of life outside of a step's own part, such as `validation`."""
         self._watchdog.beat(what, step)
 
+    def alive(self) -> None:
+        """A sign of life in the midst of what was begun."""
+        self._watchdog.alive()
+
     def too_slow(self, save_s: float) -> str:
         """A warning, once, when a save takes more than half of the time between a request to stop and the end."""
         if self._warned or not self.lead_s or 2 * save_s <= self.lead_s:

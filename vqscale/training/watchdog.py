@@ -66,6 +66,10 @@ class Watchdog:
             self._patience = 1 if step > self._first else _START
         self._last = (time.monotonic(), doing, step)
 
+    def alive(self) -> None:
+        """A sign of life in the midst of what was begun last."""
+        self._last = (time.monotonic(), *self._last[1:])
+
     def _look(self) -> None:
         while not self._over.wait(_LOOK_S):
             silent = time.monotonic() - self._last[0]

@@ -1,0 +1,110 @@
+"""Starts and stops the runs of a sweep.
+
+A queue takes all of them at once and lets each wait for an earlier one. Elsewhere `python -m launcher.sweeper SWEEP`
+stays in the background and starts the next one whenever one is over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from cluster.profile import Profile
+from launcher import process
+from launcher.backends import Backend, backend_for
+from launcher.backends.base import Queue
+from launcher.backends.local import SOURCE
+from launcher.status import read_status
+from launcher.sweep import Sweep
+from vqscale.config.layout import RunLayout
+from vqscale.errors import UserError
+from vqscale.files import read_json
+
+_POLL_S = 1.0
+
+
+def start(folder: Path, sweep: Sweep) -> None:
+    """Start the runs of a sweep that lie prepared below a folder; returns at once."""
+    layouts = sweep.layouts(folder)
+    backend = _backend(layouts[0])
+    if isinstance(backend, Queue):
+        try:
+            for number, layout in enumerate(layouts):
+                backend.submit_after(layout, layouts[number - sweep.at_most] if number >= sweep.at_most else None)
+        except BaseException:
+            _cancel_all(layouts)
+            raise
+        return
+    with (folder / "sweep.log").open("ab") as log:
+        runner = subprocess.Popen(
+            [sys.executable, "-m", "launcher.sweeper", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=SOURCE,
+            start_new_session=True,
+        )
+    sweep.runner = process.identity(runner.pid)
+    sweep.write(folder)
+
+
+def cancel(folder: Path, sweep: Sweep) -> list[str]:
+    """Stop all runs of a sweep, those that have not begun too; returns the ids of those that were stopped."""
+    sweep.cancelled = True
+    sweep.write(folder)
+    return _cancel_all(reversed(sweep.layouts(folder)))
+
+
+def _cancel_all(layouts: Iterable[RunLayout]) -> list[str]:
+    stopped = []
+    for layout in layouts:
+        status = read_status(layout, depth="none")
+        if status.alive or status.state in ("waiting", "running"):
+            _backend(layout).cancel(layout)
+            stopped.append(status.id)
+    return stopped
+
+
+def run(folder: Path) -> int:
+    """Start the runs one after the other, as many at a time as the sweep says; those that others started are left."""
+    sweep = _read(folder)
+    layouts = sweep.layouts(folder)
+    waiting, running = list(layouts), list[RunLayout]()
+    while waiting or running:
+        sweep = _read(folder)
+        running = [layout for layout in running if not read_status(layout, depth="none").over]
+        if sweep.cancelled:
+            return 1
+        while waiting and len(running) < sweep.at_most:
+            layout = waiting.pop(0)
+            if read_status(layout, depth="none").state == "waiting":
+                _backend(layout).submit(layout)
+                running.append(layout)
+        time.sleep(_POLL_S)
+    return 0 if all(read_status(layout, depth="none").state == "done" for layout in layouts) else 1
+
+
+def _read(folder: Path) -> Sweep:
+    sweep = Sweep.read(folder)
+    if sweep is None:
+        raise UserError("holds no sweep", where=str(folder))
+    return sweep
+
+
+def _backend(layout: RunLayout) -> Backend:
+    return backend_for(Profile.model_validate(read_json(layout.info)["profile"]))
+
+
+def main() -> int:
+    """Entry of `python -m launcher.sweeper`."""
+    parser = argparse.ArgumentParser(prog="python -m launcher.sweeper", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    return run(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
