@@ -196,6 +196,16 @@ def _add_other(add: Add) -> None:
     drill.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (default: 0)")
     _overrides(drill)
     _json(drill)
+    export = add(
+        "export",
+        "other:export",
+        "write a run's models as safetensors, with a config and a model card",
+        "vqscale export latest exported",
+    )
+    _run(export)
+    export.add_argument("place", metavar="DIR", help="folder or URL to write into")
+    export.add_argument("--force", action="store_true", help="replace an exported model that is there")
+    _json(export)
     bench = add(
         "bench",
         "other:bench",

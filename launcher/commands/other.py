@@ -1,4 +1,4 @@
-"""Commands beside runs: data, codes, bench, schema."""
+"""Commands beside runs: data, codes, export, bench, schema."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from launcher.backends.local import SOURCE
+from launcher.registry import resolve
 
 
 def data(arguments: argparse.Namespace) -> int:
@@ -20,6 +21,12 @@ def data(arguments: argparse.Namespace) -> int:
 def codes(arguments: argparse.Namespace) -> int:
     """Hand over to `pipelines.codes`."""
     _hand_over("pipelines.codes", arguments.arguments)
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Hand over to `pipelines.export`, with the run's directory in the place of its id."""
+    words = [arguments.place, *(f"--{name}" for name in ("force", "json") if getattr(arguments, name))]
+    _hand_over("pipelines.export", [str(resolve(arguments.run).root), *words])
 
 
 def bench(arguments: argparse.Namespace) -> int:
