@@ -44,7 +44,7 @@ def build_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     return parser, made
 
 
-_READ_ELSEWHERE = ("data", "codes", "sample", "bench", "checkpoints")
+_READ_ELSEWHERE = ("data", "codes", "sample", "export", "bench", "checkpoints")
 """Commands whose options, --help included, are read by what stands behind them."""
 
 Add = Callable[[str, str, str, str], OneLineParser]
@@ -205,6 +205,13 @@ def _add_other(add: Add) -> None:
     drill.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (default: 0)")
     _overrides(drill)
     _json(drill)
+    export = add(
+        "export",
+        "other:export",
+        "write a run's models as safetensors, with a config and a model card (vqscale export --help)",
+        "vqscale export latest exported",
+    )
+    export.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     bench = add(
         "bench",
         "other:bench",

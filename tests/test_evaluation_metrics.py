@@ -13,12 +13,15 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
+from tests.ranks import run_ranks
 from vqscale.errors import UserError
 from vqscale.evaluation.codebook import entropy_bits, report_codebook
 from vqscale.evaluation.distributions import FrechetDistance, InceptionScore, precision_recall
 from vqscale.evaluation.features import load_features
+from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Shown
 from vqscale.evaluation.metrics import l1, mse, psnr, ssim
 from vqscale.evaluation.surgery import PositionCounts, dissect
+from vqscale.training.distributed import process_group
 
 CPU = torch.device("cpu")
 
@@ -189,3 +192,47 @@ def test_surgery_adds_up_and_finds_what_was_planted() -> None:
     assert math.isclose(cut.gap_uniform, 8.0 - cut.mutual_information)
     with pytest.raises(ValueError, match="no images"):
         dissect([level], {})
+
+
+def shown(count: int, seed: int) -> Shown:
+    random = np.random.default_rng(seed)
+    images, others = pictures(count, 16, seed)
+    codes = {"bottom": random.integers(0, 8, (count, 4, 4)), "top": random.integers(0, 4, (count, 2, 2))}
+    grids = {name: grid.astype(np.uint16) for name, grid in codes.items()}
+    return Shown(np.arange(count), np.zeros(count, np.int64), images, grids, others.astype(np.float32))
+
+
+BOOKS = {"bottom": (torch.arange(8.0)[:, None], 4), "top": (torch.arange(4.0)[:, None] ** 2, 2)}
+
+
+def part_of(everything: Shown, rank: int, world: int) -> Shown:
+    mine = slice(rank, None, world)
+    codes = {name: grid[mine] for name, grid in everything.codes.items()}
+    return Shown(
+        everything.numbers[mine], everything.labels[mine], everything.images[mine], codes, everything.means[mine]
+    )
+
+
+def measured_on_ranks(network: Path) -> dict[str, float]:
+    with process_group("cpu", 60) as ranks:
+        mine = part_of(shown(60, 3), ranks.rank, ranks.world)
+        measures = [CodeStatistics(BOOKS), FeatureDistance(load_features(str(network), CPU), 16)]
+        for measure in measures:
+            measure.add(mine)
+        return {name: value for measure in measures for name, value in measure.figures(ranks).items()}
+
+
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_measures_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
+    torch.jit.script(Plain()).save(tmp_path / "plain.pt")
+    (alone,), found = (run_ranks(world, measured_on_ranks, tmp_path / "plain.pt") for world in (1, 2))
+    assert alone["rfid_images"] == 60
+    assert alone["rfid"] > 0
+    assert alone["code_bits_uniform"] == 16 * 3 + 4 * 2
+    assert alone["code_bits_mutual_information"] == pytest.approx(math.log2(60)), "all grids differ"
+    assert alone["nearest_code_median_bottom"] == pytest.approx(1 / np.arange(8).std())
+    for each in found:
+        assert each.keys() == alone.keys()
+        for name, value in alone.items():
+            assert each[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), name

@@ -39,7 +39,15 @@ MAY_IMPORT = {
     "vqscale.evaluation": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.storage"},
     "vqscale.sampling": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.export"},
     "vqscale.extraction": {"vqscale.data", "vqscale.storage", "vqscale.export"},
-    "vqscale.export": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.training"},
+    "vqscale.export": {
+        *("vqscale.config", "vqscale.data", "vqscale.models", "vqscale.training", "vqscale.exported"),
+    },
+    "vqscale.exported": {"vqscale.config", "vqscale.storage"},
+    "vqscale.card": {"vqscale.config"},
+    "vqscale.exporting": {
+        *("vqscale.config", "vqscale.checkpoint", "vqscale.storage", "vqscale.training"),
+        *("vqscale.card", "vqscale.export", "vqscale.exported"),
+    },
     "launcher": {"cluster", "vqscale.config", "vqscale.checkpoint"},
     "cluster": set(),
     "cluster.preflight": {"cluster", "vqscale.storage"},

@@ -13,6 +13,7 @@ import torch
 from tests.training_helpers import Experiment, clock_run, one_process, tokenizer_experiment
 from vqscale.config.layout import RunLayout
 from vqscale.export import TrainedTokenizer, load_tokenizer
+from vqscale.exporting import export_run
 from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Codebook
 from vqscale.training.checkpoints.reader import content_hash, require
@@ -131,3 +132,8 @@ def test_the_averaged_weights_are_exported(alone: Ranks, tmp_path: Path) -> None
     assert torch.equal(loaded.network.codebooks[0].codes, plain["codebooks.0.codes"])
     assert loaded.fingerprint == checkpoint.fingerprint() == content_hash(plain, average)
     assert loaded.fingerprint != content_hash(plain, {})
+    export_run(RunLayout(tmp_path / "run"), tmp_path / "exported")
+    again = load_tokenizer(tmp_path / "exported")
+    for name, parameter in again.network.named_parameters():
+        assert torch.equal(parameter, average[name])
+    assert again.fingerprint == loaded.fingerprint

@@ -1,4 +1,4 @@
-"""Trained models outside of training: load a run's tokenizer or prior and use it."""
+"""Trained models outside of training: load a tokenizer or a prior, of a run or exported, and use it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vqscale.config.exported import PRIOR, TOKENIZER
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import Recipe
+from vqscale.config.recipe import Recipe, Tokenizer
 from vqscale.data.manifest import read_manifest
 from vqscale.errors import UserError
+from vqscale.exported import fill, is_run, read_exported
 from vqscale.models.pixels import from_uint8, to_grey_levels, to_uint8
 from vqscale.models.prior import Prior
 from vqscale.models.vqvae import VQVAE
 from vqscale.training.averaging import apply_average
-from vqscale.training.build import build_prior, build_tokenizer, grid_shapes
+from vqscale.training.build import build_prior, build_tokenizer, grid_shapes, shapes_of
 from vqscale.training.checkpoints.reader import load_network, require
 from vqscale.training.pieces import EXTRA
 
@@ -70,33 +72,57 @@ class TrainedTokenizer:
             return self.network.decode(grids)
 
 
-def load_tokenizer(run: str | Path, device: str | torch.device = "cpu") -> TrainedTokenizer:
-    """The tokenizer of a run directory, from its newest valid checkpoint; with the averaged weights if it has them.
+def load_tokenizer(place: str | Path, device: str | torch.device = "cpu") -> TrainedTokenizer:
+    """A trained tokenizer, with the averaged weights if it has them.
+
+    Args:
+        place: a run directory, whose newest valid checkpoint is taken; or what `vqscale export` has written: a folder
+            or a URL, such as `hf://owner/name` for a model on the Hugging Face Hub.
+        device: where it goes.
 
     Raises:
-        UserError: no run, or no trained tokenizer in it.
+        UserError: there is none, or it cannot be read.
     """
-    layout = RunLayout(Path(run))
+    if not is_run(place):
+        exported = read_exported(place)
+        network = build_tokenizer(exported.tokenizer)
+        fill(network, place, exported, TOKENIZER)
+        return _ready(network, exported.tokenizer, exported.image_size, exported.fingerprint, device)
+    layout = RunLayout(Path(place))
     recipe = layout.read_recipe()
     found = require(layout.checkpoints(recipe, "tokenizer"), "tokenizer")
     network = build_tokenizer(recipe.tokenizer)
     fingerprint = load_network(network, found)
     if recipe.tokenizer.ema_decay:
         apply_average(network, found.tensors(f"{EXTRA}/"))
+    return _ready(network, recipe.tokenizer, recipe.data.image_size, fingerprint, device)
+
+
+def _ready(
+    network: VQVAE, settings: Tokenizer, image_size: int, fingerprint: str, device: str | torch.device
+) -> TrainedTokenizer:
     network.to(device)
     network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    names = tuple(level.name for level in recipe.tokenizer.levels)
-    bf16 = recipe.tokenizer.training.precision == "bf16"
-    return TrainedTokenizer(network, names, recipe.data.image_size, fingerprint, torch.device(device), bf16)
+    names = tuple(level.name for level in settings.levels)
+    bf16 = settings.training.precision == "bf16"
+    return TrainedTokenizer(network, names, image_size, fingerprint, torch.device(device), bf16)
 
 
-def load_prior(run: str | Path, device: str | torch.device = "cpu") -> Prior:
-    """The prior of a run directory, from its newest valid checkpoint, in evaluation mode.
+def load_prior(place: str | Path, device: str | torch.device = "cpu") -> Prior:
+    """A trained prior in evaluation mode; `place` as for `load_tokenizer`.
 
     Raises:
-        UserError: no run, or no trained prior in it.
+        UserError: there is none, or it cannot be read.
     """
-    layout = RunLayout(Path(run))
+    if not is_run(place):
+        exported = read_exported(place)
+        if exported.prior is None:
+            raise UserError("holds a tokenizer alone", where=str(place), mend="export a run whose prior is trained")
+        shapes = shapes_of(exported.tokenizer, exported.image_size)
+        prior = build_prior(exported.prior, shapes, len(exported.classes))
+        fill(prior, place, exported, PRIOR)
+        return prior.to(device).eval()
+    layout = RunLayout(Path(place))
     recipe = layout.read_recipe()
     found = require(layout.checkpoints(recipe, "prior"), "prior")
     network = build_prior(recipe.prior, grid_shapes(recipe), len(class_names(layout, recipe)))

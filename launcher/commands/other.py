@@ -1,4 +1,4 @@
-"""Commands whose work is done elsewhere: data, codes, sample, bench; and schema."""
+"""Commands whose work is done elsewhere: data, codes, sample, export, bench; and schema."""
 
 from __future__ import annotations
 
@@ -24,11 +24,18 @@ def codes(arguments: argparse.Namespace) -> int:
 
 
 def sample(arguments: argparse.Namespace) -> int:
-    """Hand over to `pipelines.draw`, with the run's directory in the place of its name, which is the first word."""
-    words: list[str] = arguments.arguments
-    if words and not words[0].startswith("-"):
-        words = [str(resolve(words[0]).root), *words[1:]]
-    _hand_over("pipelines.draw", words)
+    """Hand over to `pipelines.draw`."""
+    _hand_over("pipelines.draw", _with_directory(arguments.arguments))
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Hand over to `pipelines.export`."""
+    _hand_over("pipelines.export", _with_directory(arguments.arguments))
+
+
+def _with_directory(words: list[str]) -> list[str]:
+    """The words with a run's directory in the place of its name, which is the first of them."""
+    return [str(resolve(words[0]).root), *words[1:]] if words and not words[0].startswith("-") else words
 
 
 def bench(arguments: argparse.Namespace) -> int:

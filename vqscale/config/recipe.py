@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from vqscale.config.prior import Network, spans
 from vqscale.config.resources import Resources
 from vqscale.config.section import Decay, Fraction, Positive, Section
-from vqscale.config.tokenizer import Level, Losses, Quantizer
+from vqscale.config.tokenizer import Level, Losses, Quantizer, grid_sides
 
 Shards = str | tuple[str, ...]
 """Where shards are: one place or several."""
@@ -312,11 +312,7 @@ class Recipe(Section):
     @property
     def grids(self) -> tuple[int, ...]:
         """Side of each level's code grid, from the finest level to the coarsest."""
-        sides, side = [], self.data.image_size
-        for level in self.tokenizer.levels:
-            side //= level.downsample
-            sides.append(side)
-        return tuple(sides)
+        return grid_sides(self.tokenizer.levels, self.data.image_size)
 
     @model_validator(mode="after")
     def _grids_divide(self) -> Self:

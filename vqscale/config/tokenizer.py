@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -125,3 +128,9 @@ class Losses(Section):
     """The perceptual term; left out, there is none."""
     adversarial: Adversarial | None = None
     """The adversarial term; left out, there is none."""
+
+
+def grid_sides(levels: Sequence[Level], image_size: int) -> tuple[int, ...]:
+    """Side of each level's code grid of images of so many pixels a side, the finest level first."""
+    downsamplings = itertools.accumulate((level.downsample for level in levels), operator.mul)
+    return tuple(image_size // total for total in downsamplings)

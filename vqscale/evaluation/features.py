@@ -42,6 +42,10 @@ class FeatureNetwork:
         # Without the bias of the last layer, as in the original Inception Score.
         return features, self.network(batch, no_output_bias=True).float()
 
+    def width(self, size: int) -> int:
+        """Number of features of an image of so many pixels a side."""
+        return self(np.zeros((1, size, size, 3), np.uint8))[0].shape[1]
+
 
 def load_features(url: str, device: torch.device) -> FeatureNetwork:
     """A feature network from a path or a URL.

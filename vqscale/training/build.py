@@ -7,7 +7,7 @@ from typing import Any
 
 from vqscale.config.prior import spans
 from vqscale.config.recipe import Prior, Recipe, Tokenizer
-from vqscale.config.tokenizer import Level
+from vqscale.config.tokenizer import Level, grid_sides
 from vqscale.models.codebooks import GradientCodebook, UnitCodebook, UnitGradientCodebook
 from vqscale.models.convnets import Widths
 from vqscale.models.masked import Masked
@@ -81,5 +81,10 @@ def build_prior(settings: Prior, grids: Sequence[GridShape], classes: int) -> Pr
 
 def grid_shapes(recipe: Recipe) -> list[GridShape]:
     """The recipe's code grids as the prior orders them, the coarsest level first."""
-    levels = zip(recipe.grids, recipe.tokenizer.levels, strict=True)
-    return [GridShape(side, level.codes) for side, level in levels][::-1]
+    return shapes_of(recipe.tokenizer, recipe.data.image_size)
+
+
+def shapes_of(settings: Tokenizer, image_size: int) -> list[GridShape]:
+    """A tokenizer's code grids of images of so many pixels a side, the coarsest level first."""
+    sides = grid_sides(settings.levels, image_size)
+    return [GridShape(side, level.codes) for side, level in zip(sides, settings.levels, strict=True)][::-1]

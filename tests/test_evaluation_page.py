@@ -1,0 +1,49 @@
+"""The report's page: every figure once, nothing that could be read as markup, pictures inside."""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Any
+
+from vqscale.evaluation.page import BITS, Picture, page
+
+REPORT: dict[str, Any] = {
+    "name": "<script>alert(1)</script>",
+    "run": "/runs/a&b",
+    "psnr": 27.123456,
+    "held_out_images": 1200,
+    "usage_top": 0.5,
+    "usage_bottom": 1.0,
+    "nats_per_code": 2.5,
+    "nats_per_code_top": 3.0,
+    "hour_accuracy_by_hour": [1.0, 0.5],
+    **dict.fromkeys(BITS, 10.0),
+    "code_bits_unused": -1e-12,
+    "seconds": {"tokenizer": 12.5},
+}
+
+
+def test_every_figure_is_shown_once_and_nothing_is_markup() -> None:
+    text = page(REPORT, [Picture('a "caption" <b>', b"png")])
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+    assert "/runs/a&amp;b" in text
+    for name in ("psnr", "usage_top", "usage_bottom", "nats_per_code", "nats_per_code_top", "tokenizer"):
+        assert text.count(f"<code>{name}</code>") == 1, name
+    assert "27.12" in text
+    assert "hour_accuracy_by_hour" not in text, "lists are in report.json"
+    assert 'alt="a &quot;caption&quot; &lt;b&gt;"' in text
+    assert f'src="data:image/png;base64,{base64.b64encode(b"png").decode()}"' in text
+
+
+def test_bars_are_as_long_as_their_figures() -> None:
+    widths = [float(width) for width in re.findall(r"width:([\d.]+)rem", page(REPORT, []).split("</style>")[1])]
+    assert widths == [0.0 if name == "code_bits_unused" else 20.0 for name in BITS]
+
+
+def test_what_the_report_lacks_has_no_heading() -> None:
+    text = page({"name": "x", "psnr": 1.0}, [])
+    assert "<h2>Reconstructions</h2>" in text
+    for title in ("Samples", "Likelihood", "Codebooks", "Where the bits", "Time"):
+        assert f"<h2>{title}" not in text
