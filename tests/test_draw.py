@@ -15,7 +15,7 @@ from pipelines import draw, sample
 from pipelines.draw import main
 from pipelines.given import completed, from_file, grids_of
 from tests.trained import copy_of, save_prior, save_tokenizer, trained_run
-from tests.training_helpers import stage_of
+from tests.training_helpers import stage_of, whole_stage
 from vqscale.config.layout import RunLayout
 from vqscale.data.drawn import open_drawn
 from vqscale.data.images import decode, encode_png
@@ -52,7 +52,7 @@ def codes_in(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: s
 
 def test_it_draws_what_the_stage_draws(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     staged = copy_of(run, tmp_path / "run", sample={"per_class": 1, "seed": 7, "top_k": 5, "classes": ["03", "11"]})
-    sample.main(stage_of("sample", staged))
+    whole_stage(sample, stage_of("sample", staged))
     words = ["--seed", "7", "--top-k", "5", "--classes", "03, 11", "--per-class", "1", "--batch", "1", "--json"]
     assert main([str(run), "--out", str(tmp_path / "out"), *words]) == 0
     facts = json.loads(capsys.readouterr().out)
