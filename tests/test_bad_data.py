@@ -12,7 +12,7 @@ import pytest
 
 from launcher.cli import main
 from launcher.status import read_status
-from launcher.watch import below
+from launcher.wording import below
 from tests.data_helpers import picture
 from tests.recipes import tiny_recipe
 from tests.test_data_images import _huge_png
