@@ -179,7 +179,7 @@ def test_sizes_have_the_weights_that_are_documented(size: str, millions: int) ->
         logits = prior.networks[0]([], codes, torch.zeros(2, dtype=torch.int64))
     assert [tuple(level.shape) for level in logits] == [(2, 1024, 512), (2, 4096, 512)]
     assert round(sum(parameter.numel() for parameter in prior.parameters()) / 1e6) == millions
-    assert re.search(rf"\| {size} \([^)]*\) \| {millions:,} \|", (ROOT / "docs/your-images.md").read_text())
+    assert re.search(rf"\| {size} \([^)]*\) \| {millions:,} \|", (ROOT / "docs/priors.md").read_text())
 
 
 @pytest.mark.parametrize(

@@ -264,8 +264,8 @@ class Sample(Section):
     guidance: Annotated[float, Field(ge=0)] = 1.0
     """Classifier-free guidance scale; 1 is none."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the scale of a transformer rises from 1 at the first code of its sequence to `guidance` at the last;
-    `constant` has it everywhere."""
+    """How the scale rises from 1 at a network's first code, or pass, to `guidance` at its last; `constant` has it
+    everywhere."""
     seed: int = 0
     """Image i depends on (this seed, i) and its class alone, not on the batch or the number of ranks."""
 
