@@ -96,19 +96,11 @@ class Problem:
 
 
 class Ours:
-    """The prior's stage in this process, without loader and logs.
+    """The prior's stage in this process, without loader and logs."""
 
-    Args:
-        problem: gives the size.
-        ranks: this process.
-        compiled: whether the recipe would say `compile`.
-    """
-
-    def __init__(self, problem: Problem, ranks: Ranks, *, compiled: bool = False) -> None:
+    def __init__(self, problem: Problem, ranks: Ranks) -> None:
         batch = problem.size.batch
-        training = Training(
-            steps=1_000_000, global_batch=batch, learning_rate=_RATE, precision="bf16", compile=compiled
-        )
+        training = Training(steps=1_000_000, global_batch=batch, learning_rate=_RATE, precision="bf16")
         settings = Prior(networks=(problem.size.network,), class_dropout=0.0, training=training)
         prior = build_prior(settings, [problem.grid], 0)
         network = prior.networks[0]
@@ -138,8 +130,6 @@ def run(bench: Bench) -> None:
         describe(bench, problem, cost)
         check_cost(bench, ours, problem, cost)
         contenders = [problem.contender("ours", ours.step), *peers(bench, problem, ours.network)]
-        if not bench.quick:
-            contenders.append(problem.contender("ours_compiled", Ours(problem, ranks, compiled=True).step))
         race = bench.race("training steps", [*contenders, ceiling(cost, problem), peak(problem.device)])
     keep(bench, race, contenders)
     bounds(bench, race, cost)
@@ -167,7 +157,6 @@ def describe(bench: Bench, problem: Problem, cost: Cost) -> None:
         "device": problem.device.type,
         "threads": THREADS,
         "ours": "bf16 autocast, layer norm, GELU, learned positions, fused AdamW, gradient clipping; not compiled",
-        "ours_compiled": "the same with training.compile; in `figures` only",
         "x_transformers": "equal layers, attn_flash, fp32 eager, fused AdamW, gradient clipping",
         "x_transformers_default": "the same without attn_flash, as is its default",
         "x_transformers_bf16": "the first under bf16 autocast",
@@ -261,7 +250,7 @@ def keep(bench: Bench, race: Race, contenders: Sequence[Contender]) -> None:
     """Every contender's rate, and ours against each peer."""
     for name in (contender.name for contender in contenders):
         bench.figure(name, race.rates(name), _UNIT)
-        if not name.startswith("ours"):
+        if name != "ours":
             bench.ratio(f"vs_{name}", race.rates("ours"), race.rates(name))
 
 
