@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from vqscale.models import transformer_steps
 from vqscale.models.generate import Draws, Sampling, draw
 from vqscale.models.network import GridShape
 from vqscale.models.steady import steady
 from vqscale.models.transformer import Transformer
 from vqscale.models.transformer_block import Shape, attend, rotate, rotations
-from vqscale.models.transformer_steps import Decoder
+from vqscale.models.transformer_steps import Decoder, Walk
 
 GRIDS = (GridShape(2, 5), GridShape(4, 7))
 PLAIN: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2}
@@ -195,6 +196,19 @@ def test_logits_do_not_depend_on_the_batch_to_the_bit(any_threads: None) -> None
             logits.add(decoder.logits(0, at, position + 1)[0].numpy().tobytes())
             decoder.put(codes[:rows, position], at)
     assert [len(logits) for logits in seen] == [1] * 16
+
+
+@pytest.mark.parametrize("stretch", [3, 4, 100])
+def test_stretches_as_a_gpu_takes_them_draw_the_same(stretch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the recorded step called as it is; what a CUDA graph makes of it needs a GPU."""
+    monkeypatch.setattr(transformer_steps, "STRETCH", stretch)
+    model, classes, sampling = make("modern"), torch.tensor([0, 1, 3]), Sampling(guidance=1.5, top_p=0.9)
+    plain = generate(model, classes, [1, 2, 3], sampling)
+    monkeypatch.setattr(
+        Walk, "level", lambda walk, level, start, stop: walk.by_stretches(level, start, stop, lambda work: work)
+    )
+    again = generate(model, classes, [1, 2, 3], sampling)
+    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
 
 
 def test_same_seed_same_sample_in_any_batch() -> None:

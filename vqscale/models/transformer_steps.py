@@ -8,7 +8,7 @@ the number of threads there (`steady`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -135,24 +135,28 @@ class Walk:
     def level(self, level: int, start: int, stop: int) -> None:
         """Draw the positions from `start` to `stop`, all of one level."""
         if self._at.is_cuda:
-            self._record(level, start, stop)
+            self.by_stretches(level, start, stop, record)
             return
         for position in range(start, stop):
             self._at.fill_(position)
             self._step(level, position + 1, masked=False)
 
-    def _record(self, level: int, start: int, stop: int) -> None:
-        """The same with CUDA graphs, one for each stretch of positions."""
+    def by_stretches(
+        self, level: int, start: int, stop: int, recorded: Callable[[Callable[[], None]], Callable[[], object]]
+    ) -> None:
+        """The same with one function for all positions of a stretch but the first, which `recorded` makes quicker."""
         for first in range(start, stop, STRETCH):
             last = min(first + STRETCH, stop)
-            self._at.fill_(first)
-            self._step(level, last, masked=True)  # not recorded: kernels are chosen and workspaces allocated here
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+
+            def advance(last: int = last) -> None:
                 self._at.add_(1)
                 self._step(level, last, masked=True)
+
+            self._at.fill_(first - 1)
+            advance()  # not recorded: kernels are chosen and workspaces allocated here
+            again = recorded(advance)
             for _ in range(first + 1, last):
-                graph.replay()
+                again()
 
     def _step(self, level: int, end: int, *, masked: bool) -> None:
         """Draw the codes at the current position; tensors decide everything."""
@@ -160,6 +164,14 @@ class Walk:
         drawn = self._draws.codes(logits, self._uniforms.index_select(1, self._at)[:, 0])
         known = self._known.index_select(1, self._at)[:, 0]
         self.decoder.put(self._draws.spread(torch.where(known < 0, drawn, known)), self._at)
+
+
+def record(work: Callable[[], None]) -> Callable[[], object]:
+    """A CUDA graph of what `work` starts on the GPU, as a function; `work` is not carried out."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def _tables(network: TransformerBody) -> list[Tensor]:
