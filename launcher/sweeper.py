@@ -16,8 +16,7 @@ from pathlib import Path
 from cluster.profile import Profile
 from launcher import process
 from launcher.backends import Backend, backend_for
-from launcher.backends.base import Queue
-from launcher.backends.local import SOURCE
+from launcher.backends.base import SOURCE, Queue
 from launcher.status import read_status
 from launcher.sweep import Sweep
 from vqscale.config.layout import RunLayout
