@@ -50,6 +50,8 @@ def small_recipe() -> dict[str, Any]:
         evaluate={"batch": 64},
         resources__processes=2,
     )
+    sizes = {"layers": 1, "width": 16, "heads": 2}
+    tree["prior"]["networks"] = [sizes, {"kind": "masked", **sizes}]
     tree["prior"]["training"] |= {"global_batch": 8, "steps": PRIOR_STEPS, "log_every": 1, "checkpoint_every": 4}
     return tree
 

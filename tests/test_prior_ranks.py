@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from vqscale.training.distributed import Ranks, process_group
 pytestmark = pytest.mark.dist
 
 STEPS, HALF = 20, 8
+LOSSES = ("total", "top", "bottom")
 SIZES = {"layers": 1, "width": 16, "heads": 2}
 
 
@@ -34,10 +36,12 @@ RECIPES = {
     "transformer": recipe([SIZES]),
     "pixelcnn": recipe([{"kind": "pixelcnn", "layers": 2, "width": 16}]),
     "masked": recipe([SIZES, {"kind": "masked", **SIZES}]),
+    "uniform": recipe([{"kind": "uniform"}]),
     "dropout-and-muon": recipe([{**SIZES, "dropout": 0.2}], prior__training__optimizer="muon"),
 }
 """Dropout's masks follow from seed, step and rank alone; Muon is a second optimizer to be saved."""
 EQUAL_ON_ANY_RANKS = ("transformer", "pixelcnn", "masked")
+LEARNING = (*EQUAL_ON_ANY_RANKS, "dropout-and-muon")
 
 
 @dataclass
@@ -61,7 +65,8 @@ def train_one(ranks: Ranks, codes: Path, name: str, folder: Path, weights: int) 
     found.validation = made.run(folder)
     found.state = made.state()
     if ranks.first:
-        found.curves = {name: made.recorder.curve(f"loss/{name}") for name in ("total", "top", "bottom")}
+        lines = made.recorder.lines.values()
+        found.curves = {key: [line[f"loss/{key}"] for line in lines if f"loss/{key}" in line] for key in LOSSES}
     return found
 
 
@@ -81,7 +86,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     (one,) = run_ranks(1, train, root / "codes", root / "one")
     two = run_ranks(2, train, root / "codes", root / "two")
     half = f"step-{HALF:08d}"
-    for name in RECIPES:
+    for name in LEARNING:
         shutil.copytree(root / "two" / name / half, root / "resumed" / name / half)
     return Trained(one, two, run_ranks(2, train, root / "codes", root / "resumed", 99)[0])
 
@@ -93,13 +98,13 @@ def equal(one: State, other: State) -> bool:
 @pytest.mark.parametrize("name", EQUAL_ON_ANY_RANKS)
 def test_a_prior_does_not_depend_on_the_ranks(trained: Trained, name: str) -> None:
     alone, first = trained.one[name], trained.two[0][name]
-    for level in ("total", "top", "bottom"):
+    for level in LOSSES:
         np.testing.assert_allclose(first.curves[level], alone.curves[level], rtol=1e-4)
     assert first.validation == pytest.approx(alone.validation, rel=1e-4)
     assert alone.curves["total"][-1] < 0.95 * alone.curves["total"][0]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", LEARNING)
 def test_ranks_hold_the_same_and_a_resumed_prior_is_bit_identical(trained: Trained, name: str) -> None:
     first, second = (each[name] for each in trained.two)
     assert equal(first.state, second.state)
@@ -109,3 +114,10 @@ def test_ranks_hold_the_same_and_a_resumed_prior_is_bit_identical(trained: Train
 
 def test_dropout_acts(trained: Trained) -> None:
     assert not equal(trained.one["dropout-and-muon"].state, trained.one["transformer"].state)
+
+
+def test_without_weights_there_are_figures_and_no_steps(trained: Trained) -> None:
+    for made in (trained.one["uniform"], trained.two[1]["uniform"], trained.resumed["uniform"]):
+        assert made.validation["nats_per_code"] == pytest.approx(math.log(16))
+        assert made.state == {}
+        assert not any(made.curves.values())
