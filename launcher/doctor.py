@@ -12,17 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.preflight import sharing
-from cluster.preflight.host import (
-    Host,
-    judge_folder,
-    judge_host,
-    judge_packages,
-    look_at_folder,
-    look_at_host,
-    read_constraints,
-    required_packages,
-)
+from cluster.preflight.disk import judge_folder, look_at_folder
+from cluster.preflight.host import Host, judge_host, look_at_host
 from cluster.preflight.judge import ALL, ASKER, judge_nodes
+from cluster.preflight.packages import judge_packages, read_constraints, required
 from cluster.preflight.report import Report, from_lines
 from cluster.preflight.verdict import Verdict, expect
 from cluster.profile import Profile
@@ -64,7 +57,7 @@ class Examination:
         """
         host = look_at_host()
         with _folder_of_runs() as folder:
-            yield from judge_packages(_HERE, host, read_constraints(SOURCE / "constraints.txt"), required_packages())
+            yield from judge_packages(_HERE, host.packages, required(), read_constraints(SOURCE / "constraints.txt"))
             if self.profile.backend != "local":  # else this machine is the node
                 yield from judge_host(_HERE, host)
                 yield from judge_folder(_HERE, look_at_folder(folder, "here.bytes"), self.profile.floors.write_mb_s)
@@ -155,7 +148,10 @@ def _judge_slurm(profile: Profile, nodes: int) -> Verdict:
     out = [f"{node} is {state}" for node, state in states.items() if slurm_queue.is_out(state)]
     told = f"{len(states) - len(out)} of {len(states)} nodes take jobs" + (f"; {', '.join(out[:3])}" if out else "")
     return expect(
-        *(f"partition {partition}" if partition else "Slurm", _HERE, len(states) - len(out) >= nodes, told),
+        f"partition {partition}" if partition else "Slurm",
+        _HERE,
+        len(states) - len(out) >= nodes,
+        told,
         limit=f"at least {nodes}",
         mend="sinfo -R says why nodes are out; or correct slurm.partition in the profile",
     )

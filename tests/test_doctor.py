@@ -19,21 +19,12 @@ from cluster.devslurm import _free_ports
 from cluster.preflight import host as host_module
 from cluster.preflight import sharing
 from cluster.preflight.collective import Meeting
+from cluster.preflight.disk import Folder, judge_folder, look_at_folder
 from cluster.preflight.gpus import Gpus, judge_gpus, look_at_gpus
-from cluster.preflight.host import (
-    Folder,
-    Host,
-    judge_folder,
-    judge_host,
-    judge_interfaces,
-    judge_packages,
-    look_at_folder,
-    look_at_host,
-    read_constraints,
-    required_packages,
-)
+from cluster.preflight.host import Host, judge_host, judge_interfaces, look_at_host
 from cluster.preflight.judge import ASKER, judge_nodes
 from cluster.preflight.node import ENDPOINT, INDEX, NODE, _port_fault
+from cluster.preflight.packages import installed, judge_packages, read_constraints, required
 from cluster.preflight.reading import Reading, read_shards
 from cluster.preflight.report import MARK, Report, Torch, from_lines, to_lines
 from cluster.preflight.verdict import Verdict
@@ -114,7 +105,7 @@ def test_sound_machines_pass() -> None:
         ({"host": replace(HOST, packages={"numpy": "2.4.6"})}, "equal versions", "FAIL", "torch is missing", "one env"),
         ({"host": replace(HOST, code="f" * 64)}, "equal versions", "FAIL", "code ffffffff on b", "one copy"),
         ({"host": replace(HOST, open_files=1024)}, "open files", "warn", "1024", "ulimit -n 4096"),
-        ({"host": replace(HOST, locked_memory=65_536)}, "locked memory", "FAIL", "limited", "LimitMEMLOCK"),
+        ({"host": replace(HOST, locked_memory=65_536)}, "locked memory", "FAIL", "0.1 MB", "LimitMEMLOCK"),
         ({"host": replace(HOST, shm_free=64 << 20)}, "shared memory", "warn", "0.1 GB free", "--shm-size"),
         ({"host": replace(HOST, shm_free=None)}, "shared memory", "n/a", "no /dev/shm", ""),
         ({"host": replace(HOST, synchronised=False)}, "clock", "warn", "not synchronised", "chronyd"),
@@ -189,17 +180,15 @@ def test_many_nodes_are_a_line_where_they_agree() -> None:
 def test_packages_are_those_that_were_tested(tmp_path: Path) -> None:
     (tmp_path / "constraints.txt").write_text("# tested\ntorch==2.13.0\nNumPy==2.0.0\nPyYAML==6.0\n")
     constraints = read_constraints(tmp_path / "constraints.txt")
-    needed, versions = judge_packages("here", HOST, constraints, ["torch", "pyyaml"])
-    assert (needed.word, needed.value) == ("FAIL", "lacks pyyaml")
-    assert versions.word == "warn"
-    assert "not as tested: numpy 2.4.6 (2.0.0)" in versions.value
-    local = replace(HOST, packages={"torch": "2.13.0+cpu"})
-    assert [one.word for one in judge_packages("here", local, {"torch": "2.13.0"}, ["torch"])] == ["ok", "ok"]
-    assert judge_packages("here", HOST, read_constraints(tmp_path / "none"), [])[1].word == "n/a"
-    asked = required_packages()
-    assert {"torch", "accelerate", "pydantic"} <= set(asked)
-    assert "deepspeed" not in asked
-    assert set(asked) <= set(look_at_host().packages), "or this test could not run"
+    there = {"torch": "2.13.0+cpu", "numpy": "2.4.6"}
+    whole, versions = judge_packages("here", there, ["torch", "pyyaml"], constraints)
+    assert (whole.word, whole.value) == ("FAIL", "lacks pyyaml")
+    assert (versions.word, versions.value) == ("warn", "torch 2.13.0+cpu; not as tested: numpy 2.4.6 (2.0.0)")
+    good = judge_packages("here", there, ["torch"], {"torch": "2.13.0", "absent": "1.0"})
+    assert [one.word for one in good] == ["ok", "ok"]
+    assert judge_packages("here", there, [], read_constraints(tmp_path / "none"))[1].word == "n/a"
+    assert {"torch", "accelerate", "pydantic"} <= set(required()) <= set(installed())
+    assert "deepspeed" not in required()
 
 
 def test_interfaces_as_nccl_reads_them() -> None:

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from cluster.preflight import sharing
 from cluster.preflight.collective import Meeting
+from cluster.preflight.disk import look_at_folder
 from cluster.preflight.gpus import look_at_gpus
-from cluster.preflight.host import look_at_folder, look_at_host
+from cluster.preflight.host import look_at_host
 from cluster.preflight.reading import read_shards
 from cluster.preflight.report import Report, Torch, to_lines
 from cluster.rendezvous import agent_arguments
