@@ -19,10 +19,11 @@ from cluster.preflight.packages import judge_packages, read_constraints, require
 from cluster.preflight.report import Report, from_lines
 from cluster.preflight.verdict import Verdict, expect
 from cluster.profile import Profile
+from cluster.slurm import SlurmSettings
 from launcher import registry
 from launcher.backends import slurm_queue
 from launcher.backends.base import SOURCE
-from launcher.backends.everywhere import Errand, run_everywhere
+from launcher.backends.everywhere import Errand, require_askable, run_everywhere
 from vqscale.errors import UserError
 
 _HERE = "here"
@@ -55,6 +56,7 @@ class Examination:
         Raises:
             UserError: the folder of runs cannot be made, or the backend cannot ask its nodes.
         """
+        require_askable(self.profile)
         host = look_at_host()
         with _folder_of_runs() as folder:
             yield from judge_packages(_HERE, host.packages, required(), read_constraints(SOURCE / "constraints.txt"))
@@ -62,7 +64,7 @@ class Examination:
                 yield from judge_host(_HERE, host)
                 yield from judge_folder(_HERE, look_at_folder(folder, "here.bytes"), self.profile.floors.write_mb_s)
             programs = _judge_programs(self.profile, self.nodes)
-            yield from programs
+            yield from (*programs, *_judge_container(self.profile))
             if all(verdict.word != "FAIL" for verdict in programs):
                 yield from self._judge_nodes(host, folder)
 
@@ -71,7 +73,7 @@ class Examination:
         sharing.leave(folder, ASKER, token)
         arguments = ("--folder", str(folder), "--token", token, "--nodes", str(self.nodes), "--shards", self.shards)
         errand = Errand(
-            self.profile, "cluster.preflight.node", arguments, self.nodes, wait_s=self.wait_s, limit_s=_LIMIT_S
+            self.profile, "cluster.preflight.node", arguments, folder, self.nodes, self.wait_s, limit_s=_LIMIT_S
         )
         answers = _Answers()
         answers.read(run_everywhere(errand))
@@ -106,7 +108,9 @@ class _Answers:
 
     def _kept(self, texts: Iterator[str]) -> Iterator[str]:
         for text in texts:
-            self.last_words = text.strip() or self.last_words
+            # What is said of an error tells more than how a command ended because of it.
+            if "error" in text or "error" not in self.last_words:
+                self.last_words = text.strip() or self.last_words
             yield text
 
 
@@ -135,12 +139,21 @@ def _judge_programs(profile: Profile, nodes: int) -> list[Verdict]:
     lost = [name for name in names if shutil.which(name) is None]
     value = f"lacks {', '.join(lost)}" if lost else ", ".join(names)
     found = expect("programs", _HERE, not lost, value, mend="go to a login node, or install them")
-    return [found] if lost else [found, _judge_slurm(profile, nodes)]
+    return [found] if lost or profile.slurm is None else [found, _judge_slurm(profile.slurm, nodes)]
 
 
-def _judge_slurm(profile: Profile, nodes: int) -> Verdict:
+def _judge_container(profile: Profile) -> list[Verdict]:
+    """Checks run on the nodes themselves; what is in the image is not looked at."""
+    if profile.container is None:
+        return []
+    mend = "its Python and packages show in the log of the first stage"
+    value = f"the nodes are checked outside of {profile.container.image}"
+    return [Verdict("container", _HERE, "warn", value, mend=mend)]
+
+
+def _judge_slurm(slurm: SlurmSettings, nodes: int) -> Verdict:
     """Whether the controller answers, and whether enough nodes of the partition take jobs."""
-    partition = (profile.slurm.partition if profile.slurm else None) or ""
+    partition = slurm.partition or ""
     try:
         states = slurm_queue.node_states(partition)
     except UserError as error:
