@@ -12,24 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.preflight import sharing
-from cluster.preflight.host import (
-    Host,
-    judge_folder,
-    judge_host,
-    judge_packages,
-    look_at_folder,
-    look_at_host,
-    read_constraints,
-    required_packages,
-)
+from cluster.preflight.disk import judge_folder, look_at_folder
+from cluster.preflight.host import Host, judge_host, look_at_host
 from cluster.preflight.judge import ALL, ASKER, judge_nodes
+from cluster.preflight.packages import judge_packages, read_constraints, required
 from cluster.preflight.report import Report, from_lines
 from cluster.preflight.verdict import Verdict, expect
 from cluster.profile import Profile
+from cluster.slurm import SlurmSettings
 from launcher import registry
 from launcher.backends import slurm_queue
 from launcher.backends.base import SOURCE
-from launcher.backends.everywhere import Errand, run_everywhere
+from launcher.backends.everywhere import Errand, require_askable, run_everywhere
 from vqscale.errors import UserError
 
 _HERE = "here"
@@ -62,14 +56,15 @@ class Examination:
         Raises:
             UserError: the folder of runs cannot be made, or the backend cannot ask its nodes.
         """
+        require_askable(self.profile)
         host = look_at_host()
         with _folder_of_runs() as folder:
-            yield from judge_packages(_HERE, host, read_constraints(SOURCE / "constraints.txt"), required_packages())
+            yield from judge_packages(_HERE, host.packages, required(), read_constraints(SOURCE / "constraints.txt"))
             if self.profile.backend != "local":  # else this machine is the node
                 yield from judge_host(_HERE, host)
                 yield from judge_folder(_HERE, look_at_folder(folder, "here.bytes"), self.profile.floors.write_mb_s)
             programs = _judge_programs(self.profile, self.nodes)
-            yield from programs
+            yield from (*programs, *_judge_container(self.profile))
             if all(verdict.word != "FAIL" for verdict in programs):
                 yield from self._judge_nodes(host, folder)
 
@@ -78,7 +73,7 @@ class Examination:
         sharing.leave(folder, ASKER, token)
         arguments = ("--folder", str(folder), "--token", token, "--nodes", str(self.nodes), "--shards", self.shards)
         errand = Errand(
-            self.profile, "cluster.preflight.node", arguments, self.nodes, wait_s=self.wait_s, limit_s=_LIMIT_S
+            self.profile, "cluster.preflight.node", arguments, folder, self.nodes, self.wait_s, limit_s=_LIMIT_S
         )
         answers = _Answers()
         answers.read(run_everywhere(errand))
@@ -113,7 +108,9 @@ class _Answers:
 
     def _kept(self, texts: Iterator[str]) -> Iterator[str]:
         for text in texts:
-            self.last_words = text.strip() or self.last_words
+            # What is said of an error tells more than how a command ended because of it.
+            if "error" in text or "error" not in self.last_words:
+                self.last_words = text.strip() or self.last_words
             yield text
 
 
@@ -142,12 +139,21 @@ def _judge_programs(profile: Profile, nodes: int) -> list[Verdict]:
     lost = [name for name in names if shutil.which(name) is None]
     value = f"lacks {', '.join(lost)}" if lost else ", ".join(names)
     found = expect("programs", _HERE, not lost, value, mend="go to a login node, or install them")
-    return [found] if lost else [found, _judge_slurm(profile, nodes)]
+    return [found] if lost or profile.slurm is None else [found, _judge_slurm(profile.slurm, nodes)]
 
 
-def _judge_slurm(profile: Profile, nodes: int) -> Verdict:
+def _judge_container(profile: Profile) -> list[Verdict]:
+    """Checks run on the nodes themselves; what is in the image is not looked at."""
+    if profile.container is None:
+        return []
+    mend = "its Python and packages show in the log of the first stage"
+    value = f"the nodes are checked outside of {profile.container.image}"
+    return [Verdict("container", _HERE, "warn", value, mend=mend)]
+
+
+def _judge_slurm(slurm: SlurmSettings, nodes: int) -> Verdict:
     """Whether the controller answers, and whether enough nodes of the partition take jobs."""
-    partition = (profile.slurm.partition if profile.slurm else None) or ""
+    partition = slurm.partition or ""
     try:
         states = slurm_queue.node_states(partition)
     except UserError as error:
@@ -155,7 +161,10 @@ def _judge_slurm(profile: Profile, nodes: int) -> Verdict:
     out = [f"{node} is {state}" for node, state in states.items() if slurm_queue.is_out(state)]
     told = f"{len(states) - len(out)} of {len(states)} nodes take jobs" + (f"; {', '.join(out[:3])}" if out else "")
     return expect(
-        *(f"partition {partition}" if partition else "Slurm", _HERE, len(states) - len(out) >= nodes, told),
+        f"partition {partition}" if partition else "Slurm",
+        _HERE,
+        len(states) - len(out) >= nodes,
+        told,
         limit=f"at least {nodes}",
         mend="sinfo -R says why nodes are out; or correct slurm.partition in the profile",
     )

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,25 +16,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.container import ContainerSettings
 from cluster.devslurm import _free_ports
 from cluster.preflight import host as host_module
 from cluster.preflight import sharing
 from cluster.preflight.collective import Meeting
+from cluster.preflight.disk import Folder, judge_folder, look_at_folder
 from cluster.preflight.gpus import Gpus, judge_gpus, look_at_gpus
-from cluster.preflight.host import (
-    Folder,
-    Host,
-    judge_folder,
-    judge_host,
-    judge_interfaces,
-    judge_packages,
-    look_at_folder,
-    look_at_host,
-    read_constraints,
-    required_packages,
-)
+from cluster.preflight.host import Host, judge_host, judge_interfaces, look_at_host
 from cluster.preflight.judge import ASKER, judge_nodes
 from cluster.preflight.node import ENDPOINT, INDEX, NODE, _port_fault
+from cluster.preflight.packages import installed, judge_packages, read_constraints, required
 from cluster.preflight.reading import Reading, read_shards
 from cluster.preflight.report import MARK, Report, Torch, from_lines, to_lines
 from cluster.preflight.verdict import Verdict
@@ -43,8 +36,11 @@ from launcher import process
 from launcher.backends.everywhere import Errand, run_everywhere
 from launcher.cli import main
 from launcher.commands.doctor import folded
+from tests import sshd
+from vqscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+needs_sshd = pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing() or "-")
 HOST = Host(
     python="3.11.7",
     packages={"torch": "2.13.0", "numpy": "2.4.6"},
@@ -114,7 +110,7 @@ def test_sound_machines_pass() -> None:
         ({"host": replace(HOST, packages={"numpy": "2.4.6"})}, "equal versions", "FAIL", "torch is missing", "one env"),
         ({"host": replace(HOST, code="f" * 64)}, "equal versions", "FAIL", "code ffffffff on b", "one copy"),
         ({"host": replace(HOST, open_files=1024)}, "open files", "warn", "1024", "ulimit -n 4096"),
-        ({"host": replace(HOST, locked_memory=65_536)}, "locked memory", "FAIL", "limited", "LimitMEMLOCK"),
+        ({"host": replace(HOST, locked_memory=65_536)}, "locked memory", "FAIL", "0.1 MB", "LimitMEMLOCK"),
         ({"host": replace(HOST, shm_free=64 << 20)}, "shared memory", "warn", "0.1 GB free", "--shm-size"),
         ({"host": replace(HOST, shm_free=None)}, "shared memory", "n/a", "no /dev/shm", ""),
         ({"host": replace(HOST, synchronised=False)}, "clock", "warn", "not synchronised", "chronyd"),
@@ -189,17 +185,15 @@ def test_many_nodes_are_a_line_where_they_agree() -> None:
 def test_packages_are_those_that_were_tested(tmp_path: Path) -> None:
     (tmp_path / "constraints.txt").write_text("# tested\ntorch==2.13.0\nNumPy==2.0.0\nPyYAML==6.0\n")
     constraints = read_constraints(tmp_path / "constraints.txt")
-    needed, versions = judge_packages("here", HOST, constraints, ["torch", "pyyaml"])
-    assert (needed.word, needed.value) == ("FAIL", "lacks pyyaml")
-    assert versions.word == "warn"
-    assert "not as tested: numpy 2.4.6 (2.0.0)" in versions.value
-    local = replace(HOST, packages={"torch": "2.13.0+cpu"})
-    assert [one.word for one in judge_packages("here", local, {"torch": "2.13.0"}, ["torch"])] == ["ok", "ok"]
-    assert judge_packages("here", HOST, read_constraints(tmp_path / "none"), [])[1].word == "n/a"
-    asked = required_packages()
-    assert {"torch", "accelerate", "pydantic"} <= set(asked)
-    assert "deepspeed" not in asked
-    assert set(asked) <= set(look_at_host().packages), "or this test could not run"
+    there = {"torch": "2.13.0+cpu", "numpy": "2.4.6"}
+    whole, versions = judge_packages("here", there, ["torch", "pyyaml"], constraints)
+    assert (whole.word, whole.value) == ("FAIL", "lacks pyyaml")
+    assert (versions.word, versions.value) == ("warn", "torch 2.13.0+cpu; not as tested: numpy 2.4.6 (2.0.0)")
+    good = judge_packages("here", there, ["torch"], {"torch": "2.13.0", "absent": "1.0"})
+    assert [one.word for one in good] == ["ok", "ok"]
+    assert judge_packages("here", there, [], read_constraints(tmp_path / "none"))[1].word == "n/a"
+    assert {"torch", "accelerate", "pydantic"} <= set(required()) <= set(installed())
+    assert "deepspeed" not in required()
 
 
 def test_interfaces_as_nccl_reads_them() -> None:
@@ -388,6 +382,20 @@ def test_slurm_that_does_not_answer(
     assert "FAIL  here       Slurm            sinfo: no controller" in capsys.readouterr().out
 
 
+def test_backends_that_cannot_be_asked_say_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--on", "kubernetes-gpu", "--nodes", "1"]) == 2
+    printed = capsys.readouterr()
+    assert "the nodes of backend kubernetes cannot be asked yet; backends that can: local, slurm, ssh" in printed.err
+    assert printed.out == "", "before anything is looked at"
+
+
+def test_a_container_is_not_looked_into() -> None:
+    inside = CLUSTER.model_copy(update={"container": ContainerSettings(image="nvcr.io#nvidia/pytorch:26.10")})
+    (verdict,) = doctor_module._judge_container(inside)
+    assert (verdict.word, verdict.value) == ("warn", "the nodes are checked outside of nvcr.io#nvidia/pytorch:26.10")
+    assert doctor_module._judge_container(CLUSTER) == []
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -410,7 +418,7 @@ def test_an_errand_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(600)\n")
     profile = Profile(name="x", environment={"PYTHONPATH": str(tmp_path)})
     began = time.monotonic()
-    lines = list(run_everywhere(Errand(profile, "endless", (), nodes=1, wait_s=0, limit_s=1)))
+    lines = list(run_everywhere(Errand(profile, "endless", (), tmp_path, nodes=1, wait_s=0, limit_s=1)))
     assert lines in (["begun\n"], [])
     assert time.monotonic() - began < 30
 
@@ -437,9 +445,45 @@ def test_srun_is_asked_for_what_stages_get_and_no_value_is_read_as_shell(
         }
     )
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    (line,) = run_everywhere(Errand(profile, "told", ("it's", "$HOME"), nodes=2, wait_s=9, limit_s=100))
+    (line,) = run_everywhere(Errand(profile, "told", ("it's", "$HOME"), tmp_path, nodes=2, wait_s=9, limit_s=100))
     assert line == "n1 1 10.0.0.1:22345 '; exit 1; $(exit 2) `exit 3` [\"it's\", '$HOME']\n"
     asked = (tmp_path / "asked").read_text().split(" bash -c ")[0].split()
     assert {"--nodes=2", "--ntasks=2", "--partition=p", "--exclude=n7", "--cpus-per-task=4", "--nice=5"} <= set(asked)
     assert {"--immediate=9", "--time=3"} <= set(asked)
     assert not any(option.startswith(("--gpus", "--mem", "--account")) for option in asked)
+
+
+@pytest.fixture(scope="module")
+def ssh_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with sshd.server(tmp_path_factory.mktemp("sshd"), ("one", "two")) as client:
+        yield client
+
+
+def over_ssh(config: Path, *hosts: str, **environment: str) -> dict[str, object]:
+    ssh = {"hosts": [f"{host} slots=1 address=127.0.0.1" for host in hosts], "cores": 2, "config": str(config)}
+    return {"name": "hosts", "backend": "ssh", "environment": environment, "ssh": ssh, "grace_s": 3}
+
+
+@needs_sshd
+@pytest.mark.dist
+def test_hosts_over_ssh_are_asked(ssh_config: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile = home / "hosts.yaml"
+    profile.write_text(yaml.safe_dump(over_ssh(ssh_config, "one", "two", GLOO_SOCKET_IFNAME="lo")))
+    assert main(["doctor", "--on", str(profile), "--json"]) == 0
+    told = {(one["where"], one["check"]): one["value"] for one in json.loads(capsys.readouterr().out)}
+    assert told["all nodes", "nodes"] == "2 of 2 answered"
+    assert told["all nodes", "rendezvous"].startswith("2 ranks over gloo")
+    assert told["all nodes", "shared folder"].endswith("each sees the others' files")
+    assert told["here", "programs"] == "ssh"
+    assert {("one", "clock offset"), ("two", "clock offset")} <= told.keys()
+
+
+@needs_sshd
+def test_a_host_that_cannot_be_reached_does_not_silence_the_others(ssh_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "told.py").write_text(f"import os\nprint(os.environ[{NODE!r}], os.environ[{INDEX!r}])")
+    profile = Profile.model_validate(over_ssh(ssh_config, "one", "lost.invalid", "two", PYTHONPATH=str(tmp_path)))
+    lines = list(run_everywhere(Errand(profile, "told", (), tmp_path, nodes=3, wait_s=0, limit_s=60)))
+    assert {"one: one 0\n", "two: two 2\n"} <= set(lines)
+    assert any(line.startswith("lost.invalid: ") for line in lines)
+    with pytest.raises(UserError, match="profile hosts has 3 hosts"):
+        run_everywhere(Errand(profile, "told", (), tmp_path, nodes=4, wait_s=0, limit_s=60))

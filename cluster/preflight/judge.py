@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from cluster.preflight.disk import judge_folder
 from cluster.preflight.gpus import judge_gpus
-from cluster.preflight.host import Host, judge_folder, judge_host, judge_interfaces
+from cluster.preflight.host import Host, judge_host, judge_interfaces
 from cluster.preflight.report import Report
 from cluster.preflight.verdict import Verdict, Word, at_least, expect
 from cluster.profile import Profile
@@ -66,7 +67,10 @@ def judge_equal(reports: Sequence[Report], here: Host) -> Verdict:
     order = sorted(other, key=lambda name: (name not in _FIRST, name))
     value = "; ".join(other[name] for name in order[:3]) + (f"; {len(order) - 3} more" if len(order) > 3 else "")
     return expect(
-        *("equal versions", ALL, not other, value or f"{len(here.packages)} packages and the code as here"),
+        "equal versions",
+        ALL,
+        not other,
+        value or f"{len(here.packages)} packages and the code as here",
         mend="use one environment and one copy of the code on a shared file system, or renew those of the nodes",
     )
 
@@ -85,7 +89,10 @@ def judge_shared(reports: Sequence[Report], sees: Sequence[str]) -> Verdict:
         faults += [f"{report.node} does not see what {', '.join(unseen)} wrote"] if unseen else []
     folder = reports[0].folder.path
     return expect(
-        *("shared folder", ALL, not faults, "; ".join(faults[:3]) or f"{folder}: each sees the others' files"),
+        "shared folder",
+        ALL,
+        not faults,
+        "; ".join(faults[:3]) or f"{folder}: each sees the others' files",
         mend="put runs on a file system that all nodes mount at the same path: $VQSCALE_RUNS",
     )
 
@@ -99,7 +106,10 @@ def judge_meeting(reports: Sequence[Report], profile: Profile) -> Verdict:
     met = [report.meeting for report in reports if report.meeting]
     value = f"{met[0].world} ranks over {met[0].backend} after {max(m.joined_s for m in met):.1f} s" if met else ""
     return expect(
-        *("rendezvous", ALL, not faults, "; ".join(faults[:2]) or value),
+        "rendezvous",
+        ALL,
+        not faults,
+        "; ".join(faults[:2]) or value,
         mend="open the nodes' ports 20000 to 29999 and those above 32768 to each other, and set GLOO_SOCKET_IFNAME and "
         f"NCCL_SOCKET_IFNAME in profile {profile.name}",
     )

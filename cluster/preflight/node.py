@@ -21,8 +21,9 @@ from pathlib import Path
 
 from cluster.preflight import sharing
 from cluster.preflight.collective import Meeting
+from cluster.preflight.disk import look_at_folder
 from cluster.preflight.gpus import look_at_gpus
-from cluster.preflight.host import look_at_folder, look_at_host
+from cluster.preflight.host import look_at_host
 from cluster.preflight.reading import read_shards
 from cluster.preflight.report import Report, Torch, to_lines
 from cluster.rendezvous import agent_arguments
@@ -30,6 +31,8 @@ from vqscale.files import read_json
 
 NODE, INDEX, ENDPOINT = "VQSCALE_NODE", "VQSCALE_NODE_INDEX", "VQSCALE_ENDPOINT"
 """Variables that the backend sets: the node's name, its number from 0, where the agents meet (empty: this machine)."""
+ADDRESS = "VQSCALE_ADDRESS"
+"""And where the other nodes reach this one, where that is not the name that it has for itself."""
 
 _MEETING_S = 120.0
 _END_S = 20.0
@@ -103,6 +106,7 @@ def _meet(nodes: int, index: int, endpoint: str, processes: int, token: str) -> 
         nodes=nodes,
         endpoint=endpoint,
         holds_store=index == 0 if endpoint else None,
+        address=os.environ.get(ADDRESS, ""),
     )
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "meeting.json"

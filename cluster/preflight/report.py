@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.preflight.collective import Meeting
+from cluster.preflight.disk import Folder
 from cluster.preflight.gpus import Gpus
-from cluster.preflight.host import Folder, Host
+from cluster.preflight.host import Host
 from cluster.preflight.reading import Reading
 
 MARK = "vqscale-preflight "

@@ -11,16 +11,23 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from cluster.preflight.node import ENDPOINT, INDEX, NODE
+from cluster.preflight.node import ADDRESS, ENDPOINT, INDEX, NODE
 from cluster.profile import Profile
 from cluster.rendezvous import agent_environment, inherited
 from cluster.slurm import SlurmSettings
+from cluster.ssh import Host, SshSettings, parse_host
 from launcher.backends.base import SOURCE
 from launcher.backends.slurm import FIND_EACH_OTHER
+from launcher.backends.ssh import OWN, connect
+from launcher.hosts import Spec
+from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
+from vqscale.files import write_json
 
 _END_S = 20.0
 
@@ -32,11 +39,24 @@ class Errand:
     profile: Profile
     module: str
     arguments: tuple[str, ...]
+    folder: Path
+    """Of the errand's own, on the file system that all nodes should share."""
     nodes: int
     wait_s: int
     """Seconds that it may wait for nodes that are busy."""
     limit_s: int
     """Seconds that it may take, once it runs."""
+
+
+def require_askable(profile: Profile) -> None:
+    """Refuse a profile whose nodes cannot be asked.
+
+    Raises:
+        UserError: its backend has no way.
+    """
+    if profile.backend not in _COMMANDS:
+        mend = f"backends that can: {', '.join(_COMMANDS)}"
+        raise UserError(f"the nodes of backend {profile.backend} cannot be asked yet", where=profile.name, mend=mend)
 
 
 def run_everywhere(errand: Errand) -> Iterator[str]:
@@ -45,15 +65,10 @@ def run_everywhere(errand: Errand) -> Iterator[str]:
     Raises:
         UserError: the profile's backend cannot do this, or its program is not there.
     """
-    commands: dict[str, Callable[[Errand], Sequence[str]]] = {"local": _local, "slurm": _slurm}
-    backend = errand.profile.backend
-    if backend not in commands:
-        mend = f"backends that can: {', '.join(commands)}"
-        raise UserError(f"the nodes of backend {backend} cannot be asked yet", where=errand.profile.name, mend=mend)
-    argv = commands[backend](errand)
-    allowed = (*errand.profile.inherit, "SLURM_CONF")
+    require_askable(errand.profile)
+    allowed = (*errand.profile.inherit, "SLURM_CONF", "SSH_AUTH_SOCK")
     environment = inherited(os.environ, allowed) | _variables(errand.profile)
-    return _lines(argv, environment, errand.wait_s + errand.limit_s)
+    return _lines(_COMMANDS[errand.profile.backend](errand), environment, errand.wait_s + errand.limit_s)
 
 
 def _variables(profile: Profile) -> dict[str, str]:
@@ -61,17 +76,17 @@ def _variables(profile: Profile) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **found, **profile.environment}
 
 
-def _module(errand: Errand) -> tuple[str, ...]:
-    return (sys.executable, "-m", errand.module, *errand.arguments)
+def _module(errand: Errand, python: str = sys.executable) -> tuple[str, ...]:
+    return (python, "-m", errand.module, *errand.arguments)
 
 
-def _local(errand: Errand) -> Sequence[str]:
+def _local(errand: Errand) -> Sequence[Sequence[str]]:
     if errand.nodes != 1:
         raise UserError(f"{errand.nodes} nodes", where="--nodes", mend=f"profile {errand.profile.name} is one machine")
-    return _module(errand)
+    return [_module(errand)]
 
 
-def _slurm(errand: Errand) -> Sequence[str]:
+def _slurm(errand: Errand) -> Sequence[Sequence[str]]:
     slurm = errand.profile.slurm
     assert slurm is not None
     script = "\n".join(
@@ -85,7 +100,7 @@ def _slurm(errand: Errand) -> Sequence[str]:
             f"exec {shlex.join(_module(errand))}",
         ]
     )
-    return ("srun", *_srun_options(slurm, errand), "bash", "-c", script)
+    return [("srun", *_srun_options(slurm, errand), "bash", "-c", script)]
 
 
 def _srun_options(slurm: SlurmSettings, errand: Errand) -> list[str]:
@@ -109,31 +124,85 @@ def _srun_options(slurm: SlurmSettings, errand: Errand) -> list[str]:
     return [*(f"--{name}={value}" for name, value in asked.items() if value is not None), *slurm.options]
 
 
-def _lines(argv: Sequence[str], environment: dict[str, str], limit_s: float) -> Iterator[str]:
+def _ssh(errand: Errand) -> Sequence[Sequence[str]]:
+    """`launcher.hosts` for each host by itself: one that cannot be reached does not end the others."""
+    ssh = errand.profile.ssh
+    assert ssh is not None
+    hosts = tuple(map(parse_host, ssh.hosts))[: errand.nodes]
+    if len(hosts) < errand.nodes:
+        mend = f"profile {errand.profile.name} has {len(hosts)} hosts"
+        raise UserError(f"{errand.nodes} nodes", where="--nodes", mend=mend)
+    write_json(RunLayout(errand.folder).info, {"doctor": True})  # what a host looks for before it starts anything
+    port = ssh.rendezvous_port or 20000 + zlib.crc32(str(errand.folder).encode()) % 10000
+    endpoint = f"{hosts[0].address}:{port}" if len(hosts) > 1 else ""
+    files = [errand.folder / f"host-{index}.json" for index in range(len(hosts))]
+    for index, (host, path) in enumerate(zip(hosts, files, strict=True)):
+        place = {NODE: host.name, INDEX: str(index), ENDPOINT: endpoint, ADDRESS: host.address if endpoint else ""}
+        write_json(path, asdict(_spec(errand, ssh, host, place)))
+    return [(sys.executable, "-m", "launcher.hosts", str(path)) for path in files]
+
+
+def _spec(errand: Errand, ssh: SshSettings, host: Host, place: Mapping[str, str]) -> Spec:
+    profile = errand.profile
+    python, directory = ssh.python or sys.executable, ssh.directory or str(SOURCE)
+    return Spec(
+        run=str(errand.folder),
+        directory=directory,
+        grace_s=profile.grace_s,
+        environment={**_variables(profile), **place},
+        inherit=[name for name in profile.inherit if name not in OWN],
+        own=list(OWN),
+        hosts=[
+            {
+                "host": host.name,
+                "ssh": shlex.join(connect(ssh, host, python, directory)),
+                "runs": shlex.join(_module(errand, python)),
+            }
+        ],
+    )
+
+
+_COMMANDS: dict[str, Callable[[Errand], Sequence[Sequence[str]]]] = {"local": _local, "slurm": _slurm, "ssh": _ssh}
+"""Backend → the commands that reach all nodes."""
+
+
+def _lines(commands: Sequence[Sequence[str]], environment: dict[str, str], limit_s: float) -> Iterator[str]:
+    """What the commands print, all into one pipe, until all have ended."""
+    read, write = os.pipe()
+    runs: list[subprocess.Popen[bytes]] = []
+    timer = threading.Timer(limit_s, _stop, (runs,))
     try:
-        run = subprocess.Popen(
-            argv,
-            cwd=SOURCE,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        try:
+            for argv in commands:
+                runs.append(_start(argv, environment, write))
+        finally:
+            os.close(write)
+        timer.start()
+        with os.fdopen(read, encoding="utf-8", errors="replace", closefd=False) as lines:
+            yield from lines
+    finally:
+        timer.cancel()
+        for run in runs:
+            _end(run)
+        os.close(read)
+
+
+def _start(argv: Sequence[str], environment: dict[str, str], output: int) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            argv, cwd=SOURCE, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
     except FileNotFoundError:
         raise UserError(f"{argv[0]} is not installed here", where="vqscale doctor", mend="go to a login node") from None
-    timer = threading.Timer(limit_s, run.terminate)
-    timer.start()
-    try:
-        assert run.stdout is not None
-        yield from run.stdout
-    finally:
-        timer.cancel()
-        _end(run)
 
 
-def _end(run: subprocess.Popen[str]) -> None:
-    """It ends by itself, or is asked to: srun takes its job along, and the agent its ranks."""
+def _stop(runs: Sequence[subprocess.Popen[bytes]]) -> None:
+    for run in runs:
+        run.terminate()
+
+
+def _end(run: subprocess.Popen[bytes]) -> None:
+    """It ends by itself, or is asked to: srun takes its job along, a connection what runs on its host."""
     if run.poll() is None:
         run.terminate()
     try:
@@ -141,5 +210,3 @@ def _end(run: subprocess.Popen[str]) -> None:
     except subprocess.TimeoutExpired:
         run.kill()
         run.wait()
-    assert run.stdout is not None
-    run.stdout.close()

@@ -50,9 +50,9 @@ def _nodes(asked: int | None, profile: Profile) -> int:
     """As many as a stage has; two where that is left open, since one shows nothing of the network."""
     if asked is not None and asked < 1:
         raise UserError(f"{asked} nodes", where="--nodes", mend="choose 1 or more")
-    if profile.slurm is None:
-        return asked or 1
-    return asked or profile.slurm.nodes or 2
+    if profile.ssh is not None:
+        return asked or len(profile.ssh.hosts)
+    return asked or (1 if profile.slurm is None else profile.slurm.nodes or 2)
 
 
 def folded(found: Sequence[Verdict]) -> list[Verdict]:
