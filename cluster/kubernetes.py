@@ -72,6 +72,9 @@ class KubernetesSettings(_Section):
     """Claims of volumes. The run directory has to lie on one of them, and so has what the image lacks."""
     service_account: Name | None = None
     """Service account of the pods."""
+    run_as: Annotated[str, Field(pattern=r"^[0-9]{1,10}:[0-9]{1,10}$")] | None = None
+    """Numbers of the user and the group that stages run as, `1000:1000`: those who own the files on the volumes. The
+    image's own when it is left out."""
     priority_class: Name | None = None
     """PriorityClass of the pods (JobSet only)."""
     queue: Name | None = None

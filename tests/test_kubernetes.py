@@ -152,7 +152,7 @@ def test_what_a_dead_supervisor_left_is_ended_by_the_next(cluster: Cluster, layo
         os.kill(pid, signal.SIGKILL)
     supervisor.wait(10)
     (left,) = cluster.objects
-    assert start(layout, "generate=pods:done", "pack=pods:done").wait(60) == 0
+    assert start(layout, "generate=pods:done").wait(60) == 0
     assert left not in cluster.objects
     assert f"DELETE /apis/jobset.x-k8s.io/v1alpha2/namespaces/default/jobsets/{left}" in cluster.asked
 

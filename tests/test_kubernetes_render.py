@@ -19,8 +19,9 @@ from cluster.container import ContainerSettings
 from cluster.kubernetes import KubernetesSettings, Toleration, Volume
 from cluster.profile import Profile
 from launcher.backends.base import Job, Place
-from launcher.backends.kubernetes import KubernetesBackend, object_name
+from launcher.backends.kubernetes import KubernetesBackend
 from launcher.backends.kubernetes_check import check
+from launcher.backends.kubernetes_manifest import object_name
 from launcher.cli import main
 from launcher.plan import load_profile, make_plan
 from tests.fake_kubernetes import expanded
@@ -72,6 +73,10 @@ spec:
               effect: NoSchedule
             imagePullSecrets:
             - name: pull
+            securityContext:
+              runAsUser: 1000
+              runAsGroup: 2000
+              fsGroup: 2000
             volumes:
             - name: volume-0
               persistentVolumeClaim:
@@ -172,6 +177,7 @@ FULL: dict[str, Any] = {
     "queue": "main",
     "secrets": ("bucket",),
     "pull_secrets": ("pull",),
+    "run_as": "1000:2000",
 }
 SMALL = {"cpus_per_node": 1, "volumes": (Volume(claim="runs", path="/runs"),)}
 CONTAINER = {"image": "registry.example.org/vqscale:1", "workdir": "/opt/vqscale", "python": "/opt/venv/bin/python"}
@@ -303,7 +309,7 @@ NASTY = st.sampled_from(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(value=TEXT | NASTY, run=TEXT | NASTY)
 def test_no_value_is_read_as_anything_else(value: str, run: str) -> None:
     """Neither by YAML, nor by the cluster, which expands `$(NAME)`, nor by the shell in the pod."""
@@ -352,6 +358,7 @@ def test_names_fit_where_they_go(run: str) -> None:
         {"node_selector": {"a": "b\nc"}},
         {"node_selector": {"a b": "c"}},
         {"kind": "Job"},
+        {"run_as": "me"},
         {"kind": "TrainJob", "secrets": ("x",)},
         {"kind": "TrainJob", "priority_class": "x"},
         {"gpu_resource": "gpu: 1"},

@@ -26,7 +26,6 @@ from launcher.status import read_status
 from tests.recipes import write_recipe
 from tests.sshd import missing, server
 from vqscale.config.layout import RunLayout
-from vqscale.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTS = ("one", "two")
@@ -88,26 +87,18 @@ def agent_log(layout: RunLayout) -> str:
 
 @needs_sshd
 @pytest.mark.dist
-def test_ranks_meet_over_two_hosts(layout: RunLayout, capsys: pytest.CaptureFixture[str]) -> None:
-    assert start(layout, "generate=ranks").wait(120) == 0, agent_log(layout)
-    assert read_json(layout.done("generate")) == {"world": 2, "threads": "1"}
-    assert main(["logs", "mine", "--stage", "generate"]) == 0
-    assert {"rank 0 of 2", "rank 1 of 2"} <= {line[-11:] for line in capsys.readouterr().out.splitlines()}
-    assert not left(layout)
-
-
-@needs_sshd
-@pytest.mark.dist
-def test_submit_runs_real_stages(on: Path, home: Path) -> None:
-    """By the command line, with the run's own supervisor and main."""
+def test_submit_runs_a_stage_whose_ranks_meet_over_two_hosts(on: Path, home: Path) -> None:
+    """By the command line, with the run's own supervisor, torch's agents, and a real main."""
     recipe = write_recipe(home / "r.yaml", resources__processes=2)
     run = RunLayout(home / "real")
     assert main(["submit", str(recipe), "--on", str(on), "--run", str(run.root), "--stages", "generate"]) == 0
     until(lambda: read_status(run).over, 180)
     assert read_status(run).words == "done", agent_log(run)
-    assert {rank.read_text() for rank in run.root.glob("stages/generate/attempt-001/ranks/*/*/*/rank")} == {"0", "1"}
-    spec = read_json(run.hosts("generate"))
-    assert [host["host"] for host in spec["hosts"]] == list(HOSTS)
+    assert {note.read_text() for note in run.root.glob("stages/generate/attempt-001/ranks/*/*/*/rank")} == {"0", "1"}
+    agents = {note.parents[2] for note in run.root.glob("stages/generate/attempt-001/ranks/*/*/*/rank")}
+    assert len(agents) == 2, "each rank under the agent of its host"
+    assert len(list(run.images("train").rglob("*.png"))) == 64, "each rank has made its share"
+    assert not left(run)
 
 
 @needs_sshd
@@ -125,7 +116,10 @@ def test_cancel_leaves_no_process_on_any_host(layout: RunLayout) -> None:
 
 @needs_sshd
 @pytest.mark.fault
-@pytest.mark.parametrize("victim", ["agent", "on_host", "connection", "hosts", "supervisor"])
+@pytest.mark.parametrize(
+    "victim",
+    ["agent", "on_host", "supervisor", *(pytest.param(one, marks=pytest.mark.slow) for one in ("connection", "hosts"))],
+)
 def test_whoever_dies_the_stage_ends_everywhere(layout: RunLayout, victim: str) -> None:
     supervisor = start(layout, "generate=hosts")
     agent = begun(layout)["two"]["pid"]
