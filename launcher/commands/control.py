@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from cluster.profile import Profile
 from launcher.backends import Backend, backend_for
@@ -11,6 +12,7 @@ from launcher.commands.start import follow_or_detach
 from launcher.commands.sweep import cancel as cancel_sweep
 from launcher.plan import select_stages
 from launcher.registry import resolve
+from launcher.saves import short_of_time
 from launcher.state import ENDED, RunState, StageState
 from launcher.status import read_status
 from launcher.sweep import find as find_sweep
@@ -72,6 +74,8 @@ def requeue(arguments: argparse.Namespace) -> int:
     state.reopen(layout)
     state.write(layout)
     _backend(layout).submit(layout)
+    for warning in short_of_time([layout], read_json(layout.info)["profile"]["grace_s"]):
+        print(f"warning: {warning}", file=sys.stderr)
     unfinished = [name for name, stage in state.stages.items() if stage.state != "done"]
     if arguments.json:
         print(json.dumps({"id": before.id, "path": str(layout.root), "stages": unfinished}, indent=2))
