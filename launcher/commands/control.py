@@ -10,6 +10,7 @@ from cluster.profile import Profile
 from launcher.backends import Backend, backend_for
 from launcher.commands.start import follow_or_detach
 from launcher.commands.sweep import cancel as cancel_sweep
+from launcher.commands.sweep import requeue as requeue_sweep
 from launcher.plan import select_stages
 from launcher.registry import resolve
 from launcher.saves import short_of_time
@@ -59,7 +60,12 @@ def trace(arguments: argparse.Namespace) -> int:
 
 
 def requeue(arguments: argparse.Namespace) -> int:
-    """Start the supervisor of a run again."""
+    """Start the supervisor of a run again, or what is left of a sweep."""
+    found = find_sweep(arguments.run)
+    if found:
+        if arguments.stages or arguments.follow:
+            raise UserError("--stages and --follow are for one run", where=found[1].id, mend="name one of its runs")
+        return requeue_sweep(*found, arguments.json)
     layout = resolve(arguments.run)
     before = read_status(layout)
     if before.alive:
