@@ -148,12 +148,11 @@ class Batch:
 
     def _was_lost_too_often(self) -> bool:
         """Slurm starts a job again by itself when a node is lost. The attempt before could not put that down."""
-        entry = self._entry()
-        if entry.state != "running" or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        entry, earlier = self._entry(), retry.read_tries(self.layout, self.stage, self.job)
+        message = self._loss(entry) if not (earlier and earlier[-1].attempt == entry.attempt) else ""
+        if not message:
             return False
-        down = self._down(read_json(self.layout.attempt(self.stage, entry.attempt) / "nodes.json") or [])
-        message = f"{', '.join(down)} does not answer" if down else "its host was lost"
-        step, earlier = retry.progress(self.layout, self.stage), retry.read_tries(self.layout, self.stage, self.job)
+        step = retry.progress(self.layout, self.stage)
         this = Try(entry.attempt, "node", step, f"{message}; started again by Slurm")
         retry.write_tries(self.layout, self.stage, self.job, [*earlier, this])
         print(f"{self.stage}: attempt {entry.attempt} was lost: {message}", flush=True)
@@ -161,6 +160,15 @@ class Batch:
         if refusal:
             self._write("failed", f"node: {message}; not started again: {refusal}")
         return bool(refusal)
+
+    def _loss(self, entry: StageState) -> str:
+        """What the attempt before this start was lost by; empty where it was not, or there was none."""
+        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" or entry.state not in ("running", "preempted"):
+            return ""
+        down = self._down(read_json(self.layout.attempt(self.stage, entry.attempt) / "nodes.json") or [])
+        if down:
+            return f"{', '.join(down)} does not answer"
+        return "its host was lost" if entry.state == "running" else ""
 
     def _entry(self) -> StageState:
         return RunState.read(self.layout).stages.get(self.stage, StageState())

@@ -16,6 +16,7 @@ from launcher.handover import need_of
 from launcher.job import make_job
 from launcher.recipes import find_recipe
 from launcher.registry import choose_directory
+from launcher.saves import earlier_runs, short_of_time
 from vqscale.config.inputs import check_inputs
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml, load_model, load_recipe
@@ -106,7 +107,8 @@ def make_plan(
     chosen = select_stages(resolved, stages)
     warnings = check_inputs(resolved)
     job = make_job(resolved, profile, run or choose_directory(resolved.name, None), chosen)
-    return Plan(job, backend_for(profile).render(job), (*warnings, *_machine_warnings(job)), recipe, changed)
+    late = short_of_time(earlier_runs(resolved.name, profile.name), profile.grace_s)
+    return Plan(job, backend_for(profile).render(job), (*warnings, *_machine_warnings(job), *late), recipe, changed)
 
 
 def load_profile(on: str) -> Profile:

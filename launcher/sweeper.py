@@ -10,13 +10,14 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cluster.profile import Profile
 from launcher import process
 from launcher.backends import Backend, backend_for
 from launcher.backends.base import SOURCE, Queue
+from launcher.state import RunState
 from launcher.status import read_status
 from launcher.sweep import Sweep
 from vqscale.config.layout import RunLayout
@@ -26,9 +27,29 @@ from vqscale.files import read_json
 _POLL_S = 1.0
 
 
-def start(folder: Path, sweep: Sweep) -> None:
-    """Start the runs of a sweep that lie prepared below a folder; returns at once."""
-    layouts = sweep.layouts(folder)
+def go_on(folder: Path, sweep: Sweep) -> list[str]:
+    """Start what of a sweep is neither done nor on its way; returns the ids of those runs.
+
+    Raises:
+        UserError: there is nothing to go on with.
+    """
+    if sweep.runner and process.is_alive(sweep.runner):
+        raise UserError("is on its way", where=sweep.id, mend=f"vqscale status --name '{sweep.id}.*' shows it")
+    statuses = [(layout, read_status(layout, depth="none")) for layout in sweep.layouts(folder)]
+    left = [layout for layout, status in statuses if status.state != "done" and status.alive is False]
+    if not left:
+        raise UserError("has no run to go on with", where=sweep.id, mend="submit a new sweep")
+    for layout in left:
+        state = RunState.read(layout)
+        state.reopen(layout)
+        state.write(layout)
+    sweep.cancelled = False
+    start(folder, sweep, left)
+    return [layout.id for layout in left]
+
+
+def start(folder: Path, sweep: Sweep, layouts: Sequence[RunLayout]) -> None:
+    """Start runs of a sweep that wait; returns at once."""
     backend = _backend(layouts[0])
     if isinstance(backend, Queue):
         try:

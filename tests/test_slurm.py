@@ -212,6 +212,31 @@ def second_start(layout: RunLayout) -> list[Path]:
     return sorted(layout.attempt("tokenizer", 2).rglob("stdout.log"))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_quickstart_as_a_chain_ends_with_the_same_report(
+    conf: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All seven stages on three nodes, extraction as an array, against one machine; the recipe is shortened."""
+    short = [
+        "data.clocks={train: 480, validation: 48, shards: 24}",
+        "tokenizer.quantizer.continuous_steps=5",
+        *(f"{stage}.training.{what}=20" for stage in ("tokenizer", "prior") for what in ("steps", "picture_every")),
+        "sample.per_class=2",
+        "resources.stages.extract.array=3",
+    ]
+    reports = {}
+    for name in ("local", "devslurm"):
+        where = ["--on", name, "--run", str(home / name), "--follow"]
+        assert main(["submit", "quickstart", *where, *short]) == 0, told(RunLayout(home / name))
+        reports[name] = read_json(RunLayout(home / name).report)
+    assert list(reports["local"]) == list(reports["devslurm"])
+    different = {key for key, value in reports["local"].items() if reports["devslurm"][key] != value}
+    assert different <= {"run", "seconds"}, "every figure is the same in all its digits"
+    assert list(reports["devslurm"]["seconds"]) == list(reports["local"]["seconds"])
+    assert len(read_json(RunLayout(home / "devslurm").slurm)["jobs"]) == 7
+
+
 def test_what_slurm_refuses_is_one_line(conf: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(home, 6)  # more nodes than there are
     assert main(["submit", str(path), "--on", "devslurm", "--run", str(home / "mine")]) == 2

@@ -265,6 +265,24 @@ def test_a_start_that_was_lost_with_its_host_is_put_down_and_limited(layout: Run
     )
 
 
+def test_a_start_that_slurm_ended_for_a_lost_node_is_put_down_too(layout: RunLayout, fakes: Path) -> None:
+    """Its batch host lives and is sent TERM, as for a requeue by hand, which is nobody's fault."""
+    for states, expected in (
+        (("idle", "idle"), []),
+        (("idle", "down*"), ["node2 does not answer; started again by Slurm"]),
+    ):
+        on_nodes(fakes, *states)
+        state = RunState.read(layout)
+        state.begin("generate", 1)
+        state.end("generate", "preempted", "preempted, not saved")
+        state.write(layout)
+        write_json(layout.attempt("generate", 1) / "nodes.json", ["node1", "node2"])
+        start(layout, *fake(layout, "done"), **{**JOB, "SLURM_RESTART_COUNT": "1"}).wait(30)
+        layout.done("generate").unlink()
+        tries = (read_json(layout.requeues("generate")) or {"tries": []})["tries"]
+        assert [one["message"] for one in tries] == expected
+
+
 def test_the_request_goes_on_to_the_stage(layout: RunLayout, fakes: Path) -> None:
     batch = start(layout, *saves(layout, "wait7"))
     until((layout.root / "listening").exists)

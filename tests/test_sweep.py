@@ -102,6 +102,29 @@ def test_runs_are_runs_like_others(words: list[str], home: Path, capsys: pytest.
     assert read_status(RunLayout(folder / "tries.3")).state == "cancelled"
 
 
+def test_what_is_left_of_a_sweep_goes_on(
+    words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", *words, "--prepare-only", "--on", "devslurm"]) == 0
+    assert "start it:  vqscale requeue tries\n" in capsys.readouterr().out
+    folder = home / "tries"
+    for number, word in ((0, "done"), (1, "failed")):
+        layout = RunLayout(folder / f"tries.{number}")
+        state = RunState.read(layout)
+        for stage in state.stages:
+            state.begin(stage, 1)
+            state.end(stage, word)  # type: ignore[arg-type]
+            if word == "done":
+                write_json(layout.done(stage), {})
+        state.write(layout)
+    sent: list[str] = []
+    monkeypatch.setattr(slurm_queue, "submit", lambda argv, *rest: str(sent.append(argv[-1]) or 10 * len(sent)))
+    assert main(["requeue", "tries", "--follow"]) == 2
+    assert main(["requeue", "tries"]) == 0
+    assert capsys.readouterr().out == "tries goes on with 3 runs\n"
+    assert [Path(script).parts[-4] for script in sent[::2]] == ["tries.1", "tries.2", "tries.3"]
+
+
 class Fake:
     """A backend whose runs end when they are told, and that writes down who ran with whom."""
 

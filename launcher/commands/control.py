@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from cluster.profile import Profile
 from launcher.backends import Backend, backend_for
 from launcher.commands.start import follow_or_detach
 from launcher.commands.sweep import cancel as cancel_sweep
+from launcher.commands.sweep import requeue as requeue_sweep
 from launcher.plan import select_stages
 from launcher.registry import resolve
+from launcher.saves import short_of_time
 from launcher.state import ENDED, RunState, StageState
 from launcher.status import read_status
 from launcher.sweep import find as find_sweep
@@ -57,7 +60,12 @@ def trace(arguments: argparse.Namespace) -> int:
 
 
 def requeue(arguments: argparse.Namespace) -> int:
-    """Start the supervisor of a run again."""
+    """Start the supervisor of a run again, or what is left of a sweep."""
+    found = find_sweep(arguments.run)
+    if found:
+        if arguments.stages or arguments.follow:
+            raise UserError("--stages and --follow are for one run", where=found[1].id, mend="name one of its runs")
+        return requeue_sweep(*found, arguments.json)
     layout = resolve(arguments.run)
     before = read_status(layout)
     if before.alive:
@@ -72,6 +80,8 @@ def requeue(arguments: argparse.Namespace) -> int:
     state.reopen(layout)
     state.write(layout)
     _backend(layout).submit(layout)
+    for warning in short_of_time([layout], read_json(layout.info)["profile"]["grace_s"]):
+        print(f"warning: {warning}", file=sys.stderr)
     unfinished = [name for name, stage in state.stages.items() if stage.state != "done"]
     if arguments.json:
         print(json.dumps({"id": before.id, "path": str(layout.root), "stages": unfinished}, indent=2))

@@ -42,7 +42,7 @@ def submit(arguments: argparse.Namespace) -> int:
         create(made)
     sweep.write(folder)
     if not arguments.prepare_only:
-        sweeper.start(folder, sweep)
+        sweeper.start(folder, sweep, sweep.layouts(folder))
     if arguments.json:
         facts = {"id": sweep.id, "path": str(folder), "runs": sweep.runs, "started": not arguments.prepare_only}
         print(json.dumps(facts, indent=2))
@@ -50,6 +50,9 @@ def submit(arguments: argparse.Namespace) -> int:
     print(f"sweep      {sweep.id}{' (prepared, not started)' if arguments.prepare_only else ''}: {len(plans)} runs")
     print(f"directory  {folder}")
     _print_runs(arguments, sweep, plans)
+    if arguments.prepare_only:
+        print(f"start it:  vqscale requeue {sweep.id}")
+        return 0
     print(f"watch it:  vqscale status --name '{sweep.id}.*' --watch")
     print(f"stop it:   vqscale cancel {sweep.id}")
     return 0
@@ -61,6 +64,13 @@ def cancel(folder: Path, sweep: Sweep, as_json: bool) -> int:
     print(
         json.dumps({"id": sweep.id, "cancelled": stopped}) if as_json else f"{sweep.id}: {len(stopped)} runs cancelled"
     )
+    return 0
+
+
+def requeue(folder: Path, sweep: Sweep, as_json: bool) -> int:
+    """Start what is left of a sweep."""
+    started = sweeper.go_on(folder, sweep)
+    print(json.dumps({"id": sweep.id, "runs": started}) if as_json else f"{sweep.id} goes on with {len(started)} runs")
     return 0
 
 
