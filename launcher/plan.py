@@ -135,7 +135,9 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     places["remote"] = data.remote.model_copy(update={"cache": _absolute(data.remote.cache)})
     resources = recipe.resources.model_copy(update={"checkpoints": _absolute(recipe.resources.checkpoints)})
     changed = {"data": data.model_copy(update=places), "resources": resources}
-    return recipe.model_copy(update={**changed, "tokenizer": _with_absolute_weights(recipe.tokenizer)})
+    networks = {name: _absolute(getattr(recipe.evaluate, name)) for name in ("features", "lpips")}
+    changed |= {"tokenizer": _with_absolute_weights(recipe.tokenizer)}
+    return recipe.model_copy(update={**changed, "evaluate": recipe.evaluate.model_copy(update=networks)})
 
 
 def select_stages(recipe: Recipe, text: str | None, layout: RunLayout | None = None) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from torch import Tensor, nn
+from torch.nn import functional
 
 from pipelines import evaluate, sample
 from pipelines.held_out import fitted_pixels
@@ -126,3 +129,64 @@ def test_report_and_tensorboard_have_them(trained: Path, figures: dict[str, Any]
     settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert settings["tokenizer.levels.0.codes"].number_value == 16
     assert settings["prior.networks.0.kind"].string_value == "transformer"
+
+
+class Features(nn.Module):
+    """Twelve features that tell images apart, and four classes."""
+
+    def forward(self, images: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        cells = functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
+        return cells if return_features else (4 * cells[:, :4]).softmax(dim=1)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("network") / "features.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Features()).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def with_features(trained: Path, network: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    wanted = {"features": network, "reference_images": 40, "compared_images": 24}
+    run = copy_of(trained, tmp_path_factory.mktemp("features") / "run", evaluate=wanted, sample={"per_class": 3})
+    whole_stage(sample, stage_of("sample", run))
+    return run
+
+
+def evaluated(run: Path) -> dict[str, Any]:
+    with process_group("cpu", 60) as ranks:
+        return evaluate.main(stage_of("evaluate", run, ranks))
+
+
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_features_of_samples_and_reconstructions(with_features: Path) -> None:
+    for name in ("extract", "prior", "tokenizer"):
+        done = with_features / "stages" / name / "done.json"
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.write_text("{}")
+    alone = evaluate.main(stage_of("evaluate", with_features))
+    report = read_json(with_features / "report.json")
+    assert (report["fid_samples"], report["fid_reference"], report["fid_reference_images"]) == (36, "train", 40)
+    assert (report["rfid_images"], report["precision_images"]) == (16, 24)
+    assert report["fid"] > 0
+    assert report["rfid"] > 0
+    assert 1 <= report["inception_score"] <= 4
+    assert 0 <= report["precision"] <= 1
+    for found in run_ranks(2, evaluated, with_features):
+        require_alike({key: found[key] for key in alone}, alone, rel=1e-4)
+    text = (with_features / "report.html").read_text()
+    assert all(f"<code>{name}</code>" in text for name in ("psnr", "ssim", "fid", "rfid", "precision", "nats_per_code"))
+    assert text.count("<img ") == 2
+
+
+def test_where_the_bits_of_the_codes_go(figures: dict[str, Any]) -> None:
+    parts = [figures[f"code_bits_{part}"] for part in ("unused", "placed", "positions")]
+    assert sum(parts) == pytest.approx(figures["code_bits_uniform"]) == 80
+    assert figures["code_bits_learned"] == pytest.approx(figures["bits_per_dim_codes"] * DIMENSIONS)
+    assert figures["code_bits_mutual_information"] <= 4 + 1e-9, "sixteen images"
+    assert 0 < figures["ssim"] < 1
+    assert figures["l1"] ** 2 <= figures["mse"]

@@ -137,6 +137,8 @@ def test_weights_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         perceptual = absolute_paths(recipe).tokenizer.losses.perceptual
         assert perceptual is not None
         assert perceptual.weights == expected
+        evaluate = absolute_paths(tiny_recipe(evaluate={"lpips": given, "features": "hub://a/b.pt"})).evaluate
+        assert (evaluate.lpips, evaluate.features) == (expected, "hub://a/b.pt")
 
 
 def test_profiles(tmp_path: Path) -> None:

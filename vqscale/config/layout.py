@@ -29,7 +29,7 @@ RUN/
   codes/{train,validation}/   code shards
   samples/                    drawn images, samples.json, sheet.png
   tensorboard/STAGE/          event files
-  report.json                 the evaluation
+  report.json, report.html    the evaluation
 """
 
 from __future__ import annotations
@@ -113,6 +113,11 @@ class RunLayout:
     def report(self) -> Path:
         """The evaluation."""
         return self.root / "report.json"
+
+    @property
+    def report_page(self) -> Path:
+        """The same with pictures, to be looked at in a browser."""
+        return self.root / "report.html"
 
     def stage(self, stage: str) -> Path:
         """Events, markers and attempts of a stage."""

@@ -278,6 +278,22 @@ class Evaluate(Section):
     likelihood: Literal["logistic", "gaussian"] = "logistic"
     """Distribution of a pixel around its reconstruction, cut into the 256 grey levels; its scales, one a colour, are
     fitted to training images."""
+    lpips: str | Annotated[tuple[str, ...], Field(min_length=1)] = ""
+    """Weights of LPIPS, as for `tokenizer.losses.perceptual.weights`; empty leaves LPIPS out."""
+    features: str = ""
+    """File or URL of a scripted network whose features FID, Inception Score, precision and recall are made of, such as
+    NVIDIA's `inception-2015-12-05.pt`; empty leaves them out. A script is a program: take it from whom you trust."""
+    reference: Literal["train", "validation"] = "train"
+    """Images that drawn ones are compared with."""
+    reference_images: Positive = 50_000
+    """The most of them that are taken, from the first on."""
+    compared_images: Annotated[int, Field(ge=4)] = 10_000
+    """Images of each set that precision and recall are over, the first ones: they compare all with all."""
+
+    @property
+    def lpips_paths(self) -> tuple[str, ...]:
+        """The files of `lpips`."""
+        return (self.lpips,) if isinstance(self.lpips, str) else self.lpips
 
 
 class Recipe(Section):

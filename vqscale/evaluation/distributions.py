@@ -32,6 +32,8 @@ class FrechetDistance:
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._metric = FrechetInceptionDistance(feature=_AsTheyAre(width)).set_dtype(torch.float64).to(device)
+        # It learns the dtype of its answer from the first images, of which a rank may have none.
+        self._metric.orig_dtype = torch.float64
 
     def add(self, features: Tensor, reference: bool) -> None:
         """Features fp32 [n, width] of the reference or of the images that are judged."""

@@ -44,7 +44,16 @@ class FeatureNetwork:
 
     def width(self, size: int) -> int:
         """Number of features of an image of so many pixels a side."""
-        return self(np.zeros((1, size, size, 3), np.uint8))[0].shape[1]
+        return self(_blank(size))[0].shape[1]
+
+    def classes(self, size: int) -> int:
+        """Number of classes that it tells apart; 0 where it classifies nothing."""
+        probabilities = self(_blank(size))[1]
+        return 0 if probabilities is None else probabilities.shape[1]
+
+
+def _blank(size: int) -> NDArray[np.uint8]:
+    return np.zeros((1, size, size, 3), np.uint8)
 
 
 def load_features(url: str, device: torch.device) -> FeatureNetwork:
