@@ -51,9 +51,12 @@ class Batch:
         supervisor = Supervisor(self.layout, self._command, self.stage, self._was_cancelled)
         supervisor.run()
         entry = self._entry()
-        # After TERM Slurm ends the job, and starts it again by itself if that was a preemption.
-        if entry.state in ("preempted", "failed") and supervisor.request.signal in (None, signal.SIGUSR2):
-            self._go_on_or_end(entry)
+        if entry.state in ("preempted", "failed"):
+            failure = self._failure(entry)
+            # After TERM Slurm ends the job, and starts it again by itself if that was a preemption or a lost node. It
+            # may have come while Slurm was asked.
+            if supervisor.request.signal in (None, signal.SIGUSR2):
+                self._go_on_or_end(entry, failure)
         return 0 if entry.state == "done" else 1
 
     def _command(self, layout: RunLayout, stage: str, attempt: int) -> StageCommand:
@@ -78,9 +81,8 @@ class Batch:
     def _was_cancelled(self) -> bool:
         return bool((read_json(self.layout.slurm) or {}).get("cancelled"))
 
-    def _go_on_or_end(self, entry: StageState) -> None:
+    def _go_on_or_end(self, entry: StageState, failure: Failure) -> None:
         """Back into the queue, without the nodes that are at fault; or the end, and why."""
-        failure = self._failure(entry)
         step, earlier = self._step(failure.kind), retry.read_tries(self.layout, self.stage, self.job)
         refusal = retry.refusal(failure.kind, step, earlier, self.limits)
         if failure.kind in retry.NEVER:
@@ -143,7 +145,12 @@ class Batch:
         return queue.hostnames(os.environ.get("SLURM_JOB_NODELIST", ""))
 
     def _down(self, nodes: list[str]) -> list[str]:
-        states = queue.node_states(os.environ.get("SLURM_JOB_PARTITION", "")) if nodes else {}
+        """Those that do not answer; none is known where Slurm cannot be asked."""
+        try:
+            states = queue.node_states(os.environ.get("SLURM_JOB_PARTITION", "")) if nodes else {}
+        except UserError as error:
+            print(f"{self.stage}: {error}", flush=True)
+            return []
         return [node for node in nodes if queue.is_lost(states.get(node, ""))]
 
     def _was_lost_too_often(self) -> bool:
@@ -163,7 +170,7 @@ class Batch:
 
     def _loss(self, entry: StageState) -> str:
         """What the attempt before this start was lost by; empty where it was not, or there was none."""
-        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" or entry.state not in ("running", "preempted"):
+        if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" or not entry.attempt:
             return ""
         down = self._down(read_json(self.layout.attempt(self.stage, entry.attempt) / "nodes.json") or [])
         if down:

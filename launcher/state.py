@@ -159,6 +159,7 @@ def _reopen_tasks(layout: RunLayout, stage: str, tasks: int) -> None:
     for task in tasks_left(layout, stage, tasks):
         own = layout.of_task(task)
         own.done(stage).unlink(missing_ok=True)
+        (own.parts(stage) / f"{task:03d}.json").unlink(missing_ok=True)
         if own.state.exists():
             state = RunState.read(own)
             state.reopen(own)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from pipelines.outcome import fail, leave_marker, node_name, recorded
 from vqscale.arguments import OneLineParser
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
@@ -29,7 +27,7 @@ from vqscale.data.source import Source
 from vqscale.errors import EXIT_USER_ERROR, UserError
 from vqscale.events import EventLog
 from vqscale.faults import NO_FAULTS, Faults
-from vqscale.files import read_json, write_bytes, write_json
+from vqscale.files import write_bytes, write_json
 from vqscale.quarantine import Quarantine
 from vqscale.stamps import stamp_output
 from vqscale.training.distributed import Ranks, process_group
@@ -74,7 +72,7 @@ class Stage:
 
         def end() -> None:
             ranks, words = find_hang(folder, self.ranks.world)
-            _fail(self.layout, self.name, "hang", words, sorted({nodes[rank] for rank in ranks}))
+            fail(self.layout, self.name, "hang", words, sorted({nodes[rank] for rank in ranks}))
             os._exit(EXIT_HANG)
 
         return Watchdog(folder, self.ranks.rank, self.resources.hang_s, end)
@@ -154,7 +152,7 @@ def run_stage(name: str, main: Main, finish: Finish | None = None) -> None:
         layout, tasks = _run_directory(main.__doc__), int(os.environ.get("VQSCALE_TASKS", "1"))
         if tasks > 1:
             layout = layout.of_task(int(os.environ["VQSCALE_TASK"]))
-        with _recorded(layout, name):
+        with recorded(layout, name):
             record(_run)(name, main, finish, layout, tasks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -191,7 +189,7 @@ def _run(name: str, main: Main, finish: Finish | None, layout: RunLayout, tasks:
     # Where this is unset, Accelerate replaces the number of threads by its own.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     # Recorded inside: once a rank has left the group, the others fail too, and one of them could say so first.
-    with process_group(resources.device, resources.timeout_s) as ranks, _recorded(layout, name):
+    with process_group(resources.device, resources.timeout_s) as ranks, recorded(layout, name):
         if ranks.device.type == "cpu":
             keep_heap()
         if ranks.first:
@@ -209,71 +207,9 @@ def _run(name: str, main: Main, finish: Finish | None, layout: RunLayout, tasks:
             facts, finish = {**stop.facts(), "lead_s": stage.lead_s}, None
             write = functools.partial(write_json, layout.preempted(name))
         else:
-            write = functools.partial(_leave_marker, stage, finish)
+            once = functools.partial(finish, stage) if finish else None
+            write = functools.partial(leave_marker, layout, name, tasks, once)
         ranks.barrier()
         if ranks.first:
             write({**head, "seconds": round(time.time() - started, 2), **facts})
         ranks.barrier()
-
-
-def _leave_marker(stage: Stage, finish: Finish | None, facts: dict[str, Any]) -> None:
-    """Finish the stage if nothing is left to do; the task's own marker comes last, so that a kill repeats this."""
-    parts = [facts] if stage.tasks == 1 else _all_parts(stage, facts)
-    if parts:
-        head = {key: facts[key] for key in ("stage", "attempt")} | {"seconds": max(part["seconds"] for part in parts)}
-        array = {"tasks": stage.tasks} if stage.tasks > 1 else {}
-        write_json(
-            stage.layout.whole.done(stage.name), {**head, **array, **(finish(stage, parts) if finish else facts)}
-        )
-    if stage.tasks > 1:
-        write_json(stage.layout.done(stage.name), facts)
-
-
-def _all_parts(stage: Stage, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Leave what this task has done; what all have done, in their order, if none is missing.
-
-    The folder is listed after this task's own file was renamed into it, so a network file system cannot answer from
-    an older listing, and the last of two that end together sees both.
-    """
-    folder = stage.layout.parts(stage.name)
-    write_json(folder / f"{stage.layout.task:03d}.json", facts)
-    names = {path.name for path in folder.iterdir()}
-    wanted = [f"{task:03d}.json" for task in range(stage.tasks)]
-    return [read_json(folder / name) for name in wanted] if names.issuperset(wanted) else []
-
-
-@contextmanager
-def _recorded(layout: RunLayout, name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        kind = kind_of(error)
-        _fail(layout, name, kind, str(error) if kind == "user" else f"{type(error).__name__}: {error}")
-        raise
-
-
-def kind_of(error: Exception) -> str:
-    """What sort of error ends a stage: `user`, `diverged`, `network`, `device`, or `error`."""
-    if isinstance(error, UserError):
-        return "user"
-    if isinstance(error, FloatingPointError):
-        return "diverged"
-    if isinstance(error, torch.AcceleratorError):
-        return "device"
-    # Gloo's own errors are plain RuntimeErrors that begin with the file they come from.
-    if isinstance(error, (dist.DistError, ConnectionError, TimeoutError)) or "/gloo/transport/" in str(error):
-        return "network"
-    return "error"
-
-
-def node_name() -> str:
-    """What the scheduler calls this machine, where there is one; else its own name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def _fail(layout: RunLayout, name: str, kind: str, message: str, suspects: Sequence[str] = ()) -> None:
-    """The first rank that fails says why; the others fail because of it."""
-    if not layout.failure(name).exists():
-        rank, blamed = int(os.environ.get("RANK", "-1")), [node_name()] if kind == "device" else list(suspects)
-        facts = {"stage": name, "kind": kind, "rank": rank, "node": node_name(), "suspects": blamed}
-        write_json(layout.failure(name), {**facts, "message": message})

@@ -19,10 +19,10 @@ from launcher.rundir import create
 from launcher.state import RunState, StageState, tasks_left
 from launcher.status import read_status
 from pipelines import extract_codes
-from pipelines.stage import Stage, _leave_marker
+from pipelines.stage import Stage
 from tests.recipes import write_recipe
 from tests.test_extraction import SHARDS, contents, save_tokenizer
-from tests.training_helpers import OneRank, clock_run, stage_of, task_of, whole_stage
+from tests.training_helpers import OneRank, clock_run, end_task, stage_of, task_of, whole_stage
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
@@ -51,7 +51,7 @@ def test_every_piece_of_work_is_one_ranks_of_one_task(count: int, tasks: int, wo
 def run_task(run: Path, task: int, tasks: int = 3) -> None:
     stage = task_of("extract", run, task, tasks)
     facts = {"stage": "extract", "attempt": 1, "seconds": 1.0 + task, **extract_codes.main(stage)}
-    _leave_marker(stage, extract_codes.finish, facts)
+    end_task(stage, extract_codes.finish, facts)
 
 
 @pytest.fixture

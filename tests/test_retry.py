@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.retry import Limits, Try, classify, in_a_row, left_out, pause, refusal
-from pipelines.stage import kind_of
+from pipelines.outcome import kind_of
 from vqscale.errors import UserError
 from vqscale.training.guards import DivergedError
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from pipelines import evaluate, sample
-from pipelines.stage import _leave_marker
 from tests.ranks import run_ranks
 from tests.trained import copy_of, save_prior, trained_run
-from tests.training_helpers import stage_of, task_of, whole_stage
+from tests.training_helpers import end_task, stage_of, task_of, whole_stage
 from vqscale.config.layout import RunLayout
 from vqscale.data.drawn import open_drawn
 from vqscale.data.images import decode
@@ -82,7 +81,7 @@ def test_tasks_change_nothing(alone: Path, trained: Path, output: str, tmp_path:
     for task in (2, 0, 1):
         assert not RunLayout(run).done("sample").exists()
         stage = task_of("sample", run, task, 3)
-        _leave_marker(stage, sample.finish, {"stage": "sample", "attempt": 1, "seconds": 1.0, **sample.main(stage)})
+        end_task(stage, sample.finish, {"stage": "sample", "attempt": 1, "seconds": 1.0, **sample.main(stage)})
     assert np.array_equal(all_of(run), all_of(alone))
     assert read_json(RunLayout(run).done("sample"))["samples"] == 36
 

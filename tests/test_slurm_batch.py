@@ -265,22 +265,30 @@ def test_a_start_that_was_lost_with_its_host_is_put_down_and_limited(layout: Run
     )
 
 
-def test_a_start_that_slurm_ended_for_a_lost_node_is_put_down_too(layout: RunLayout, fakes: Path) -> None:
+@pytest.mark.parametrize("word", ["preempted", "failed"])
+def test_a_start_that_slurm_ended_for_a_lost_node_is_put_down_too(layout: RunLayout, fakes: Path, word: str) -> None:
     """Its batch host lives and is sent TERM, as for a requeue by hand, which is nobody's fault."""
-    for states, expected in (
-        (("idle", "idle"), []),
-        (("idle", "down*"), ["node2 does not answer; started again by Slurm"]),
-    ):
-        on_nodes(fakes, *states)
+    for node2, expected in (("idle", []), ("down*", ["node2 does not answer; started again by Slurm"])):
+        on_nodes(fakes, "idle", node2)
         state = RunState.read(layout)
         state.begin("generate", 1)
-        state.end("generate", "preempted", "preempted, not saved")
+        state.end("generate", word, "not saved")  # type: ignore[arg-type]
         state.write(layout)
         write_json(layout.attempt("generate", 1) / "nodes.json", ["node1", "node2"])
         start(layout, *fake(layout, "done"), **{**JOB, "SLURM_RESTART_COUNT": "1"}).wait(30)
         layout.done("generate").unlink()
         tries = (read_json(layout.requeues("generate")) or {"tries": []})["tries"]
         assert [one["message"] for one in tries] == expected
+
+
+def test_a_job_that_slurm_is_ending_decides_nothing(layout: RunLayout, fakes: Path) -> None:
+    """TERM comes to all of the job while Slurm is asked: whoever asks is ended, and the job as well."""
+    on_nodes(fakes, "alloc", "alloc", "idle")
+    stand_in(fakes, "sinfo", "kill -TERM $PPID; kill -TERM $$")
+    assert start(layout, *failing(layout, kind="network"), **JOB).wait(30) == 1
+    assert (entry(layout).state, entry(layout).message) == ("failed", "it broke")
+    assert not (fakes / "asked").exists()
+    assert not layout.requeues("generate").exists()
 
 
 def test_the_request_goes_on_to_the_stage(layout: RunLayout, fakes: Path) -> None:

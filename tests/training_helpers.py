@@ -14,7 +14,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from pipelines import generate, pack
-from pipelines.stage import Stage
+from pipelines.outcome import leave_marker
+from pipelines.stage import Finish, Stage
 from tests.recipes import tiny_recipe, write_recipe
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe, Training
@@ -74,6 +75,11 @@ def task_of(name: str, run: Path, task: int, tasks: int, ranks: Any = None) -> S
     """A stage as one task of several has it."""
     layout = RunLayout(run, task)
     return Stage(name, layout, layout.read_recipe(), ranks or OneRank(), 1, tasks=tasks)
+
+
+def end_task(stage: Stage, finish: Finish, facts: dict[str, Any]) -> None:
+    """What `run_stage` does when a task of an array has done its share."""
+    leave_marker(stage.layout, stage.name, stage.tasks, lambda parts: finish(stage, parts), facts)
 
 
 def whole_stage(module: Any, stage: Stage) -> dict[str, Any]:
