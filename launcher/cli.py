@@ -44,7 +44,7 @@ def build_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     return parser, made
 
 
-_READ_ELSEWHERE = ("data", "codes", "sample", "export", "bench", "checkpoints")
+_READ_ELSEWHERE = ("data", "codes", "sample", "evaluate", "export", "bench", "checkpoints")
 """Commands whose options, --help included, are read by what stands behind them."""
 
 Add = Callable[[str, str, str, str], OneLineParser]
@@ -205,6 +205,13 @@ def _add_other(add: Add) -> None:
     drill.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (default: 0)")
     _overrides(drill)
     _json(drill)
+    evaluate = add(
+        "evaluate",
+        "other:evaluate",
+        "measure a finished run again, with other settings (vqscale evaluate --help)",
+        "vqscale evaluate latest evaluate.features=inception-2015-12-05.pt",
+    )
+    evaluate.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     export = add(
         "export",
         "other:export",

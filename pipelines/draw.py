@@ -6,11 +6,10 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from pipelines import given
 from pipelines.data_report import print_json, progress
 from pipelines.draw_options import command_parser, levels_of, require_one_source, settings_of
 from pipelines.drawing import SHEET, conclude, drawn_set, fill
+from pipelines.processes import Alone, launch, ranks_of
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import load_recipe
 from vqscale.config.recipe import Recipe, Sample
@@ -29,24 +29,7 @@ from vqscale.export import TrainedTokenizer, class_names, load_prior, load_token
 from vqscale.models.prior import Prior
 from vqscale.sampling import chosen_classes, draw_images, labels_to_draw
 from vqscale.training.checkpoints.fitting import require_prior_of
-from vqscale.training.distributed import Ranks, choose_device, process_group
-
-_TIMEOUT_S = 24 * 3600  # in a collective: a rank may have drawn its share long before another
-
-
-@dataclass(frozen=True)
-class Alone:
-    """One process without a process group, as `Ranks`."""
-
-    device: torch.device
-    rank, world, first = 0, 1, True
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
-
-    def gather(self, value: Any) -> list[Any]:
-        """The one value."""
-        return [value]
+from vqscale.training.distributed import Ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = command_parser().parse(words)
         if options.processes > 1 and "RANK" not in os.environ:
             require_one_source(options)
-            return _launch(options.processes, words)
-        with _ranks(options.device) as ranks:
+            return launch("pipelines.draw", options.processes, words)
+        with ranks_of(options.device) as ranks:
             return _draw(options, ranks)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -160,40 +143,6 @@ def _say(drawn: DrawnSet, seconds: float, as_json: bool) -> None:
         print_json({**facts, "sheet": str(drawn.folder / SHEET), "seconds": round(seconds, 2)})
     else:
         print(f"{len(drawn.labels):,} images in {drawn.folder}", f"sheet: {drawn.folder / SHEET}", sep="\n")
-
-
-@contextmanager
-def _ranks(device: str) -> Iterator[Ranks | Alone]:
-    if "RANK" in os.environ:
-        with process_group(device, _TIMEOUT_S) as ranks:
-            yield ranks
-    else:
-        yield Alone(choose_device(device))
-
-
-def _launch(processes: int, words: Sequence[str]) -> int:
-    """The same command as so many ranks on this machine; returns the exit code of the first that failed."""
-    import logging
-
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what is wrong
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    config = LaunchConfig(
-        *(1, 1, processes),
-        run_id=f"sample-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-P", "-m", "pipelines.draw", *words)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
-    return 0
 
 
 if __name__ == "__main__":

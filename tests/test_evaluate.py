@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import warnings
@@ -16,7 +17,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines import evaluate, sample
+from pipelines import evaluate, measuring, reevaluate, sample
 from pipelines.held_out import fitted_pixels
 from tests.ranks import run_ranks
 from tests.trained import copy_of, trained_run
@@ -38,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(run: Path, ranks: Any = None) -> dict[str, Any]:
     stage = stage_of("evaluate", run, ranks)
     prior = load_prior(run) if (run / "checkpoints" / "prior").exists() else None
-    return evaluate.measure_held_out(stage, load_tokenizer(run), prior)
+    return measuring.measure_held_out(stage, load_tokenizer(run), prior)
 
 
 def measured_by_ranks(run: Path) -> dict[str, Any]:
@@ -190,3 +191,24 @@ def test_where_the_bits_of_the_codes_go(figures: dict[str, Any]) -> None:
     assert figures["code_bits_mutual_information"] <= 4 + 1e-9, "sixteen images"
     assert 0 < figures["ssim"] < 1
     assert figures["l1"] ** 2 <= figures["mse"]
+
+
+def test_a_run_is_measured_again(with_features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = str(with_features), tmp_path / "again"
+    words = ["evaluate.features=''", "evaluate.likelihood=gaussian", "--device", "cpu", "--json"]
+    assert reevaluate.main([run, "--out", str(out), *words]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == read_json(out / "report.json")
+    assert (told["pixel_likelihood"], told["evaluate"]["likelihood"]) == ("gaussian", "gaussian")
+    assert "fid" not in told
+    assert (out / "report.html").exists()
+    for wrong, said in (
+        ([str(tmp_path), "--out", run], "is no run directory"),
+        ([run, "seed=3"], "'seed=3' is not a setting of evaluate; use evaluate.KEY=VALUE"),
+        ([run, "evaluate.batches=3"], "unknown key 'evaluate.batches'"),
+        ([run, "evaluate.features=/absent.pt", "--device", "cpu"], "/absent.pt: no such file"),
+    ):
+        assert reevaluate.main(wrong) == 2
+        err = capsys.readouterr().err
+        assert said in err.splitlines()[-1]
+        assert err.splitlines()[-1].startswith("error: ")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines import evaluate, sample
+from pipelines import measuring, sample
 from tests.ranks import run_ranks
 from tests.trained import copy_of, save_prior, trained_run
 from tests.training_helpers import end_task, stage_of, task_of, whole_stage
@@ -91,8 +91,8 @@ def test_the_output_changes_nothing(alone: Path, trained: Path, output: str, tmp
     run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"output": output, "batch": 10})
     whole_stage(sample, stage_of("sample", run))
     assert np.array_equal(all_of(run), all_of(alone))
-    figures = evaluate.measure_hours(stage_of("evaluate", run), open_drawn(run / "samples"))
-    assert figures == evaluate.measure_hours(stage_of("evaluate", alone), open_drawn(alone / "samples"))
+    figures = measuring.measure_hours(stage_of("evaluate", run), open_drawn(run / "samples"))
+    assert figures == measuring.measure_hours(stage_of("evaluate", alone), open_drawn(alone / "samples"))
     assert figures["samples_per_hour"] == 3
 
 

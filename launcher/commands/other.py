@@ -1,4 +1,4 @@
-"""Commands whose work is done elsewhere: data, codes, sample, export, bench; and schema."""
+"""Commands whose work is done elsewhere: data, codes, sample, evaluate, export, bench; and schema."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def codes(arguments: argparse.Namespace) -> int:
 def sample(arguments: argparse.Namespace) -> int:
     """Hand over to `pipelines.draw`."""
     _hand_over("pipelines.draw", _with_directory(arguments.arguments))
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Hand over to `pipelines.reevaluate`."""
+    _hand_over("pipelines.reevaluate", _with_directory(arguments.arguments))
 
 
 def export(arguments: argparse.Namespace) -> int:

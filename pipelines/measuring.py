@@ -1,0 +1,147 @@
+"""All that the stage `evaluate` and the command of that name measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.held_out import fitted_pixels, held_out
+from pipelines.sources import image_source
+from pipelines.stage import Stage
+from vqscale.checkpoint.folder import steps
+from vqscale.data.drawn import RECORD, DrawnSet, open_drawn
+from vqscale.data.images import encode_png
+from vqscale.data.sheet import labelled_sheet
+from vqscale.evaluation.features import FeatureNetwork, load_features
+from vqscale.evaluation.hours import HourCounts
+from vqscale.evaluation.likelihood import LevelCodes
+from vqscale.evaluation.likelihoods import Likelihoods
+from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Measure
+from vqscale.evaluation.reconstructions import Reconstructions
+from vqscale.evaluation.samples import SampleQuality
+from vqscale.export import TrainedTokenizer, load_prior, load_tokenizer
+from vqscale.files import write_bytes
+from vqscale.models.lpips import load_lpips
+from vqscale.models.prior import Prior
+from vqscale.training.build import grid_shapes
+from vqscale.training.checkpoints.fitting import require_prior_of
+
+SHEET_IMAGES = 12
+RECONSTRUCTIONS = "reconstructions.png"
+
+Seen = Callable[[int], None]
+"""Told how many held-out images this rank has measured since the last time."""
+
+
+def measure(stage: Stage, seen: Seen = lambda count: None) -> dict[str, Any]:
+    """Measure held-out images, and the images that were drawn; collective.
+
+    Raises:
+        UserError: no trained tokenizer, a prior of another tokenizer's codes, weights that cannot be read.
+    """
+    layout, recipe, device = stage.layout, stage.recipe, stage.ranks.device
+    tokenizer, priors = load_tokenizer(layout.root, device), layout.checkpoints(recipe, "prior")
+    require_prior_of(tokenizer.fingerprint, priors)
+    prior = load_prior(layout.root, device) if steps(priors) else None
+    network = load_features(recipe.evaluate.features, device) if recipe.evaluate.features else None
+    return measure_held_out(stage, tokenizer, prior, network, seen) | measure_samples(stage, network)
+
+
+def measure_held_out(
+    stage: Stage,
+    tokenizer: TrainedTokenizer,
+    prior: Prior | None,
+    network: FeatureNetwork | None = None,
+    seen: Seen = lambda count: None,
+) -> dict[str, Any]:
+    """All measures of the held-out images, and a sheet of inputs above their reconstructions."""
+    measures = _measures(stage, tokenizer, prior, network)
+    for number, shown in enumerate(held_out(stage, tokenizer)):
+        if number == 0 and stage.ranks.first:
+            _write_sheet(stage.layout.samples, shown.images, shown.pixels)
+        for measure in measures:
+            measure.add(shown)
+        seen(len(shown.images))
+    figures = {name: value for measure in measures for name, value in measure.figures(stage.ranks).items()}
+    learned = figures.get("bits_per_dim_codes")
+    dimensions = 3 * stage.recipe.data.image_size**2
+    return figures | ({} if learned is None else {"code_bits_learned": learned * dimensions})
+
+
+def _measures(
+    stage: Stage, tokenizer: TrainedTokenizer, prior: Prior | None, network: FeatureNetwork | None
+) -> list[Measure]:
+    """What the recipe wants measured; every one of them is shown all held-out images."""
+    recipe, size, device = stage.recipe, stage.recipe.data.image_size, stage.ranks.device
+    lpips = load_lpips(recipe.evaluate.lpips_paths, "evaluate.lpips").to(device) if recipe.evaluate.lpips else None
+    books: list[Tensor] = [book.codes for book in tokenizer.network.codebooks]  # type: ignore[misc]
+    shapes = dict(zip(tokenizer.levels[::-1], grid_shapes(recipe), strict=True))
+    codes = {name: LevelCodes(shape.length, shape.codes) for name, shape in shapes.items()}
+    levels = {name: (book, shapes[name].side) for name, book in zip(tokenizer.levels, books, strict=True)}
+    measures: list[Measure] = [
+        Reconstructions(size, clocks=bool(recipe.data.clocks), lpips=lpips),
+        Likelihoods(fitted_pixels(stage, tokenizer), codes, size, prior, device),
+        CodeStatistics(levels),
+    ]
+    return [*measures, FeatureDistance(network, size)] if network else measures
+
+
+def measure_samples(stage: Stage, network: FeatureNetwork | None) -> dict[str, Any]:
+    """On clocks the hours that drawn images show; with a feature network how good and how varied they are."""
+    if not (stage.layout.samples / RECORD).exists() and not stage.recipe.data.clocks:
+        return {}
+    drawn = open_drawn(stage.layout.samples)
+    figures: dict[str, Any] = {"samples": len(drawn.labels)}
+    if stage.recipe.data.clocks:
+        figures |= measure_hours(stage, drawn)
+    return figures | (measure_quality(stage, drawn, network) if network else {})
+
+
+def measure_hours(stage: Stage, drawn: DrawnSet) -> dict[str, Any]:
+    """Read the hour of every drawn image and compare it with the class that was asked for."""
+    counts = HourCounts()
+    for numbers in _shares(stage, len(drawn.labels)):
+        counts.add(drawn.read(numbers), np.array([drawn.labels[number] for number in numbers]))
+    total = HourCounts().merge(stage.ranks.gather(counts))
+    return {
+        "hour_accuracy": total.accuracy,
+        "hour_accuracy_by_hour": total.by_hour(),
+        "samples_per_hour": int(total.images.min()),
+        "samples_unreadable": int(total.unreadable.sum()),
+    }
+
+
+def measure_quality(stage: Stage, drawn: DrawnSet, network: FeatureNetwork) -> dict[str, Any]:
+    """FID, Inception Score, precision and recall against the reference that the recipe names."""
+    wanted, size = stage.recipe.evaluate, stage.recipe.data.image_size
+    quality = SampleQuality(network, size, wanted.compared_images)
+    for numbers in _shares(stage, len(drawn.labels)):
+        quality.add(drawn.read(numbers), np.asarray(numbers), reference=False)
+    source = image_source(stage, wanted.reference)
+    for batch in stage.read_once(source, _shards_of(source.shards.counts, wanted.reference_images)):
+        first = batch.index < wanted.reference_images
+        if first.any():
+            quality.add(batch.fields["image"][first], batch.index[first], reference=True)
+    return quality.figures(stage.ranks, wanted.reference)
+
+
+def _shards_of(counts: Sequence[int], images: int) -> list[int]:
+    """Samples of the first shards, of as many as hold so many images."""
+    return [count for count, before in zip(counts, accumulate(counts, initial=0), strict=False) if before < images]
+
+
+def _shares(stage: Stage, count: int) -> Iterator[range]:
+    """This rank's share of so many drawn images, in batches of numbers."""
+    mine, batch = range(stage.ranks.rank, count, stage.ranks.world), stage.recipe.evaluate.batch
+    return (mine[start : start + batch] for start in range(0, len(mine), batch))
+
+
+def _write_sheet(folder: Path, images: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> None:
+    rows = {"input": images[:SHEET_IMAGES], "reconstruction": rebuilt[:SHEET_IMAGES]}
+    write_bytes(folder / RECONSTRUCTIONS, encode_png(labelled_sheet(rows)))
