@@ -17,6 +17,7 @@ from vqscale.data.npz import Streamed, map_npz, write_npz
 from vqscale.data.shards import open_shards
 from vqscale.data.verify import verify
 from vqscale.errors import UserError
+from vqscale.files import write_json
 
 SIZE, COUNT = 4, 50
 CLASSES = ("cat", "a/../b", ".hidden")
@@ -165,3 +166,9 @@ def test_a_streamed_npz_is_numpys(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its shape"):
         write_npz(tmp_path / "e.npz", {"x": Streamed((4, 3, 4), array.dtype, [array])})
     assert not (tmp_path / "e.npz").exists()
+
+
+def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "samples.json", {"labels": [0], "files": ["000000.png"]})
+    with pytest.raises(UserError, match="of another version"):
+        open_drawn(tmp_path)

@@ -154,8 +154,9 @@ def open_drawn(folder: Path) -> DrawnSet:
         UserError: there are none.
     """
     record = read_json(folder / RECORD)
-    if record is None:
-        raise UserError(f"has no {RECORD}", where=str(folder), mend="run the stage 'sample' first")
+    if record is None or "identity" not in record:
+        what = f"has no {RECORD}" if record is None else f"has a {RECORD} of another version"
+        raise UserError(what, where=str(folder), mend="run the stage 'sample' first")
     classes, labels = tuple(record["classes"]), tuple(record["labels"])
     return DrawnSet(folder, record["output"], record["image_size"], classes, labels, record["drawn_from"])
 
