@@ -62,7 +62,7 @@ MpiDefault=none
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=10
+KillWait=20
 # Nodes may claim more cores and memory than the machine has.
 SlurmdParameters=config_overrides
 {nodes}

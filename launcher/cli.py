@@ -118,7 +118,12 @@ def _add_watch(add: Add) -> None:
 
 
 def _add_control(add: Add) -> None:
-    cancel = add("cancel", "control:cancel", "stop a run; none of its processes is left", "vqscale cancel latest")
+    cancel = add(
+        "cancel",
+        "control:cancel",
+        "stop a run, or all runs of a sweep; none of their processes is left",
+        "vqscale cancel latest",
+    )
     _run(cancel)
     _json(cancel)
     trace = add(

@@ -20,10 +20,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vqscale.checkpoint.folder import steps
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import TRAINED
-from vqscale.events import last_event
+from vqscale.events import newest
 from vqscale.files import read_json, write_json
 
 NEVER = ("user", "diverged")
@@ -142,11 +141,12 @@ def left_out(suspects: Collection[str], usable: Collection[str], before: Collect
 
 
 def progress(layout: RunLayout, stage: str) -> int | None:
-    """What a stage has got done that a new start need not do again: its newest checkpoint, else its last event."""
-    if stage in TRAINED:
-        found = steps(layout.checkpoints(layout.read_recipe(), stage))
-        return found[0] if found else None
-    event = last_event(layout.events(stage))
+    """What a stage has got done that a new start need not do again: its newest checkpoint, else its last event.
+
+    By what the stage itself has told: the storage of the checkpoints may be what has failed.
+    """
+    kind = "checkpoint" if stage in TRAINED else ""
+    event = newest(layout.events(stage), kind).get(kind)
     return int(event["step"]) if event else None
 
 

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.retry import Limits, Try, classify, in_a_row, left_out, pause, refusal
+from launcher.retry import Limits, Try, classify, in_a_row, left_out, pause, progress, refusal
 from pipelines.outcome import kind_of
+from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
+from vqscale.events import EventLog
 from vqscale.training.guards import DivergedError
 
 LIMITS = Limits(requeues=6, retries=3, pause_s=30)
@@ -71,6 +73,20 @@ def test_pauses_double_up_to_a_quarter_of_an_hour() -> None:
     assert [pause("hang", failed, LIMITS) for failed in (0, 1, 2, 9)] == [30, 60, 120, 900]
     assert pause("preempted", 0, LIMITS) == 0
     assert in_a_row(4, [*tries(4, 4), *tries(4, kind="preempted"), *tries(4)]) == 1
+
+
+def test_progress_is_what_need_not_be_done_again(tmp_path: Path) -> None:
+    """Of a training its newest checkpoint, which the log of the steps behind it says nothing about."""
+    layout = RunLayout(tmp_path)
+    assert progress(layout, "tokenizer") is None
+    for stage in ("tokenizer", "extract"):
+        log = EventLog(layout.events(stage), stage, 1, "images/s", 9)
+        log.log(3)
+        assert progress(layout, stage) == (None if stage == "tokenizer" else 3)
+        log.note("checkpoint", 4)
+        log.log(7)
+        log.close()
+    assert (progress(layout, "tokenizer"), progress(layout, "extract")) == (4, 7)
 
 
 @pytest.mark.parametrize(
