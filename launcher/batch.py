@@ -12,9 +12,10 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from cluster.rendezvous import Variable
 from launcher import retry
@@ -27,6 +28,8 @@ from launcher.supervise import Supervisor
 from vqscale.config.layout import RunLayout
 from vqscale.errors import EXIT_USER_ERROR, UserError
 from vqscale.files import read_json, write_json
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,7 @@ class Batch:
     def _left_out(self, failure: Failure, earlier: list[Try]) -> list[str]:
         nodes = self._nodes()
         ours = [node for node in failure.suspects if node in nodes]
-        if not ours:
-            return []
-        states = queue.node_states(os.environ.get("SLURM_JOB_PARTITION", ""))
-        usable = [node for node, state in states.items() if not queue.is_out(state)]
+        usable = [node for node, state in self._states().items() if not queue.is_out(state)] if ours else []
         return retry.left_out(ours, usable, self._excluded(earlier), len(nodes))
 
     def _excluded(self, tries: list[Try]) -> list[str]:
@@ -142,15 +142,23 @@ class Batch:
         return [*settings["exclude"], *dict.fromkeys(node for one in tries for node in one.excluded)]
 
     def _nodes(self) -> list[str]:
-        return queue.hostnames(os.environ.get("SLURM_JOB_NODELIST", ""))
+        """The nodes of this job; a stage does not fail because Slurm cannot be asked for them."""
+        return self._asked(lambda: queue.hostnames(os.environ.get("SLURM_JOB_NODELIST", "")), [])
+
+    def _states(self) -> dict[str, str]:
+        """State of each node of the partition."""
+        return self._asked(lambda: queue.node_states(os.environ.get("SLURM_JOB_PARTITION", "")), {})
+
+    def _asked(self, question: Callable[[], Answer], otherwise: Answer) -> Answer:
+        try:
+            return question()
+        except UserError as error:
+            print(f"{self.stage}: {error}", flush=True)
+            return otherwise
 
     def _down(self, nodes: list[str]) -> list[str]:
         """Those that do not answer; none is known where Slurm cannot be asked."""
-        try:
-            states = queue.node_states(os.environ.get("SLURM_JOB_PARTITION", "")) if nodes else {}
-        except UserError as error:
-            print(f"{self.stage}: {error}", flush=True)
-            return []
+        states = self._states() if nodes else {}
         return [node for node in nodes if queue.is_lost(states.get(node, ""))]
 
     def _was_lost_too_often(self) -> bool:

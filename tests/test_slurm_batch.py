@@ -216,6 +216,14 @@ def test_no_node_is_left_out_that_is_needed(layout: RunLayout, fakes: Path) -> N
     assert entry(layout).message == "hang: it broke; requeued (1 of 2), after 7 s"
 
 
+def test_a_scheduler_that_does_not_answer_is_nobodys_fault(layout: RunLayout, fakes: Path) -> None:
+    stand_in(fakes, "sinfo", "exit 1")
+    stand_in(fakes, "scontrol", 'case "$*" in show*) exit 1;; *) echo "$@" >> "$(dirname "$0")/asked";; esac')
+    assert start(layout, *failing(layout, kind="hang", suspects=["node2"]), **JOB).wait(30) == 1
+    assert entry(layout).message == "hang: it broke; requeued (1 of 2), after 7 s"
+    assert start(layout, *fake(layout, "done"), **JOB).wait(30) == 0
+
+
 @pytest.mark.parametrize("kind", ["user", "diverged"])
 def test_what_would_fail_again_is_not_tried_again(layout: RunLayout, fakes: Path, kind: str) -> None:
     on_nodes(fakes, "alloc", "alloc*", "idle")
