@@ -2,9 +2,9 @@
 
 A transformer that sees in all directions predicts the codes that are masked from those that are not; a convolution
 tells each cell its neighbours, which attention would first have to find. In training the number of masked codes is
-drawn evenly from 1 to all T. Then T times the mean of their losses is, on average, the nats of the grid in a random order: an
-upper bound of its nats under all orders together (Hoogeboom et al. 2021, Autoregressive Diffusion Models). To draw, all
-masked codes are drawn at once, and those stay that the network is surest of (Chang et al., section 3.2).
+drawn evenly from 1 to all T. Then T times the mean of their losses is, on average, the nats of the grid in a random
+order: an upper bound of its nats under all orders together (Hoogeboom et al. 2021, Autoregressive Diffusion Models).
+To draw, all masked codes are drawn at once, and those stay that the network is surest of (Chang et al., section 3.2).
 """
 
 from __future__ import annotations
