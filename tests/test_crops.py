@@ -13,7 +13,7 @@ from pipelines import extract_codes
 from tests.data_helpers import image_shards, picture
 from tests.recipes import tiny_recipe, write_recipe
 from tests.trained import save_tokenizer
-from tests.training_helpers import stage_of
+from tests.training_helpers import stage_of, whole_stage
 from vqscale.config.inputs import check_inputs
 from vqscale.config.load import load_recipe
 from vqscale.data.bad import BadSample
@@ -96,7 +96,7 @@ def extract(run: Path, **settings: object) -> None:
     write_recipe(run / "recipe.yaml", data=data, extract={"batch": 7, "block": 8, **settings})
     if not (run / "checkpoints").exists():
         save_tokenizer(run, 0)
-    extract_codes.main(stage_of("extract", run))
+    whole_stage(extract_codes, stage_of("extract", run))
 
 
 def codes_of(run: Path, split: str) -> tuple[dict[str, np.ndarray], list[str]]:
