@@ -487,3 +487,14 @@ def test_a_host_that_cannot_be_reached_does_not_silence_the_others(ssh_config: P
     assert any(line.startswith("lost.invalid: ") for line in lines)
     with pytest.raises(UserError, match="profile hosts has 3 hosts"):
         run_everywhere(Errand(profile, "told", (), tmp_path, nodes=4, wait_s=0, limit_s=60))
+
+
+def test_what_setuptools_brings_along_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("_vendor", "packages"):
+        info = tmp_path / folder / f"from{folder.strip('_')}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: from{folder.strip('_')}\nVersion: 1.0\n")
+        monkeypatch.syspath_prepend(str(tmp_path / folder))
+    there = installed()
+    assert there["frompackages"] == "1.0"
+    assert "fromvendor" not in there

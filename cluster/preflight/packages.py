@@ -12,7 +12,10 @@ from cluster.preflight.verdict import Verdict, expect
 
 def installed() -> dict[str, str]:
     """Package → version of all that can be imported here."""
-    found = [dist for dist in metadata.distributions() if dist.name]
+    # setuptools puts copies of its own onto the path of any process that has loaded it.
+    found = [
+        dist for dist in metadata.distributions() if dist.name and Path(str(dist.locate_file(""))).name != "_vendor"
+    ]
     # Backwards: of several versions the first on the path is the one that is imported.
     return {_normal(dist.name): dist.version for dist in reversed(found)}
 
