@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from benchmarks.registry import is_ours
 from benchmarks.result import Laps, Result, read_result
-from benchmarks.stats import RESAMPLES
 from vqscale.errors import UserError
 
 TOLERANCE = 0.1
 """Changes below it are not spoken of. Half of 20 %, so that a slowdown of 20 % is as far from it as none."""
+RESAMPLES = 2_000
+"""Draws of the bootstrap."""
 CLOCKS = {"wall": 1, "CPU": 2}
 """Clock → its place in a lap."""
 
