@@ -80,7 +80,8 @@ class Attempts:
     def make(self, stage: str) -> StageState:
         """Make the next attempt at a stage, and wait for its end; returns how it stands then."""
         state, attempt = self._state, self._next_attempt(stage)
-        self._layout.failure(stage).unlink(missing_ok=True)
+        for left in (self._layout.failure(stage), self._layout.lost(stage)):
+            left.unlink(missing_ok=True)
         state.begin(stage, attempt)
         state.write(self._layout)
         say(f"{self._name(stage)}: attempt {attempt} starts")

@@ -19,6 +19,7 @@ import yaml
 
 from launcher.kube_api import RUN_LABEL, Cluster, Outcome, UnreachableError
 from vqscale.errors import EXIT_USER_ERROR, UserError
+from vqscale.files import write_json
 
 MARGIN_S = 20
 """Seconds above the grace that the cluster is given to end pods."""
@@ -42,6 +43,8 @@ class Stage:
         self._name = manifest["metadata"]["name"]
         self._asked = False
         self._told: dict[str, str] = {}
+        self.lost: set[str] = set()
+        """Nodes that pods were taken from."""
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         """Handler of signals."""
@@ -86,10 +89,12 @@ class Stage:
     def _look(self) -> Outcome:
         outcome = self._cluster.outcome(self._name)
         pods = self._cluster.pods(self._name)
-        news = pods if outcome.ended else {self._name: outcome.words, **pods}
-        for name, words in news.items():
-            if words and self._told.get(name) != words:
-                _say(f"{name}: {words}")
+        self.lost |= {pod.node or name for name, pod in pods.items() if pod.disruption}
+        words = {name: pod.words for name, pod in pods.items()}
+        news = words if outcome.ended else {self._name: outcome.words, **words}
+        for name, told in news.items():
+            if told and self._told.get(name) != told:
+                _say(f"{name}: {told}")
         self._told = news
         if outcome.ended:
             for pod in pods:
@@ -120,7 +125,10 @@ def main() -> int:
         stage = Stage(cluster, manifest, given.grace)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
             signal.signal(number, stage.ask)
-        return stage.run()
+        code = stage.run()
+        if stage.lost:
+            write_json(given.manifest.with_name("lost.json"), sorted(stage.lost))
+        return code
     except UserError as error:
         print(f"error: {error}", flush=True)
     except UnreachableError as error:

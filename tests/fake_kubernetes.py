@@ -33,11 +33,15 @@ class Pod:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    node: str
+    evicted: bool = False
 
     def facts(self) -> Tree:
         code = self.process.poll()
         phase = "Running" if code is None else "Failed" if code else "Succeeded"
-        return {"metadata": {"name": self.name}, "status": {"phase": phase}}
+        why = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
+        status = {"phase": phase, "conditions": [why] if self.evicted else []}
+        return {"metadata": {"name": self.name}, "spec": {"nodeName": self.node, "containers": []}, "status": status}
 
 
 @dataclass
@@ -79,7 +83,7 @@ class Cluster:
             process = subprocess.Popen(
                 command, env=given, cwd=container.get("workingDir", "/"), stdout=file, stderr=file
             )
-        return Pod(name, process, log)
+        return Pod(name, process, log, f"machine-{index}")
 
     def read(self, name: str) -> Tree | None:
         """An object with its condition; one that is being deleted is gone when its pods have ended."""
@@ -100,6 +104,11 @@ class Cluster:
     def delete(self, name: str) -> None:
         self.objects[name]["metadata"]["deletionTimestamp"] = "now"
         self.end(name)
+
+    def evict(self, pod: Pod, number: int) -> None:
+        """As a drained node, or a pod of higher priority, does; `number` is the signal."""
+        pod.evicted = True
+        pod.process.send_signal(number)
 
     def end(self, name: str) -> None:
         for pod in self.pods[name]:

@@ -25,12 +25,13 @@ from cluster.preflight.disk import Folder, judge_folder, look_at_folder
 from cluster.preflight.gpus import Gpus, judge_gpus, look_at_gpus
 from cluster.preflight.host import Host, judge_host, judge_interfaces, look_at_host
 from cluster.preflight.judge import ASKER, judge_nodes
-from cluster.preflight.node import ENDPOINT, INDEX, NODE, _port_fault
+from cluster.preflight.node import ENDPOINT, INDEX, _port_fault
 from cluster.preflight.packages import installed, judge_packages, read_constraints, required
 from cluster.preflight.reading import Reading, read_shards
 from cluster.preflight.report import MARK, Report, Torch, from_lines, to_lines
 from cluster.preflight.verdict import Verdict
 from cluster.profile import Profile
+from cluster.rendezvous import NODE
 from launcher import doctor as doctor_module
 from launcher import process
 from launcher.backends.everywhere import Errand, run_everywhere

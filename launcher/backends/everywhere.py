@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.preflight.node import ADDRESS, ENDPOINT, INDEX, NODE
+from cluster.preflight.node import ADDRESS, ENDPOINT, INDEX
 from cluster.profile import Profile
-from cluster.rendezvous import agent_environment, inherited
+from cluster.rendezvous import NODE, agent_environment, inherited
 from cluster.slurm import SlurmSettings
 from cluster.ssh import Host, SshSettings, parse_host
 from launcher.backends.base import SOURCE

@@ -11,6 +11,7 @@ import yaml
 
 from cluster.container import ContainerSettings
 from cluster.kubernetes import KubernetesSettings, Toleration
+from cluster.rendezvous import NODE
 from launcher.backends.base import Job
 from launcher.kube_api import CONTAINER
 
@@ -106,6 +107,7 @@ def _pod(job: Job) -> Tree:
             tolerations=[_toleration(one) for one in kubernetes.tolerations],
             imagePullSecrets=[{"name": one} for one in kubernetes.pull_secrets],
             securityContext=_identity(kubernetes),
+            affinity=_affinity(kubernetes),
         ),
         "volumes": volumes,
     }
@@ -118,6 +120,22 @@ def _identity(kubernetes: KubernetesSettings) -> Tree:
     return {"runAsUser": user, "runAsGroup": group, "fsGroup": group}
 
 
+def _affinity(kubernetes: KubernetesSettings) -> Tree:
+    """Away from some nodes: always, or where others are free."""
+
+    def other_than(names: tuple[str, ...]) -> Tree:
+        return {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(names)}]}
+
+    never, seldom = kubernetes.exclude, kubernetes.avoid
+    required = {"nodeSelectorTerms": [other_than(never)]} if never else {}
+    preferred = [{"weight": 100, "preference": other_than(seldom)}] if seldom else []
+    found = _unless_empty(
+        requiredDuringSchedulingIgnoredDuringExecution=required,
+        preferredDuringSchedulingIgnoredDuringExecution=preferred,
+    )
+    return {"nodeAffinity": found} if found else {}
+
+
 def _mounts(kubernetes: KubernetesSettings) -> list[Tree]:
     mounts: list[Tree] = [
         {"name": f"volume-{number}", "mountPath": one.path, "readOnly": one.read_only}
@@ -128,10 +146,11 @@ def _mounts(kubernetes: KubernetesSettings) -> list[Tree]:
 
 def _environment(job: Job, stage: str, attempt: int) -> list[Tree]:
     """Variables of the stage; of the shell that submits nothing reaches the pods."""
-    address = {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
+    own = {"POD_IP": "status.podIP", NODE: "spec.nodeName"}
+    given = [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in own.items()]
     # The last of several counts, as for other backends.
     values = {variable.name: variable.value for variable in job.variables(stage, attempt)}
-    return [address, *({"name": name, "value": escaped(value)} for name, value in values.items())]
+    return [*given, *({"name": name, "value": escaped(value)} for name, value in values.items())]
 
 
 def _resources(kubernetes: KubernetesSettings) -> Tree:
