@@ -36,10 +36,12 @@ class Stage:
         cluster: where.
         manifest: what.
         grace_s: seconds that its pods have to stop by themselves.
+        remove: delete it when it has ended, too.
     """
 
-    def __init__(self, cluster: Cluster, manifest: dict[str, Any], grace_s: int) -> None:
+    def __init__(self, cluster: Cluster, manifest: dict[str, Any], grace_s: int, remove: bool = False) -> None:
         self._cluster, self._manifest, self._limit_s = cluster, manifest, grace_s + MARGIN_S
+        self._remove = remove
         self._name = manifest["metadata"]["name"]
         self._asked = False
         self._told: dict[str, str] = {}
@@ -62,8 +64,9 @@ class Stage:
         self._cluster.create(self._manifest)
         _say(f"{self._manifest['kind']} {self._name} is made")
         outcome = self._watch()
-        if not outcome.ended:
-            _say("asked to stop: it is deleted")
+        if not outcome.ended or self._remove:
+            if not outcome.ended:
+                _say("asked to stop: it is deleted")
             self._cluster.delete(self._name)
             self._cluster.wait_for_end([self._name], self._limit_s)
         _say(f"{self._name}: {outcome.words or 'deleted'}")
@@ -118,11 +121,12 @@ def main() -> int:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("--grace", type=int, required=True, metavar="SECONDS")
     parser.add_argument("--context")
+    parser.add_argument("--remove", action="store_true", help="delete the object when it has ended")
     given = parser.parse_args()
     manifest = yaml.safe_load(given.manifest.read_text(encoding="utf-8"))
     try:
         cluster = Cluster(given.context, manifest["metadata"]["namespace"], manifest["kind"])
-        stage = Stage(cluster, manifest, given.grace)
+        stage = Stage(cluster, manifest, given.grace, given.remove)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
             signal.signal(number, stage.ask)
         code = stage.run()
