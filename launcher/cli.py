@@ -112,6 +112,7 @@ def _add_watch(add: Add) -> None:
     which.add_argument("--rank", type=int, metavar="N", help="one rank only")
     which.add_argument("--failed", action="store_true", help="only ranks that failed")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
+    logs.add_argument("--json", action="store_true", help="print each line as JSON, with its rank and time")
     listing = add("ls", "watch:ls", "list the runs of this user", "vqscale ls --state running,failed --since 2d")
     _filters(listing)
     _json(listing)

@@ -498,5 +498,5 @@ def test_logs_are_by_the_rank_in_the_whole_job(layout: RunLayout) -> None:
         (folder / "rank").write_text(rank)
         (folder / "stdout.log").write_text(f"I am {rank}\n")
     printed: list[Any] = []
-    print_logs(layout, LogChoice(), follow=False, say=printed.append)
+    print_logs(layout, LogChoice(), follow=False, say=lambda line: printed.append(line.plain()))
     assert printed == ["[generate#1 rank 0] I am 0", "[generate#1 rank 1] I am 1"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from launcher import registry
 from launcher.listing import Choice, Row, choose
-from launcher.logs import LogChoice, print_logs
+from launcher.logs import Line, LogChoice, print_logs
 from launcher.registry import resolve
 from launcher.show import page, page_facts
 from launcher.status import RunStatus, read_many, read_status
@@ -117,7 +117,7 @@ def logs(arguments: argparse.Namespace) -> int:
     """Print or follow the logs of ranks."""
     choice = LogChoice(arguments.stage, arguments.rank, arguments.failed, arguments.attempt, arguments.task)
     try:
-        print_logs(resolve(arguments.run), choice, arguments.follow, say=_say)
+        print_logs(resolve(arguments.run), choice, arguments.follow, say=_say_json if arguments.json else _say)
     except KeyboardInterrupt:
         return 0
     return 0
@@ -146,5 +146,9 @@ def _line(row: Row, width: int) -> str:
     return f"{row.entry.id:{width}}  {created}  {row.state:<9}  {row.entry.path}{aside}"
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _say(line: Line) -> None:
+    print(line.plain(), flush=True)
+
+
+def _say_json(line: Line) -> None:
+    print(json.dumps(line.facts(), ensure_ascii=False), flush=True)
