@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -76,8 +76,11 @@ class SlurmSettings(Persistence):
     setup: tuple[Line, ...] = ()
     """Lines of shell that run first in each job, such as `module load cuda/12.4`. What they export reaches the
     stages; variables of `environment` are set after them."""
+    signal: Literal["USR2", "USR1"] = "USR2"
+    """Signal by which Slurm announces the end of the time, or a preemption, to the job's first node. Where a cluster
+    sends one of its own, that; the stage's processes get USR2 in any case, since NCCL uses USR1."""
     lead_s: Annotated[int, Field(ge=15)] = 120
-    """Seconds before the end of the time (or a preemption) at which Slurm sends USR2, upon which the stage saves.
+    """Seconds before the end of the time (or a preemption) at which Slurm sends it, upon which the stage saves.
     Slurm sends it up to a minute early."""
     stages: dict[str, StageSlurm] = Field({})
     """Stages for which something else is asked, such as `extract: {partition: cpu, gpus_per_node: 0}`."""

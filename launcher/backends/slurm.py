@@ -36,7 +36,7 @@ _RENDEZVOUS = Shell('"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"')
 _ENDPOINT = Shell('"$endpoint"')
 _HEAD = """\
 set -e -o pipefail
-trap '' USR2  # until launcher.batch listens"""
+trap '' USR1 USR2  # until launcher.batch listens"""
 # Slurm's own address of the first node: its name need not resolve, and the login node is never asked.
 FIND_EACH_OTHER = """\
 read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -189,7 +189,7 @@ def _options(job: Job, slurm: SlurmSettings, stage: str) -> list[str]:
         "mem": f"{slurm.memory_gb}G" if slurm.memory_gb else slurm.memory_gb,
         "time": slurm.time_min,
         "exclude": ",".join(slurm.exclude) or None,
-        "signal": f"B:USR2@{slurm.lead_s}",
+        "signal": f"B:{slurm.signal}@{slurm.lead_s}",
         "open-mode": "append",
         "output": "supervisor.log",  # in the run directory, where sbatch is called: a path here could not be quoted
     }
