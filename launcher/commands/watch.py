@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -116,10 +117,19 @@ def show(arguments: argparse.Namespace) -> int:
 def logs(arguments: argparse.Namespace) -> int:
     """Print or follow the logs of ranks."""
     choice = LogChoice(arguments.stage, arguments.rank, arguments.failed, arguments.attempt, arguments.task)
+    layout, say, told = resolve(arguments.run), _say_json if arguments.json else _say, False
+
+    def say_one(line: Line) -> None:
+        nonlocal told
+        told = True
+        say(line)
+
     try:
-        print_logs(resolve(arguments.run), choice, arguments.follow, say=_say_json if arguments.json else _say)
+        print_logs(layout, choice, arguments.follow, say_one)
     except KeyboardInterrupt:
         return 0
+    if not told:
+        print(f"nothing has been written yet; vqscale status {layout.id} says what the run waits for", file=sys.stderr)
     return 0
 
 
