@@ -173,7 +173,7 @@ def test_a_time_limit_is_announced(conf: Path, home: Path, monkeypatch: pytest.M
     layout = packed(home, recipe(home, 2), on=str(home / "short.yaml"))
     monkeypatch.setenv("VQSCALE_FAULT", "; ".join(f"slow:step={step},rank=1,seconds=20" for step in range(3, 9)))
     assert main(["requeue", "mine"]) == 0
-    until(layout.done("tokenizer").exists, layout, 600)
+    until(layout.done("tokenizer").exists, layout, 280)
     tries = read_json(layout.requeues("tokenizer"))["tries"]
     assert {one["kind"] for one in tries} == {"preempted"}, told(layout)
     steps = [one["step"] for one in tries]
