@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.container import ContainerSettings
 from cluster.kubernetes import KubernetesSettings
+from cluster.network import Network
 from cluster.slurm import SlurmSettings
 from cluster.ssh import SshSettings
 
@@ -68,6 +69,8 @@ class Profile(BaseModel):
     """Names (with `*`) of variables that stages take over from the shell; all others are dropped."""
     floors: Floors = Floors()
     """What `vqscale doctor` expects of the machines."""
+    network: Network = Network()
+    """The links between GPUs, from which `vqscale bench scaling` predicts."""
     max_processes: Annotated[int, Field(ge=1)] | None = None
     """Most processes that a stage may have here; no limit when it is left out."""
     grace_s: Annotated[int, Field(ge=1)] = 30
