@@ -24,7 +24,10 @@ TOP_LEVEL = {
     *(".ci", ".gitignore", ".pre-commit-config.yaml"),
 }
 
-LIGHT = ("arguments", "errors", "faults", "files", "events", "masking", "quarantine", "seeds", "sources", "stamps")
+LIGHT = (
+    *("arguments", "errors", "faults", "files", "events", "masking", "processor"),
+    *("quarantine", "seeds", "sources", "stamps"),
+)
 """Modules at the root of `vqscale` that every room may use; they import the standard library and each other."""
 
 MAY_IMPORT = {
