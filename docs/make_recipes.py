@@ -61,6 +61,7 @@ SECTIONS = {
     "prior.training": "Training",
     "sample": "Sample",
     "evaluate": "Evaluate",
+    "evaluate.classifier": "Classifier",
     "resources": "Resources",
     "resources.stages": "Stages",
     "resources.stages.generate": "StageResources",
