@@ -35,6 +35,7 @@ from vqscale.models.transformer_block import (
 )
 from vqscale.models.transformer_body import turns_of
 
+
 class Masked(Network):
     """One level.
 
