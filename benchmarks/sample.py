@@ -22,7 +22,7 @@ from benchmarks.prior_peers import XTransformers
 from benchmarks.quantizer_peers import find
 from benchmarks.result import at_least
 from benchmarks.timing import Contender, Race
-from vqscale.config.prior import MaskedNetwork, Network, TransformerNetwork, UniformNetwork
+from vqscale.config.prior import BlockwiseNetwork, MaskedNetwork, Network, TransformerNetwork, UniformNetwork
 from vqscale.config.recipe import Prior as Settings
 from vqscale.config.recipe import Training
 from vqscale.models.generate import Sampling, draw
@@ -37,6 +37,7 @@ GOALS = {
     "vs_x_transformers": at_least(1.25),
     "fraction_of_floor": at_least(0.70),
     "parallel_bottom_vs_autoregressive": at_least(3),
+    "blockwise_bottom_vs_autoregressive": at_least(3),
 }
 PACKAGES = ("x-transformers",)
 
@@ -101,7 +102,7 @@ def make_problem(quick: bool) -> Problem:
     sizes: dict[str, Any] = small if quick else {"size": "S"}
     side = 4 if quick else 32
     section, uniform = TransformerNetwork(**sizes), UniformNetwork(kind="uniform")
-    masked = MaskedNetwork(kind="masked", **sizes)
+    masked, blockwise = MaskedNetwork(kind="masked", **sizes), BlockwiseNetwork(kind="blockwise", **sizes)
     fine, coarse = GridShape(side, CODES), GridShape(side // 2, CODES)
     torch.manual_seed(0)
     return Problem(
@@ -109,6 +110,7 @@ def make_problem(quick: bool) -> Problem:
         {
             "bottom_autoregressive": _prior([coarse, fine], uniform, section),
             "bottom_parallel": _prior([coarse, fine], uniform, masked),
+            "bottom_blockwise": _prior([coarse, fine], uniform, blockwise),
         },
         (1, 2, 3) if quick else BATCHES,
     )
@@ -137,7 +139,7 @@ def describe(bench: Bench, problem: Problem, cost: Cost) -> None:
         "no_cache": f"a forward of the codes so far for each code, timed at {_STRETCHES} positions spread evenly",
         "x_transformers": "TransformerWrapper of equal layers, attn_flash, AutoregressiveWrapper.generate, no filter",
         "bottom": f"batch 1; as many codes again below {coarse.length} that are drawn uniformly; `parallel` is masked "
-        "prediction in 8 passes",
+        "prediction in 8 passes, `blockwise` the block-autoregressive transformer in as many",
     }
 
 
@@ -241,8 +243,9 @@ def ratios(bench: Bench, race: Race, problem: Problem, cost: Cost) -> None:
     for name in ("no_cache", "x_transformers"):
         if name in race.laps:
             bench.ratio(f"vs_{name}", ours, race.rates(name))
-    parallel, one_by_one = race.rates("bottom_parallel"), race.rates("bottom_autoregressive")
-    bench.ratio("parallel_bottom_vs_autoregressive", parallel, one_by_one)
+    for name in ("parallel", "blockwise"):
+        one_by_one = race.rates("bottom_autoregressive")
+        bench.ratio(f"{name}_bottom_vs_autoregressive", race.rates(f"bottom_{name}"), one_by_one)
     for batch in problem.batches:
         floor = [batch * bandwidth / step_bytes(cost, batch) for bandwidth in race.rates("reading")]
         formula = (

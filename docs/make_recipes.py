@@ -57,6 +57,7 @@ SECTIONS = {
     "prior.networks.N: transformer": "TransformerNetwork",
     "prior.networks.N: pixelcnn": "PixelCNNNetwork",
     "prior.networks.N: masked": "MaskedNetwork",
+    "prior.networks.N: blockwise": "BlockwiseNetwork",
     "prior.networks.N: uniform": "UniformNetwork",
     "prior.training": "Training",
     "sample": "Sample",

@@ -7,12 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from pipelines.stage import Stage
 from vqscale.config.load import dump_yaml
 from vqscale.config.recipe import Training
 from vqscale.data.loader import Loader
+from vqscale.data.memory import aligned
 from vqscale.data.order import StreamOrder
 from vqscale.data.source import Source
 from vqscale.files import read_json
@@ -164,7 +163,7 @@ class _Training:
             seed=recipe.seed,
             openers=data.openers,
             ahead=int(data.ahead_mb * 2**20),
-            allocate=pinned if ranks.device.type == "cuda" else np.empty,
+            allocate=pinned if ranks.device.type == "cuda" else aligned,
         )
 
 

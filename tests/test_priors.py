@@ -27,6 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "transformer": {"layers": 2, "width": 16, "heads": 2},
     "pixelcnn": {"layers": 3, "width": 8},
     "masked": {"layers": 2, "width": 16, "heads": 2, "passes": 3},
+    "blockwise": {"layers": 2, "width": 16, "heads": 2, "passes": 3},
     "uniform": {},
 }
 SECTIONS = {get_args(member)[0] for member in get_args(get_args(Sections)[0])}

@@ -163,6 +163,27 @@ def test_a_preempted_job_goes_on_by_itself(conf: Path, home: Path, monkeypatch: 
     assert "DUE TO JOB REQUEUE" in layout.log.read_text(), "the logs of both starts are in one file"
 
 
+@pytest.mark.slow
+@pytest.mark.fault
+def test_a_time_limit_is_announced(conf: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Slurm itself, with the signal that the profile names; a training longer than the limit goes on to its end."""
+    profile = yaml.safe_load((PROFILES / "devslurm.yaml").read_text())
+    profile["slurm"] |= {"time_min": 2, "signal": "USR1"}
+    (home / "short.yaml").write_text(yaml.safe_dump(profile))
+    layout = packed(home, recipe(home, 2), on=str(home / "short.yaml"))
+    monkeypatch.setenv("VQSCALE_FAULT", "; ".join(f"slow:step={step},rank=1,seconds=20" for step in range(3, 9)))
+    assert main(["requeue", "mine"]) == 0
+    until(layout.done("tokenizer").exists, layout, 280)
+    tries = read_json(layout.requeues("tokenizer"))["tries"]
+    assert {one["kind"] for one in tries} == {"preempted"}, told(layout)
+    steps = [one["step"] for one in tries]
+    assert steps == sorted(set(steps)), "each start got on"
+    assert 0 < steps[0] < STEPS
+    events = [json.loads(line) for line in layout.events("tokenizer").read_text().splitlines()]
+    assert sorted(event["step"] for event in events if "loss" in event) == list(range(1, STEPS + 1))
+    assert "TIME LIMIT" not in layout.log.read_text(), "it was never too late"
+
+
 @pytest.mark.fault
 def test_a_users_fault_ends_the_chain(conf: Path, home: Path) -> None:
     layout = create(
