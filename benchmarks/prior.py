@@ -138,7 +138,7 @@ class Ours:
 
 def run(bench: Bench) -> None:
     """Check and race."""
-    with threads(THREADS), one_process() as ranks:
+    with threads(1 if bench.quick else THREADS), one_process() as ranks:
         if ranks.device.type == "cpu":
             keep_heap()  # as stages do; the peers have it too
         torch.manual_seed(0)
@@ -174,7 +174,7 @@ def describe(bench: Bench, problem: Problem, cost: Cost) -> None:
         "length": cost.length,
         "batch": problem.size.batch,
         "device": problem.device.type,
-        "threads": THREADS,
+        "threads": torch.get_num_threads(),
         "precision": problem.precision,
         "ours": f"{'bf16 autocast' if problem.half else 'fp32'}, layer norm, GELU, learned positions, fused AdamW, "
         "gradient clipping; not compiled",

@@ -90,6 +90,16 @@ def test_a_sample_depends_on_its_seed_alone(kinds: tuple[str, ...]) -> None:
     assert len(together[1].flatten(1).unique(dim=0)) > 60
 
 
+@every_kind
+@torch.no_grad()
+def test_guidance_of_one_is_none(kinds: tuple[str, ...]) -> None:
+    """A scale beside 1 takes the way with two rows a sample, and comes to the codes of the way with one."""
+    prior, classes, seeds = make(*kinds), torch.tensor([0, 1, 2]), [1, 2, 3]
+    plain = prior.generate(classes, seeds, Sampling(guidance=1.0))
+    nearly = prior.generate(classes, seeds, Sampling(guidance=1.0 + 1e-9))
+    assert all(torch.equal(one, other) for one, other in zip(plain, nearly, strict=True))
+
+
 @pytest.mark.parametrize("kind", SMALL)
 @torch.no_grad()
 def test_logits_of_a_sample_are_those_of_any_batch_to_the_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
