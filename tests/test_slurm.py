@@ -164,21 +164,25 @@ def test_a_preempted_job_goes_on_by_itself(conf: Path, home: Path, monkeypatch: 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.fault
 def test_a_time_limit_is_announced(conf: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Slurm itself, with the signal that the profile names; a training longer than the limit goes on to its end."""
+    """By Slurm itself, with the signal that the profile names; a training longer than the limit goes on to its end.
+
+    Slurm may say it a minute early, so the first start has between one and two and a half minutes.
+    """
     profile = yaml.safe_load((PROFILES / "devslurm.yaml").read_text())
-    profile["slurm"] |= {"time_min": 2, "signal": "USR1"}
+    profile["slurm"] |= {"time_min": 3, "signal": "USR1"}
     (home / "short.yaml").write_text(yaml.safe_dump(profile))
     layout = packed(home, recipe(home, 2), on=str(home / "short.yaml"))
-    monkeypatch.setenv("VQSCALE_FAULT", "; ".join(f"slow:step={step},rank=1,seconds=20" for step in range(3, 9)))
+    monkeypatch.setenv("VQSCALE_FAULT", "; ".join(f"slow:step={step},rank=1,seconds=20" for step in range(3, 11)))
     assert main(["requeue", "mine"]) == 0
-    until(layout.done("tokenizer").exists, layout, 280)
+    until(layout.done("tokenizer").exists, layout, 560)
     tries = read_json(layout.requeues("tokenizer"))["tries"]
     assert {one["kind"] for one in tries} == {"preempted"}, told(layout)
-    steps = [one["step"] for one in tries]
+    steps = [one["step"] or 0 for one in tries]  # nothing is saved where it is said while the first start imports torch
     assert steps == sorted(set(steps)), "each start got on"
-    assert 0 < steps[0] < STEPS
+    assert 0 < steps[-1] < STEPS
     events = [json.loads(line) for line in layout.events("tokenizer").read_text().splitlines()]
     assert sorted(event["step"] for event in events if "loss" in event) == list(range(1, STEPS + 1))
     assert "TIME LIMIT" not in layout.log.read_text(), "it was never too late"

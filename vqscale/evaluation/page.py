@@ -96,7 +96,7 @@ TOPICS = (
             "pixel_likelihood": "distribution of a pixel around its reconstruction",
             "codes_likelihood": "whether the prior's likelihood is exact or a bound",
             "nats_per_code": "nats a code",
-            "nats_per_code_": "the same by level",
+            "nats_per_code_": "the same by level; `_uniform` is that of a prior that knows nothing",
         },
     ),
     Topic(
@@ -158,10 +158,10 @@ def page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
 
     Args:
         report: as in `report.json`; keys that it lacks are left out.
-        pictures: shown in their order, at the end.
+        pictures: shown in their order, before the figures.
     """
     known = [_topic(topic, report) for topic in TOPICS]
-    parts = [*known, _charts(report), _bits(report), _rest(report), _seconds(report), *map(_figure, pictures)]
+    parts = [*map(_figure, pictures), *known, _charts(report), _bits(report), _rest(report), _seconds(report)]
     title = escape(f"{report.get('name', 'run')}: evaluation")
     body = "\n".join(part for part in parts if part)
     about = escape(str(report.get("run", "")))
