@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -97,6 +98,11 @@ class Profile(BaseModel):
     def nodes_of(self, stage: str) -> SlurmSettings | SshSettings | KubernetesSettings | None:
         """The section about the machines that a stage runs on; None for this machine."""
         return self.slurm.of(stage) if self.slurm else self.ssh or self.kubernetes
+
+    def without(self, names: Sequence[str]) -> Profile:
+        """The same without some hosts, or where a cluster chooses, avoiding some nodes."""
+        sections = {"ssh": self.ssh, "kubernetes": self.kubernetes}
+        return self.model_copy(update={key: one.without(names) for key, one in sections.items() if one})
 
     def resolved(self, folder: Path) -> Profile:
         """The profile without references to other files, which are looked for in `folder`.

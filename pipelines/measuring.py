@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.classifying import measure_classifiers, shards_of
 from pipelines.held_out import fitted_pixels, held_out
 from pipelines.sources import image_source
 from pipelines.stage import Stage
 from vqscale.checkpoint.folder import steps
 from vqscale.data.drawn import RECORD, DrawnSet, open_drawn
 from vqscale.data.images import encode_png
-from vqscale.data.sheet import labelled_sheet
+from vqscale.data.sheet import code_colours, colour_codes, labelled_sheet
 from vqscale.evaluation.features import FeatureNetwork, load_features
 from vqscale.evaluation.hours import HourCounts
 from vqscale.evaluation.likelihood import LevelCodes
 from vqscale.evaluation.likelihoods import Likelihoods
-from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Measure
+from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Measure, Shown, learned_figures
 from vqscale.evaluation.reconstructions import Reconstructions
 from vqscale.evaluation.samples import SampleQuality
 from vqscale.export import TrainedTokenizer, load_prior, load_tokenizer
 from vqscale.files import write_bytes
 from vqscale.models.lpips import load_lpips
 from vqscale.models.prior import Prior
+from vqscale.models.quantizer import Codebook
 from vqscale.training.build import grid_shapes
 from vqscale.training.checkpoints.fitting import require_prior_of
 
@@ -36,7 +36,7 @@ SHEET_IMAGES = 12
 RECONSTRUCTIONS = "reconstructions.png"
 
 Seen = Callable[[int], None]
-"""Told how many held-out images this rank has measured since the last time."""
+"""Told how many images this rank has measured, or a classifier has learned from, since the last time."""
 
 
 def measure(stage: Stage, seen: Seen = lambda count: None) -> dict[str, Any]:
@@ -50,7 +50,9 @@ def measure(stage: Stage, seen: Seen = lambda count: None) -> dict[str, Any]:
     require_prior_of(tokenizer.fingerprint, priors)
     prior = load_prior(layout.root, device) if steps(priors) else None
     network = load_features(recipe.evaluate.features, device) if recipe.evaluate.features else None
-    return measure_held_out(stage, tokenizer, prior, network, seen) | measure_samples(stage, network)
+    figures = measure_held_out(stage, tokenizer, prior, network, seen) | measure_samples(stage, network)
+    wanted = recipe.evaluate.classifier
+    return figures | (measure_classifiers(stage, wanted, tokenizer, seen) if wanted else {})
 
 
 def measure_held_out(
@@ -64,14 +66,12 @@ def measure_held_out(
     measures = _measures(stage, tokenizer, prior, network)
     for number, shown in enumerate(held_out(stage, tokenizer)):
         if number == 0 and stage.ranks.first:
-            _write_sheet(stage.layout.samples, shown.images, shown.pixels)
+            _write_sheet(stage.layout.samples, shown, tokenizer)
         for measure in measures:
             measure.add(shown)
         seen(len(shown.images))
     figures = {name: value for measure in measures for name, value in measure.figures(stage.ranks).items()}
-    learned = figures.get("bits_per_dim_codes")
-    dimensions = 3 * stage.recipe.data.image_size**2
-    return figures | ({} if learned is None else {"code_bits_learned": learned * dimensions})
+    return figures | learned_figures(figures, 3 * stage.recipe.data.image_size**2)
 
 
 def _measures(
@@ -124,16 +124,11 @@ def measure_quality(stage: Stage, drawn: DrawnSet, network: FeatureNetwork) -> d
     for numbers in _shares(stage, len(drawn.labels)):
         quality.add(drawn.read(numbers), np.asarray(numbers), reference=False)
     source = image_source(stage, wanted.reference)
-    for batch in stage.read_once(source, _shards_of(source.shards.counts, wanted.reference_images)):
+    for batch in stage.read_once(source, shards_of(source.shards.counts, wanted.reference_images)):
         first = batch.index < wanted.reference_images
         if first.any():
             quality.add(batch.fields["image"][first], batch.index[first], reference=True)
     return quality.figures(stage.ranks, wanted.reference)
-
-
-def _shards_of(counts: Sequence[int], images: int) -> list[int]:
-    """Samples of the first shards, of as many as hold so many images."""
-    return [count for count, before in zip(counts, accumulate(counts, initial=0), strict=False) if before < images]
 
 
 def _shares(stage: Stage, count: int) -> Iterator[range]:
@@ -142,6 +137,14 @@ def _shares(stage: Stage, count: int) -> Iterator[range]:
     return (mine[start : start + batch] for start in range(0, len(mine), batch))
 
 
-def _write_sheet(folder: Path, images: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> None:
-    rows = {"input": images[:SHEET_IMAGES], "reconstruction": rebuilt[:SHEET_IMAGES]}
+def _write_sheet(folder: Path, shown: Shown, tokenizer: TrainedTokenizer) -> None:
+    """Some images, their reconstructions, what each level carries alone, and the code grids in colour."""
+    names, size = tokenizer.levels[::-1], tokenizer.image_size
+    codes = {name: grids[:SHEET_IMAGES] for name, grids in shown.codes.items()}
+    rows = {"input": shown.images[:SHEET_IMAGES], "reconstruction": shown.pixels[:SHEET_IMAGES]}
+    if len(names) > 1:
+        rows |= {f"{name} alone": tokenizer.decode_alone(codes, name) for name in names}
+    books: list[Codebook] = list(tokenizer.network.codebooks)  # type: ignore[arg-type]
+    for name, book in zip(names, reversed(books), strict=True):
+        rows[f"{name} codes"] = colour_codes(codes[name], code_colours(book.codes.cpu().numpy()), size)
     write_bytes(folder / RECONSTRUCTIONS, encode_png(labelled_sheet(rows)))

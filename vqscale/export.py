@@ -66,10 +66,18 @@ class TrainedTokenizer:
         return means
 
     @torch.no_grad()
-    def _decoded(self, codes: Mapping[str, NDArray[np.integer]]) -> Tensor:
-        grids = [torch.from_numpy(codes[name].astype(np.int64)).to(self.device) for name in self.levels]
+    def decode_alone(self, codes: Mapping[str, NDArray[np.integer]], level: str) -> NDArray[np.uint8]:
+        """What one level carries: images uint8 [B, S, S, 3], every other level at the mean of its own vectors."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.network.decode(grids)
+            return to_uint8(self.network.decode_alone(self._grids(codes), self.levels.index(level)))
+
+    @torch.no_grad()
+    def _decoded(self, codes: Mapping[str, NDArray[np.integer]]) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.network.decode(self._grids(codes))
+
+    def _grids(self, codes: Mapping[str, NDArray[np.integer]]) -> list[Tensor]:
+        return [torch.from_numpy(codes[name].astype(np.int64)).to(self.device) for name in self.levels]
 
 
 def load_tokenizer(place: str | Path, device: str | torch.device = "cpu") -> TrainedTokenizer:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from vqscale.config.classifier import Classifier
 from vqscale.config.prior import Network, spans
 from vqscale.config.resources import Resources
 from vqscale.config.section import Decay, Fraction, Positive, Section
@@ -131,8 +132,9 @@ class Training(Section):
     """Decoupled weight decay on matrices and kernels; vectors, norms and embeddings are not decayed."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Gradient norm is clipped to this; 0 switches clipping off (the norm is still logged)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` runs the networks under autocast; weights, codebooks and the code search stay fp32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """`bf16` runs the networks under autocast; weights, codebooks and the code search stay fp32. `auto` is bf16 on GPUs
+    and on processors of this machine that have units for it, else fp32: settled when the run is made, and recorded."""
     checkpoint_activations: bool = False
     """Keep no activations inside encoders, decoders and transformer blocks, and compute them again in the backward."""
     compile: bool = False
@@ -289,6 +291,8 @@ class Evaluate(Section):
     """The most of them that are taken, from the first on."""
     compared_images: Annotated[int, Field(ge=4)] = 10_000
     """Images of each set that precision and recall are over, the first ones: they compare all with all."""
+    classifier: Classifier | None = None
+    """The classification accuracy score, which trains classifiers; null leaves it out, `{}` has all defaults."""
 
     @property
     def lpips_paths(self) -> tuple[str, ...]:

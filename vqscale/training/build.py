@@ -8,6 +8,7 @@ from typing import Any
 from vqscale.config.prior import spans
 from vqscale.config.recipe import Prior, Recipe, Tokenizer
 from vqscale.config.tokenizer import Level, grid_sides
+from vqscale.models.blockwise import Blockwise
 from vqscale.models.codebooks import GradientCodebook, UnitCodebook, UnitGradientCodebook
 from vqscale.models.convnets import Widths
 from vqscale.models.masked import Masked
@@ -23,6 +24,7 @@ NETWORKS: Mapping[str, Callable[..., Network]] = {
     "transformer": Transformer,
     "pixelcnn": PixelCNN,
     "masked": Masked,
+    "blockwise": Blockwise,
     "uniform": Uniform,
 }
 """The network of each kind (`prior.networks.N.kind`). It takes its grids, the number of classes, the given levels,

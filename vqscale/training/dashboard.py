@@ -9,12 +9,18 @@ Layout = dict[str, dict[str, list[Any]]]
 """Category → chart → kind and the tags (regular expressions) on it, as TensorBoard's custom scalars have it."""
 
 _SPEED: dict[str, list[Any]] = {
-    "throughput": ["Multiline", [r"speed/.*_per_second"]],
-    "waiting": ["Multiline", ["speed/data_wait", "speed/all_reduce_s", "speed/all_reduce_exposed_s"]],
-    "compute": ["Multiline", ["speed/tflops", "speed/share_of_peak"]],
+    "images a second": ["Multiline", ["speed/images_per_second"]],
+    "tokens a second": ["Multiline", ["speed/tokens_per_second"]],
+    "share of the time that waits for data": ["Multiline", ["speed/data_wait"]],
+    "TFLOP/s of a device": ["Multiline", ["speed/tflops"]],
     "memory in GiB": ["Multiline", [r"memory/.*"]],
     "seconds of a save, and of them stalled": ["Multiline", [r"checkpoint/.*"]],
     "bad samples": ["Multiline", [r"data/bad.*"]],
+}
+_PEAK: dict[str, list[Any]] = {"share of the device's peak": ["Multiline", ["speed/share_of_peak"]]}
+_RANKS: dict[str, list[Any]] = {
+    "seconds a step in all-reduces, and of them exposed": ["Multiline", [r"speed/all_reduce.*"]],
+    "slowest rank's own time, over the median's": ["Multiline", ["speed/slowest_over_median"]],
 }
 _OPTIMIZER: dict[str, list[Any]] = {
     "learning rate": ["Multiline", ["optim/learning_rate"]],
@@ -22,15 +28,18 @@ _OPTIMIZER: dict[str, list[Any]] = {
 }
 
 
-def layout(stage: str, levels: Sequence[str]) -> Layout:
-    """The charts of a stage, what matters most first.
+def layout(stage: str, levels: Sequence[str], world: int = 1, peak: bool = False) -> Layout:
+    """The charts of a stage, what matters most first; those that would stay empty are left out.
 
     Args:
         stage: `tokenizer` or `prior`; any other has the speed alone.
         levels: level names.
+        world: number of ranks.
+        peak: whether the device's peak is known.
     """
+    speed = _SPEED | (_PEAK if peak else {}) | (_RANKS if world > 1 else {})
     first: dict[str, Layout] = {"tokenizer": {stage: _tokenizer(levels)}, "prior": {stage: _prior(levels)}}
-    return {**first.get(stage, {}), f"{stage}: optimizer": _OPTIMIZER, f"{stage}: speed": _SPEED}
+    return {**first.get(stage, {}), f"{stage}: optimizer": _OPTIMIZER, f"{stage}: speed": speed}
 
 
 def _tokenizer(levels: Sequence[str]) -> dict[str, list[Any]]:
@@ -40,6 +49,7 @@ def _tokenizer(levels: Sequence[str]) -> dict[str, list[Any]]:
     return {
         "loss": ["Multiline", [r"loss/.*"]],
         "held-out PSNR": ["Multiline", ["validation/psnr"]],
+        "error over the images' variance": ["Multiline", ["reconstruction/mse_over_variance"]],
         "share of codes used": every("used"),
         "perplexity": every("perplexity"),
         "dead codes": every("dead"),

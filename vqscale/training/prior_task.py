@@ -46,7 +46,7 @@ class PriorTask(Task):
         self.engine, self._settings, self._levels, self._seed = engine, settings, list(levels), seed
         self._held_out, self._draw = held_out, draw
         self._model: Prior = engine.bare  # type: ignore[assignment]
-        self.parts = {"codes": self._model.length}
+        self.parts = {"tokens": self._model.length}
 
     def sample_flops(self) -> int:
         """Of all networks, for the codes of one sample."""

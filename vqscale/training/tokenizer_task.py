@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from vqscale.config.recipe import Tokenizer
+from vqscale.config.tokenizer import grid_sides
 from vqscale.errors import UserError
 from vqscale.models.losses import PIXEL_LOSSES
 from vqscale.models.lpips import LPIPS, load_lpips
 from vqscale.models.pixels import from_uint8
-from vqscale.models.quantizer import Codebook, Donors, LevelFigures, Quantized, Statistics, update_codebooks
+from vqscale.models.quantizer import Codebook, Donors, Quantized, Statistics, update_codebooks
 from vqscale.models.vqvae import VQVAE, Output
 from vqscale.seeds import mix
 from vqscale.training.adversary import Adversary
@@ -68,9 +69,10 @@ class TokenizerTask(Task):
             where = "tokenizer.losses.perceptual.weights"
             self._perceptual = load_lpips(losses.perceptual.paths, where).to(device)
         self._adversary = Adversary(losses.adversarial, engine, seed) if losses.adversarial else None
+        grids = grid_sides(settings.levels, fixed.shape[1])
+        self.parts = {"tokens": sum(side**2 for side in grids)}
         self._averaged = AveragedWeights(engine.weights, settings.ema_decay) if settings.ema_decay else None
         self._statistics: list[Statistics] = []
-        self._levels: list[LevelFigures] = []
         self._step = self._updates = 0
         self._ready = False  # whether what goes beside the network belongs to its step
         self.warnings: dict[str, str] = {}
@@ -108,8 +110,8 @@ class TokenizerTask(Task):
         self._pixels.keep(self._step)
         if self._quantized:
             books: list[Codebook] = list(self._model.codebooks)  # type: ignore[arg-type]
-            self._levels = update_codebooks(books, self._statistics, self.engine.ranks.sum, self._updates, rate)
-            self._window.add(self._step, self._levels)
+            levels = update_codebooks(books, self._statistics, self.engine.ranks.sum, self._updates, rate)
+            self._window.add(self._step, levels)
         if self._adversary and self._adversary.active(self._step):
             self._adversary.step(rate)
         if self._averaged:
@@ -161,9 +163,10 @@ class TokenizerTask(Task):
             draw_images(tracker, step, self._fixed, output)
             if self._quantized:
                 draw_levels(tracker, step, list(self._sizes), network, [level.codes for level in output.levels])
-        draw_usage(tracker, step, list(self._sizes), self._levels)
-        if step == self._settings.training.steps:
-            draw_codebooks(tracker, step, list(self._sizes), network, self._levels)
+        counts = self._window.counts()
+        draw_usage(tracker, step, counts)
+        if counts and step == self._settings.training.steps:
+            draw_codebooks(tracker, step, network, counts)
 
     def pieces(self) -> list[Piece]:
         """The averaged weights."""
