@@ -23,7 +23,10 @@ def cluster_of(name: str | None) -> tuple[Cluster, str]:
         path = profile_path(name)
     except LookupError as error:
         raise UserError(f"no profile '{name}'", where="--on", mend=str(error)) from None
-    profile = load_model(Profile, path)
+    try:
+        profile = load_model(Profile, path).resolved(path.parent)
+    except ValueError as error:
+        raise UserError(str(error), where=str(path)) from None
     section = profile.slurm or profile.ssh or profile.kubernetes
     gpus = (section.gpus_per_node if section else 0) or profile.network.gpus_per_node
     stated = "network" in profile.model_fields_set

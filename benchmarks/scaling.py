@@ -28,6 +28,7 @@ from benchmarks.scaling_ranks import Place
 from benchmarks.timing import Contender, Race
 from benchmarks.tokenizer import RECIPE, SMALL
 from vqscale.config.load import load_recipe
+from vqscale.processor import has_bf16
 
 GOALS = {"two_processes_efficiency": at_least(0.92), "codebook_sync_share_of_step": at_most(0.01)}
 PACKAGES = ("accelerate",)
@@ -122,7 +123,7 @@ def measured(bench: Bench, race: Race, sizes: dict[str, int], buckets: tuple[int
 
 def precision() -> str:
     """The recipe's bf16 where the processor computes with it; elsewhere it would be emulated."""
-    return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(machine.machine().flags) else "fp32"
+    return "bf16" if has_bf16() else "fp32"
 
 
 def describe(bench: Bench, overrides: Sequence[str], batch: int) -> None:

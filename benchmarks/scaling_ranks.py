@@ -181,7 +181,7 @@ class Host:
     def end(self) -> None:
         """Let all ranks end, and wait for them."""
         for pipe in (pipe for pipes in self.groups.values() for pipe in pipes):
-            with suppress(BrokenPipeError):
+            with suppress(OSError):
                 pipe.send(None)
         for child in self.children:
             if self.broken:
@@ -215,7 +215,7 @@ class Host:
     def _one(pipe: Connection) -> dict[str, Any]:
         try:
             found: dict[str, Any] = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return {"error": "a rank was killed"}
         return found
 
