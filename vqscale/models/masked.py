@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
 from vqscale.models.generate import Draws
-from vqscale.models.network import GridShape, Network, nats
+from vqscale.models.network import CodeNetwork, GridShape, nats
 from vqscale.models.steady import steady
 from vqscale.models.transformer_block import (
     Block,
@@ -42,7 +42,7 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 """Share of the codes that is still masked when a share of the passes is done."""
 
 
-class Masked(Network):
+class Masked(CodeNetwork):
     """One level.
 
     Args:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
 from vqscale.models.generate import Draws
-from vqscale.models.network import GridShape, Network
+from vqscale.models.network import CodeNetwork, GridShape
 from vqscale.models.steady import steady
 
 
@@ -50,7 +50,7 @@ class GatedLayer(nn.Module):
         return gate(below, 1), horizontal + self.project(self.dropout(gate(row, 1)))
 
 
-class PixelCNN(Network):
+class PixelCNN(CodeNetwork):
     """One level.
 
     Args:

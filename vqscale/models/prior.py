@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vqscale.models.generate import Draws, Sampling
-from vqscale.models.network import Network
+from vqscale.models.network import Network, unknown
 
 
 class Prior(nn.Module):
@@ -59,18 +59,17 @@ class Prior(nn.Module):
     def generate(
         self, classes: Tensor, seeds: Sequence[int], sampling: Sampling, known: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
-        """Draw one set of code grids a class entry: int64 [B, side, side] a level, the coarsest first.
+        """Draw one set of latents a class entry, a level, the coarsest first.
 
         Args:
             classes: int64 [B].
             seeds: one a sample. All randomness of a sample comes from its seed, so it depends neither on the batch
                 nor on the number of ranks.
             sampling: temperature, truncation, guidance.
-            known: int64 [B, side, side] a level, the coarsest first: codes that stay as they are; negative where one
-                is drawn. None draws all.
+            known: what stays as it is, a level, the coarsest first, as for `Network.sample`. None draws all.
         """
         if known is None:
-            known = [torch.full((len(classes), grid.side, grid.side), -1, device=classes.device) for grid in self.grids]
+            known = [unknown(grid, len(classes), classes.device) for grid in self.grids]
         draws = Draws(sampling, seeds, classes.device)
         grids: list[Tensor] = []
         for network in self._networks():
