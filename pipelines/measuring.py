@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from pipelines.held_out import fitted_pixels, held_out
+from pipelines.held_out import held_out, pixels_given_latents
 from pipelines.sources import image_source
 from pipelines.stage import Stage
 from vqscale.checkpoint.folder import steps
 from vqscale.data.drawn import RECORD, DrawnSet, open_drawn
 from vqscale.data.images import encode_png
+from vqscale.data.manifest import CodeLevel
 from vqscale.data.sheet import labelled_sheet
 from vqscale.evaluation.features import FeatureNetwork, load_features
 from vqscale.evaluation.hours import HourCounts
+from vqscale.evaluation.latents import PosteriorStatistics
 from vqscale.evaluation.likelihood import LevelCodes
 from vqscale.evaluation.likelihoods import Likelihoods
 from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Measure
@@ -29,7 +30,6 @@ from vqscale.export import TrainedTokenizer, load_prior, load_tokenizer
 from vqscale.files import write_bytes
 from vqscale.models.lpips import load_lpips
 from vqscale.models.prior import Prior
-from vqscale.training.build import grid_shapes
 from vqscale.training.checkpoints.fitting import require_prior_of
 
 SHEET_IMAGES = 12
@@ -70,7 +70,7 @@ def measure_held_out(
         seen(len(shown.images))
     figures = {name: value for measure in measures for name, value in measure.figures(stage.ranks).items()}
     learned = figures.get("bits_per_dim_codes")
-    dimensions = 3 * stage.recipe.data.image_size**2
+    dimensions = stage.recipe.dimensions
     return figures | ({} if learned is None else {"code_bits_learned": learned * dimensions})
 
 
@@ -80,16 +80,21 @@ def _measures(
     """What the recipe wants measured; every one of them is shown all held-out images."""
     recipe, size, device = stage.recipe, stage.recipe.data.image_size, stage.ranks.device
     lpips = load_lpips(recipe.evaluate.lpips_paths, "evaluate.lpips").to(device) if recipe.evaluate.lpips else None
-    books: list[Tensor] = [book.codes for book in tokenizer.network.codebooks]  # type: ignore[misc]
-    shapes = dict(zip(tokenizer.levels[::-1], grid_shapes(recipe), strict=True))
-    codes = {name: LevelCodes(shape.length, shape.codes) for name, shape in shapes.items()}
-    levels = {name: (book, shapes[name].side) for name, book in zip(tokenizer.levels, books, strict=True)}
+    latents = {level.name: LevelCodes(level.values, level.codes) for level in reversed(recipe.levels)}
     measures: list[Measure] = [
         Reconstructions(size, clocks=bool(recipe.data.clocks), lpips=lpips),
-        Likelihoods(fitted_pixels(stage, tokenizer), codes, size, prior, device),
-        CodeStatistics(levels),
+        Likelihoods(pixels_given_latents(stage, tokenizer), latents, recipe.dimensions, prior, device),
+        _statistics(recipe.levels, tokenizer),
     ]
     return [*measures, FeatureDistance(network, size)] if network else measures
+
+
+def _statistics(levels: Sequence[CodeLevel], tokenizer: TrainedTokenizer) -> Measure:
+    """What is said of the latents: how codes are used, or how far posteriors are from N(0, 1)."""
+    if tokenizer.network.continuous:
+        return PosteriorStatistics(levels)
+    books = zip(levels, tokenizer.network.vectors(), strict=True)
+    return CodeStatistics({level.name: (book, level.grid) for level, book in books})
 
 
 def measure_samples(stage: Stage, network: FeatureNetwork | None) -> dict[str, Any]:

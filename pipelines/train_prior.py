@@ -41,9 +41,9 @@ def main(stage: Stage) -> dict[str, Any]:
             yield tensors(batch.fields, ranks.device)
 
     torch.manual_seed(recipe.seed)
-    network = build_prior(recipe.prior, grid_shapes(recipe), len(source.manifest.classes))
+    network = build_prior(recipe.prior, grid_shapes(recipe.levels), len(source.manifest.classes))
     engine = Engine(network, recipe.prior.training, ranks, stage.resources.strategy)
-    levels = [level.name for level in recipe.tokenizer.levels][::-1]
+    levels = [level.name for level in recipe.levels][::-1]
     task = PriorTask(
         engine,
         recipe.prior,

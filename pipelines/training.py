@@ -11,7 +11,7 @@ import numpy as np
 
 from pipelines.stage import Stage
 from vqscale.config.load import dump_yaml
-from vqscale.config.recipe import Training
+from vqscale.config.training import Training
 from vqscale.data.loader import Loader
 from vqscale.data.order import StreamOrder
 from vqscale.data.source import Source
@@ -126,7 +126,7 @@ class _Training:
         if events is None:
             return None
         tracker = Tracker(stage.layout.tensorboard / stage.name, events, start)
-        tracker.layout(layout(stage.name, [level.name for level in stage.recipe.tokenizer.levels]))
+        tracker.layout(layout(stage.name, self.task.charts()))
         if not start:
             tracker.text("recipe", dump_yaml(stage.recipe))
             tracker.text("machine", describe(stage.ranks.world, stage.ranks.device), kind="text")

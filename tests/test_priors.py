@@ -174,7 +174,7 @@ def test_sizes_have_the_weights_that_are_documented(size: str, millions: int) ->
         ROOT / "pipelines/recipes/imagenet256.yaml", [f"prior.networks=[{{kind: transformer, size: {size}}}]"]
     )
     with torch.device("meta"):
-        prior = build_prior(recipe.prior, grid_shapes(recipe), 1000)
+        prior = build_prior(recipe.prior, grid_shapes(recipe.levels), 1000)
         codes = [torch.zeros(2, grid.side, grid.side, dtype=torch.int64) for grid in prior.grids]
         logits = prior.networks[0]([], codes, torch.zeros(2, dtype=torch.int64))
     assert [tuple(level.shape) for level in logits] == [(2, 1024, 512), (2, 4096, 512)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -17,6 +17,8 @@ class NetworkSection(Section):
     """Whether one network of this kind models several levels as one sequence; else each level gets its own."""
     matrices: ClassVar[bool] = False
     """Whether it has hidden matrices, which `optimizer: muon` is for."""
+    continuous: ClassVar[bool] = False
+    """Whether it models continuous latents; else codes."""
     kind: str
     """Kind of network."""
     levels: Positive | None = None
@@ -140,6 +142,14 @@ class UniformNetwork(NetworkSection):
     """Uniform."""
 
 
+class NormalNetwork(NetworkSection):
+    """Standard normal latents: nothing is trained. The prior of a plain VAE, and the baseline of the flows."""
+
+    continuous: ClassVar[bool] = True
+    kind: Literal["normal"]
+    """Standard normal."""
+
+
 def _kind(value: Any) -> Any:
     """A union over a field would know no default."""
     return value.get("kind", "transformer") if isinstance(value, dict) else getattr(value, "kind", value)
@@ -149,10 +159,17 @@ Network = Annotated[
     Annotated[TransformerNetwork, Tag("transformer")]
     | Annotated[PixelCNNNetwork, Tag("pixelcnn")]
     | Annotated[MaskedNetwork, Tag("masked")]
-    | Annotated[UniformNetwork, Tag("uniform")],
+    | Annotated[UniformNetwork, Tag("uniform")]
+    | Annotated[NormalNetwork, Tag("normal")],
     Discriminator(_kind),
 ]
 """One network of the prior, by its `kind`."""
+
+
+def kinds_for(*, continuous: bool) -> list[str]:
+    """The kinds of network that model continuous latents, or codes."""
+    tagged = [get_args(each) for each in get_args(get_args(Network)[0])]
+    return [tag.tag for section, tag in tagged if section.continuous == continuous]
 
 
 def spans(networks: Sequence[NetworkSection], levels: int) -> list[int]:
@@ -166,7 +183,7 @@ def spans(networks: Sequence[NetworkSection], levels: int) -> list[int]:
         wanted[-1] = max(1, levels - sum(wanted[:-1]))
     if sum(wanted) != levels:
         raise ValueError(
-            f"prior.networks model {sum(wanted)} levels, tokenizer.levels has {levels}; "
+            f"prior.networks model {sum(wanted)} levels, the tokenizer has {levels}; "
             f"change prior.networks.*.levels, or the number of networks"
         )
     return wanted

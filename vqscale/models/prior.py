@@ -27,8 +27,8 @@ class Prior(nn.Module):
         self.classes, self.no_class = networks[0].classes, networks[0].no_class
         self.grids = tuple(grid for network in networks for grid in network.grids)
         """All levels, the coarsest first."""
-        self.length = sum(grid.length for grid in self.grids)
-        """Codes of a sample."""
+        self.length = sum(grid.values for grid in self.grids)
+        """Codes of a sample, or values of continuous latents."""
         self.chances = sum(network.chances for network in networks)
         """Uniform numbers that `forward` takes for each sample."""
         self.exact = all(network.exact for network in networks)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-Layout = dict[str, dict[str, list[Any]]]
-"""Category → chart → kind and the tags (regular expressions) on it, as TensorBoard's custom scalars have it."""
+Charts = dict[str, list[Any]]
+"""Chart → kind and the tags (regular expressions) on it, as TensorBoard's custom scalars have it."""
+Layout = dict[str, Charts]
+"""Category → its charts."""
 
-_SPEED: dict[str, list[Any]] = {
+_SPEED: Charts = {
     "throughput": ["Multiline", [r"speed/.*_per_second"]],
     "waiting": ["Multiline", ["speed/data_wait", "speed/all_reduce_s", "speed/all_reduce_exposed_s"]],
     "compute": ["Multiline", ["speed/tflops", "speed/share_of_peak"]],
@@ -16,42 +18,21 @@ _SPEED: dict[str, list[Any]] = {
     "seconds of a save, and of them stalled": ["Multiline", [r"checkpoint/.*"]],
     "bad samples": ["Multiline", [r"data/bad.*"]],
 }
-_OPTIMIZER: dict[str, list[Any]] = {
+_OPTIMIZER: Charts = {
     "learning rate": ["Multiline", ["optim/learning_rate"]],
     "gradient norm": ["Multiline", ["optim/gradient_norm"]],
 }
 
 
-def layout(stage: str, levels: Sequence[str]) -> Layout:
+def layout(stage: str, charts: Charts) -> Layout:
     """The charts of a stage, what matters most first.
 
     Args:
-        stage: `tokenizer` or `prior`; any other has the speed alone.
-        levels: level names.
+        stage: name of the stage.
+        charts: its own; may be empty.
     """
-    first: dict[str, Layout] = {"tokenizer": {stage: _tokenizer(levels)}, "prior": {stage: _prior(levels)}}
-    return {**first.get(stage, {}), f"{stage}: optimizer": _OPTIMIZER, f"{stage}: speed": _SPEED}
-
-
-def _tokenizer(levels: Sequence[str]) -> dict[str, list[Any]]:
-    def every(figure: str) -> list[Any]:
-        return ["Multiline", [f"{name}/{figure}" for name in levels]]
-
-    return {
-        "loss": ["Multiline", [r"loss/.*"]],
-        "held-out PSNR": ["Multiline", ["validation/psnr"]],
-        "share of codes used": every("used"),
-        "perplexity": every("perplexity"),
-        "dead codes": every("dead"),
-        "codes restarted a step": every("restarted"),
-    }
-
-
-def _prior(levels: Sequence[str]) -> dict[str, list[Any]]:
-    return {
-        "nats a code, training": ["Multiline", [r"loss/.*"]],
-        "nats a code, held out": ["Multiline", [r"validation/nats.*"]],
-    }
+    first: Layout = {stage: charts} if charts else {}
+    return {**first, f"{stage}: optimizer": _OPTIMIZER, f"{stage}: speed": _SPEED}
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
