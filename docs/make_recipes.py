@@ -56,6 +56,7 @@ SECTIONS = {
     "prior": "Prior",
     "prior.networks.N: transformer": "TransformerNetwork",
     "prior.networks.N: pixelcnn": "PixelCNNNetwork",
+    "prior.networks.N: recurrent": "RecurrentNetwork",
     "prior.networks.N: masked": "MaskedNetwork",
     "prior.networks.N: uniform": "UniformNetwork",
     "prior.training": "Training",

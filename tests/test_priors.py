@@ -26,6 +26,7 @@ CLASSES = 3
 SMALL: dict[str, dict[str, Any]] = {
     "transformer": {"layers": 2, "width": 16, "heads": 2},
     "pixelcnn": {"layers": 3, "width": 8},
+    "recurrent": {"layers": 2, "width": 8},
     "masked": {"layers": 2, "width": 16, "heads": 2, "passes": 3},
     "uniform": {},
 }

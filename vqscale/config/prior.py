@@ -120,6 +120,21 @@ class PixelCNNNetwork(NetworkSection):
     """Dropout inside the layers."""
 
 
+class RecurrentNetwork(NetworkSection):
+    """Recurrent network over the codes in raster order: the cost of drawing a code does not depend on its place."""
+
+    kind: Literal["recurrent"]
+    """Recurrent network."""
+    layers: Positive = 2
+    """Recurrent layers."""
+    width: Positive = 256
+    """Channels, and size of the states."""
+    cell: Literal["lstm", "gru"] = "lstm"
+    """LSTM, or GRU, which has three quarters of the weights."""
+    dropout: Fraction = 0.0
+    """Dropout inside the layers."""
+
+
 class MaskedNetwork(Attending):
     """Masked prediction (MaskGIT, Chang et al. 2022): a grid is drawn in a few passes; its nats are an upper bound."""
 
@@ -148,6 +163,7 @@ def _kind(value: Any) -> Any:
 Network = Annotated[
     Annotated[TransformerNetwork, Tag("transformer")]
     | Annotated[PixelCNNNetwork, Tag("pixelcnn")]
+    | Annotated[RecurrentNetwork, Tag("recurrent")]
     | Annotated[MaskedNetwork, Tag("masked")]
     | Annotated[UniformNetwork, Tag("uniform")],
     Discriminator(_kind),

@@ -24,7 +24,12 @@ def steady(layer: nn.Linear | nn.Conv2d) -> Linear:
 
     A convolution becomes a function of windows, flattened as its kernels are: [..., channels · rows · columns].
     """
-    weight, bias = layer.weight.detach().flatten(1), None if layer.bias is None else layer.bias.detach()
+    return steady_matrix(layer.weight.flatten(1), layer.bias)
+
+
+def steady_matrix(weight: Tensor, bias: Tensor | None) -> Linear:
+    """As `steady`, of a matrix [out, in] and what is added, [out]."""
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)

@@ -15,6 +15,7 @@ from vqscale.models.network import GridShape, Network
 from vqscale.models.pixelcnn import PixelCNN
 from vqscale.models.prior import Prior as PriorNetwork
 from vqscale.models.quantizer import Codebook
+from vqscale.models.recurrent import Recurrent
 from vqscale.models.transformer import Transformer
 from vqscale.models.uniform import Uniform
 from vqscale.models.vqvae import VQVAE, LevelShape
@@ -22,6 +23,7 @@ from vqscale.models.vqvae import VQVAE, LevelShape
 NETWORKS: Mapping[str, Callable[..., Network]] = {
     "transformer": Transformer,
     "pixelcnn": PixelCNN,
+    "recurrent": Recurrent,
     "masked": Masked,
     "uniform": Uniform,
 }
