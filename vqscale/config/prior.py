@@ -17,6 +17,8 @@ class NetworkSection(Section):
     """Whether one network of this kind models several levels as one sequence; else each level gets its own."""
     matrices: ClassVar[bool] = False
     """Whether it has hidden matrices, which `optimizer: muon` is for."""
+    continuous: ClassVar[bool] = False
+    """Whether it models continuous latents; else codes."""
     kind: str
     """Kind of network."""
     levels: Positive | None = None
@@ -155,6 +157,53 @@ class UniformNetwork(NetworkSection):
     """Uniform."""
 
 
+class NormalNetwork(NetworkSection):
+    """Standard normal latents: nothing is trained. The prior of a plain VAE, and the baseline of the flows."""
+
+    continuous: ClassVar[bool] = True
+    kind: Literal["normal"]
+    """Standard normal."""
+
+
+class RealNVPNetwork(NetworkSection):
+    """RealNVP (Dinh et al. 2017): affine couplings over continuous latents; density and drawing take one forward."""
+
+    continuous: ClassVar[bool] = True
+    kind: Literal["realnvp"]
+    """RealNVP."""
+    couplings: Positive = 8
+    """Affine couplings; 4 of them have met every kind of part (checkerboard and channels, both halves)."""
+    width: Positive = 64
+    """Channels of their networks."""
+
+
+class MAFNetwork(NetworkSection):
+    """Masked autoregressive flow (Papamakarios et al. 2017): a density of one forward, drawing value by value."""
+
+    continuous: ClassVar[bool] = True
+    kind: Literal["maf"]
+    """Masked autoregressive flow."""
+    maps: Positive = 4
+    """Autoregressive maps; every second one reads the values backwards."""
+    layers: Positive = 2
+    """Gated layers in the network of each map. A cell sees half a kernel further with each."""
+    width: Positive = 64
+    """Channels of their networks."""
+    kernel: Literal[3, 5, 7] = 3
+    """Side of their kernels, half of which is cut away."""
+
+
+class AggregatedNetwork(NetworkSection):
+    """The aggregated posterior over some training images: the best prior for them, which overfits."""
+
+    joint: ClassVar[bool] = True
+    continuous: ClassVar[bool] = True
+    kind: Literal["aggregated"]
+    """Aggregated posterior."""
+    images: Positive = 1000
+    """Training images whose posteriors are kept, the first of the first shards."""
+
+
 def _kind(value: Any) -> Any:
     """A union over a field would know no default."""
     return value.get("kind", "transformer") if isinstance(value, dict) else getattr(value, "kind", value)
@@ -165,7 +214,11 @@ Network = Annotated[
     | Annotated[PixelCNNNetwork, Tag("pixelcnn")]
     | Annotated[RecurrentNetwork, Tag("recurrent")]
     | Annotated[MaskedNetwork, Tag("masked")]
-    | Annotated[UniformNetwork, Tag("uniform")],
+    | Annotated[UniformNetwork, Tag("uniform")]
+    | Annotated[NormalNetwork, Tag("normal")]
+    | Annotated[RealNVPNetwork, Tag("realnvp")]
+    | Annotated[MAFNetwork, Tag("maf")]
+    | Annotated[AggregatedNetwork, Tag("aggregated")],
     Discriminator(_kind),
 ]
 """One network of the prior, by its `kind`."""

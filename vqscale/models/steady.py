@@ -42,6 +42,18 @@ def steady_matrix(weight: Tensor, bias: Tensor | None) -> Linear:
     return apply
 
 
+def steady_convolution(layer: nn.Conv2d) -> Linear:
+    """A convolution with stride 1 as a function of [B, in, H, W] whose samples do not depend on the batch."""
+    apply, kernel, padding = steady(layer), layer.kernel_size, layer.padding
+    assert not isinstance(padding, str)
+
+    def convolve(x: Tensor) -> Tensor:
+        windows = F.unfold(x, kernel, padding=padding).transpose(1, 2)
+        return apply(windows).transpose(1, 2).unflatten(2, (x.shape[2], x.shape[3]))
+
+    return convolve
+
+
 def _two(rows: Tensor) -> Tensor:
     """A single row twice: for one row there are other kernels."""
     return rows.expand(2, -1).contiguous() if len(rows) == 1 else rows

@@ -8,13 +8,17 @@ from typing import Any
 from vqscale.config.prior import spans
 from vqscale.config.recipe import Prior, Recipe, Tokenizer
 from vqscale.config.tokenizer import Level, grid_sides
+from vqscale.models.aggregated import Aggregated
 from vqscale.models.codebooks import GradientCodebook, UnitCodebook, UnitGradientCodebook
 from vqscale.models.convnets import Widths
+from vqscale.models.density import Normal
+from vqscale.models.maf import MAF
 from vqscale.models.masked import Masked
 from vqscale.models.network import GridShape, Network
 from vqscale.models.pixelcnn import PixelCNN
 from vqscale.models.prior import Prior as PriorNetwork
 from vqscale.models.quantizer import Codebook
+from vqscale.models.realnvp import RealNVP
 from vqscale.models.recurrent import Recurrent
 from vqscale.models.transformer import Transformer
 from vqscale.models.uniform import Uniform
@@ -26,6 +30,10 @@ NETWORKS: Mapping[str, Callable[..., Network]] = {
     "recurrent": Recurrent,
     "masked": Masked,
     "uniform": Uniform,
+    "normal": Normal,
+    "realnvp": RealNVP,
+    "maf": MAF,
+    "aggregated": Aggregated,
 }
 """The network of each kind (`prior.networks.N.kind`). It takes its grids, the number of classes, the given levels,
 and the settings of its section by their names."""
