@@ -137,9 +137,11 @@ def test_operations_of_a_forward_equal_the_formula() -> None:
     assert counted == sum(layer.flops for layer in convolutions(network.shapes, dims, size))
 
 
-def test_attention_counts_on_a_cpu_too() -> None:
+def test_attention_and_recurrences_count_on_a_cpu_too() -> None:
     query = torch.zeros(1, 2, 16, 8)
     assert forward_flops(F.scaled_dot_product_attention, query, query, query, is_causal=True) == 2 * 2 * 2 * 16 * 16 * 8
+    for cell, gates in ((torch.nn.LSTM(8, 8), 4), (torch.nn.GRU(8, 8), 3)):
+        assert forward_flops(cell, torch.zeros(5, 2, 8)) == 5 * 2 * gates * 2 * 2 * 8 * 8
 
 
 def test_shares_of_a_peak() -> None:

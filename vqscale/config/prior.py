@@ -122,6 +122,21 @@ class PixelCNNNetwork(NetworkSection):
     """Dropout inside the layers."""
 
 
+class RecurrentNetwork(NetworkSection):
+    """Recurrent network over the codes in raster order: the cost of drawing a code does not depend on its place."""
+
+    kind: Literal["recurrent"]
+    """Recurrent network."""
+    layers: Positive = 2
+    """Recurrent layers."""
+    width: Positive = 256
+    """Channels, and size of the states."""
+    cell: Literal["lstm", "gru"] = "lstm"
+    """LSTM, or GRU, which has three quarters of the weights."""
+    dropout: Fraction = 0.0
+    """Dropout inside the layers."""
+
+
 class MaskedNetwork(Attending):
     """Masked prediction (MaskGIT, Chang et al. 2022): a grid is drawn in a few passes; its nats are an upper bound."""
 
@@ -150,6 +165,45 @@ class NormalNetwork(NetworkSection):
     """Standard normal."""
 
 
+class RealNVPNetwork(NetworkSection):
+    """RealNVP (Dinh et al. 2017): affine couplings over continuous latents; density and drawing take one forward."""
+
+    continuous: ClassVar[bool] = True
+    kind: Literal["realnvp"]
+    """RealNVP."""
+    couplings: Positive = 8
+    """Affine couplings; 4 of them have met every kind of part (checkerboard and channels, both halves)."""
+    width: Positive = 64
+    """Channels of their networks."""
+
+
+class MAFNetwork(NetworkSection):
+    """Masked autoregressive flow (Papamakarios et al. 2017): a density of one forward, drawing value by value."""
+
+    continuous: ClassVar[bool] = True
+    kind: Literal["maf"]
+    """Masked autoregressive flow."""
+    maps: Positive = 4
+    """Autoregressive maps; every second one reads the values backwards."""
+    layers: Positive = 2
+    """Gated layers in the network of each map. A cell sees half a kernel further with each."""
+    width: Positive = 64
+    """Channels of their networks."""
+    kernel: Literal[3, 5, 7] = 3
+    """Side of their kernels, half of which is cut away."""
+
+
+class AggregatedNetwork(NetworkSection):
+    """The aggregated posterior over some training images: the best prior for them, which overfits."""
+
+    joint: ClassVar[bool] = True
+    continuous: ClassVar[bool] = True
+    kind: Literal["aggregated"]
+    """Aggregated posterior."""
+    images: Positive = 1000
+    """Training images whose posteriors are kept, the first of the first shards."""
+
+
 def _kind(value: Any) -> Any:
     """A union over a field would know no default."""
     return value.get("kind", "transformer") if isinstance(value, dict) else getattr(value, "kind", value)
@@ -158,9 +212,13 @@ def _kind(value: Any) -> Any:
 Network = Annotated[
     Annotated[TransformerNetwork, Tag("transformer")]
     | Annotated[PixelCNNNetwork, Tag("pixelcnn")]
+    | Annotated[RecurrentNetwork, Tag("recurrent")]
     | Annotated[MaskedNetwork, Tag("masked")]
     | Annotated[UniformNetwork, Tag("uniform")]
-    | Annotated[NormalNetwork, Tag("normal")],
+    | Annotated[NormalNetwork, Tag("normal")]
+    | Annotated[RealNVPNetwork, Tag("realnvp")]
+    | Annotated[MAFNetwork, Tag("maf")]
+    | Annotated[AggregatedNetwork, Tag("aggregated")],
     Discriminator(_kind),
 ]
 """One network of the prior, by its `kind`."""

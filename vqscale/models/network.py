@@ -59,6 +59,8 @@ class Network(nn.Module, ABC):
     """Whether `nats` are the likelihood; else they are an estimate of an upper bound."""
     chances: int = 0
     """Uniform numbers that `nats` takes for each sample."""
+    wanted: int = 0
+    """Training images that it has to `see` once before all else."""
 
     def __init__(self, grids: Sequence[GridShape], classes: int, given: Sequence[GridShape] = ()) -> None:
         super().__init__()
@@ -95,6 +97,15 @@ class Network(nn.Module, ABC):
             draws: how latents are drawn, and all randomness. It is asked for as many numbers whatever is known.
             known: for each level of `grids` what stays as it is: codes, negative where one is drawn; or continuous
                 latents, NaN where they are drawn.
+        """
+
+    def see(self, first: int, posteriors: Sequence[Tensor], classes: Tensor) -> None:
+        """Take in some of the `wanted` images; by itself a network keeps nothing of them.
+
+        Args:
+            first: how many images it has seen before.
+            posteriors: [n, 2 · channels, side, side] of each level of `given` and `grids`, means, then log scales.
+            classes: int64 [n]. Images beyond those that are wanted are left out.
         """
 
 

@@ -31,6 +31,8 @@ class Prior(nn.Module):
         """Codes of a sample, or values of continuous latents."""
         self.chances = sum(network.chances for network in networks)
         """Uniform numbers that `forward` takes for each sample."""
+        self.wanted = max(network.wanted for network in networks)
+        """Training images that it has to `see` once before all else."""
         self.exact = all(network.exact for network in networks)
         """Whether `forward` is the likelihood; else it estimates an upper bound of its nats."""
         self.units = tuple(dict.fromkeys(unit for network in networks for unit in network.units))
@@ -54,6 +56,11 @@ class Prior(nn.Module):
             first, last = len(found), len(found) + len(network.grids)
             found += network.nats(codes[:first], codes[first:last], classes, part, smoothing)
         return found
+
+    def see(self, first: int, posteriors: Sequence[Tensor], classes: Tensor) -> None:
+        """Show some of the `wanted` images to every network; `posteriors` of all levels, the coarsest first."""
+        for network in self._networks():
+            network.see(first, posteriors[: len(network.given) + len(network.grids)], classes)
 
     @torch.no_grad()
     def generate(

@@ -13,16 +13,20 @@ from vqscale.config.tokenizers import Tokenizer
 from vqscale.config.vae import GaussianVAE
 from vqscale.config.vqvae2 import VQVAE2, Level
 from vqscale.data.manifest import CodeLevel
+from vqscale.models.aggregated import Aggregated
 from vqscale.models.codebooks import GradientCodebook, UnitCodebook, UnitGradientCodebook
 from vqscale.models.convnets import Widths
 from vqscale.models.density import Normal
 from vqscale.models.likelihoods import GaussianPixels, MixturePixels, PixelDistribution
+from vqscale.models.maf import MAF
 from vqscale.models.masked import Masked
 from vqscale.models.network import GridShape, Network
 from vqscale.models.pixelcnn import PixelCNN
 from vqscale.models.prior import Prior as PriorNetwork
 from vqscale.models.quantizer import Codebook
 from vqscale.models.raw_pixels import RawPixels
+from vqscale.models.realnvp import RealNVP
+from vqscale.models.recurrent import Recurrent
 from vqscale.models.tokenizer import ImageTokenizer
 from vqscale.models.transformer import Transformer
 from vqscale.models.uniform import Uniform
@@ -32,9 +36,13 @@ from vqscale.models.vqvae import VQVAE, LevelShape
 NETWORKS: Mapping[str, Callable[..., Network]] = {
     "transformer": Transformer,
     "pixelcnn": PixelCNN,
+    "recurrent": Recurrent,
     "masked": Masked,
     "uniform": Uniform,
     "normal": Normal,
+    "realnvp": RealNVP,
+    "maf": MAF,
+    "aggregated": Aggregated,
 }
 """The network of each kind (`prior.networks.N.kind`). It takes its grids, the number of classes, the given levels,
 and the settings of its section by their names."""
