@@ -56,6 +56,7 @@ SECTIONS = {
     "tokenizer.levels.N: vae": "LatentLevel",
     "tokenizer.likelihood: gaussian": "GaussianLikelihood",
     "tokenizer.likelihood: mixture": "MixtureLikelihood",
+    "tokenizer.likelihood: autoregressive": "AutoregressiveLikelihood",
     "tokenizer: pixels": "Pixels",
     "extract": "Extract",
     "prior": "Prior",

@@ -21,9 +21,11 @@ from vqscale.data.codes import CodeBlock, read_code_shard, write_code_shard
 from vqscale.data.manifest import CodeLevel
 from vqscale.errors import UserError
 from vqscale.models import bounds
+from vqscale.models.autoregressive import AutoregressivePixels
 from vqscale.models.latent_watch import divergence
 from vqscale.models.latents import centres, draw
 from vqscale.models.likelihoods import GaussianPixels, MixturePixels, PixelDistribution, log_probability
+from vqscale.models.noise import uniforms_of
 from vqscale.models.pixels import from_uint8
 from vqscale.models.vae import VAE
 from vqscale.training.build import build_tokenizer
@@ -161,7 +163,52 @@ def test_means_lie_where_pixels_are_likeliest(distribution: PixelDistribution) -
         optimizer.zero_grad()
         (-distribution.log_likelihood(target, outputs)).sum().backward()
         optimizer.step()
-    assert (distribution.means(outputs) - target).abs().max() < 0.05
+    assert (distribution.images(outputs, []) - target).abs().max() < 0.05
+
+
+def test_no_pixel_of_an_autoregressive_decoder_sees_the_future() -> None:
+    torch.manual_seed(0)
+    decoder, pixels, told = AutoregressivePixels(2, 3, 8, 3), images(1), torch.randn(1, 8, SIDE, SIDE)
+    before = decoder.parameters_of(pixels, told)
+    for y, x in ((0, 0), (3, 5), (15, 14)):
+        changed = pixels.clone()
+        changed[..., y, x] += 0.5
+        moved = (decoder.parameters_of(changed, told) != before).any(dim=1)[0].flatten()
+        place = y * SIDE + x
+        assert not moved[: place + 1].any()
+        assert moved[place + 1 :].any()
+
+
+def test_an_autoregressive_decoder_draws_by_its_own_distribution() -> None:
+    """By steps as by the whole forward: every pixel is what its mixture, given those before, makes of its numbers."""
+    torch.manual_seed(0)
+    decoder, told, latents = AutoregressivePixels(2, 2, 8, 3), torch.randn(2, 8, 6, 6), [torch.randn(2, 3, 2, 2)]
+    drawn = decoder.images(told, latents)
+    uniforms = uniforms_of(latents[0].numpy(), 4 * 36).view(2, 36, 4)
+    mixtures = decoder.parameters_of(drawn, told).flatten(2)
+    again = torch.stack([decoder.mixture.draw(mixtures[..., n], uniforms[:, n]) for n in range(36)], dim=2)
+    assert ((again - drawn.flatten(2)).abs() > 1e-5).float().mean() < 0.02, (
+        "but where rounding meets the edge of a level"
+    )
+    assert drawn.unique().numel() > 20
+    alone = decoder.images(told[1:], [latents[0][1:]])
+    torch.testing.assert_close(alone, drawn[1:])
+
+
+def test_draws_of_the_mixture_have_its_probabilities() -> None:
+    mixture, outputs = MixturePixels(2), torch.randn(1, 20, generator=torch.Generator().manual_seed(3))
+    outputs[:, [4, 5, 6, 14, 15, 16]] -= 4  # narrow, so that few grey levels hold most of the mass
+    count = 200_000
+    uniforms = torch.rand(count, 4, generator=torch.Generator().manual_seed(4))
+    red = ((mixture.draw(outputs.expand(count, -1), uniforms)[:, 0] + 1) * 127.5).round().long()
+    found = torch.bincount(red, minlength=256) / count
+    raw = outputs.view(2, 10).double()
+    parts = zip(raw[:, 0].softmax(0), raw[:, 1], raw[:, 4].exp(), strict=True)
+    expected = sum(
+        float(weight) * torch.tensor([logistic(v, float(mean + 1) * 127.5, float(scale) * 127.5) for v in range(256)])
+        for weight, mean, scale in parts
+    )
+    assert (found - expected).abs().max() < 5e-3
 
 
 def test_latents_are_drawn_from_their_posteriors() -> None:
@@ -218,7 +265,10 @@ def test_of_codes_nothing_else_is_written_than_before() -> None:
     [
         ({"objective": "iwae", "beta": 2.0}, "objective iwae weights by importance, which beta would bend"),
         ({"objective": "iwae", "free_bits": 1.0}, "which free_bits would bend"),
-        ({"likelihood": {"kind": "mixtures"}}, "'tokenizer.likelihood.kind' is 'mixtures'; use 'gaussian', 'mixture'"),
+        (
+            {"likelihood": {"kind": "mixtures"}},
+            "'tokenizer.likelihood.kind' is 'mixtures'; use 'gaussian', 'mixture'",
+        ),
         ({"likelihood": {"scale": 0}}, "'tokenizer.likelihood.scale' is 0"),
         ({"quantizer": {}}, "unknown key 'tokenizer.quantizer'"),
     ],

@@ -36,8 +36,25 @@ class MixtureLikelihood(Section):
     """Of the mixture."""
 
 
+class AutoregressiveLikelihood(Section):
+    """A gated PixelCNN over the pixels, which the decoder tells what it knows (PixelVAE, Gulrajani et al. 2017)."""
+
+    kind: Literal["autoregressive"]
+    """Autoregressive. Images are drawn from it pixel by pixel."""
+    components: Positive = 5
+    """Of the mixture of logistic distributions of each pixel."""
+    layers: Positive = 4
+    """Gated layers. A pixel sees half a kernel further with each."""
+    width: Positive = 32
+    """Channels of these layers, and of what the decoder tells them."""
+    kernel: Literal[3, 5, 7] = 3
+    """Side of their kernels, half of which is cut away."""
+
+
 Likelihood = Annotated[
-    Annotated[GaussianLikelihood, Tag("gaussian")] | Annotated[MixtureLikelihood, Tag("mixture")],
+    Annotated[GaussianLikelihood, Tag("gaussian")]
+    | Annotated[MixtureLikelihood, Tag("mixture")]
+    | Annotated[AutoregressiveLikelihood, Tag("autoregressive")],
     Discriminator(kind_or("gaussian")),
 ]
 """Distribution of pixels given the decoder's outputs, by its `kind`."""

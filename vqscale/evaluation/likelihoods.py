@@ -105,8 +105,8 @@ class Likelihoods:
         """Log q(z | x) - log N(z; 0, 1) [n] of continuous latents; 0 of codes."""
         if not self._continuous:
             return np.zeros(len(shown.numbers))
-        nats: Doubles = sum(normal_nats(own.double()).flatten(1).sum(1).numpy() for own in self._latents(shown))
-        return shown.log_posterior + nats
+        nats = [normal_nats(own.double()).flatten(1).sum(1) for own in self._latents(shown)]
+        return shown.log_posterior + torch.stack(nats).sum(0).numpy()
 
     def _latents(self, shown: Shown) -> list[Tensor]:
         """Codes int64 or latents fp32 of each level, the coarsest first."""

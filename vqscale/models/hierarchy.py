@@ -13,6 +13,7 @@ levels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ Treatment = Callable[[int, Tensor], Tensor]
 class Hierarchy(ImageTokenizer):
     """The networks around the latents."""
 
-    units = (Stack,)
+    units: ClassVar[tuple[type[nn.Module], ...]] = (Stack,)
     encoders: nn.ModuleList
     contexts: nn.ModuleList
     """Item l belongs to level l + 1: it makes something for level l. So it is with the next."""

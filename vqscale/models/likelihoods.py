@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -48,8 +49,10 @@ class PixelDistribution(nn.Module, ABC):
         """Nats fp32 [B] of images [B, 3, S, S] in [-1, 1] given a decoder's outputs [B, channels, S, S]."""
 
     @abstractmethod
-    def means(self, outputs: Tensor) -> Tensor:
-        """Expected images [B, 3, S, S], about -1 to 1."""
+    def images(self, outputs: Tensor, latents: Sequence[Tensor]) -> Tensor:
+        """Images [B, 3, S, S] that stand for latents (a level each, level 0 first), about -1 to 1; the expected ones,
+        if the kind does not say otherwise.
+        """
 
 
 class GaussianPixels(PixelDistribution):
@@ -76,7 +79,7 @@ class GaussianPixels(PixelDistribution):
         levels, centres = _grey_levels(images.float()).round(), _grey_levels(outputs.float())
         return log_probability("gaussian", levels, centres, self.log_scale.exp()).flatten(1).sum(dim=1)
 
-    def means(self, outputs: Tensor) -> Tensor:
+    def images(self, outputs: Tensor, latents: Sequence[Tensor]) -> Tensor:
         """The outputs themselves."""
         return outputs.float()
 
@@ -107,13 +110,30 @@ class MixturePixels(PixelDistribution):
         ).sum(dim=2)
         return torch.logsumexp(weights + found, dim=1).flatten(1).sum(dim=1)
 
-    def means(self, outputs: Tensor) -> Tensor:
+    def images(self, outputs: Tensor, latents: Sequence[Tensor]) -> Tensor:
         """Of each component the means with the means of the colours before, averaged by the weights."""
         weights, means, _, shifts = self._parts(outputs)
         red = means[:, :, 0]
         green = means[:, :, 1] + shifts[:, :, 0] * red
         centres = _shifted(means, shifts, red, green)
         return (weights.exp()[:, :, None] * centres).sum(dim=1).clamp(-1, 1)
+
+    def draw(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """Colours [B, 3] of one pixel each, on the grey levels in [-1, 1].
+
+        Args:
+            outputs: [B, channels].
+            uniforms: in [0, 1), [B, 4]: for the component, and for each colour.
+        """
+        weights, means, log_scales, shifts = (part[..., 0, 0] for part in self._parts(outputs[:, :, None, None]))
+        chosen = (weights.exp().cumsum(dim=1) < uniforms[:, :1]).sum(dim=1).clamp(max=self.components - 1)
+        rows = torch.arange(len(outputs), device=outputs.device)
+        mean, scale, shift = (part[rows, chosen] for part in (means, log_scales.exp(), shifts))
+        spread = scale * torch.logit(uniforms[:, 1:], eps=1e-6)
+        red = _on_levels(mean[:, 0] + spread[:, 0])
+        green = _on_levels(mean[:, 1] + shift[:, 0] * red + spread[:, 1])
+        blue = _on_levels(mean[:, 2] + shift[:, 1] * red + shift[:, 2] * green + spread[:, 2])
+        return torch.stack([red, green, blue], dim=1)
 
     def _parts(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log weights [B, M, S, S]; means, log scales and shifts [B, M, 3, S, S]."""
@@ -128,6 +148,11 @@ def _shifted(means: Tensor, shifts: Tensor, red: Tensor, green: Tensor) -> Tenso
     return torch.stack(
         [means[:, :, 0], means[:, :, 1] + first * red, means[:, :, 2] + second * red + third * green], dim=2
     )
+
+
+def _on_levels(values: Tensor) -> Tensor:
+    """The nearest grey level, still in [-1, 1]."""
+    return _grey_levels(values).round().clamp(0, 255) / 127.5 - 1
 
 
 def _grey_levels(values: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vqscale.models.convnets import Widths, doubling, trunk, trunk_width
+from vqscale.models.convnets import Stack, Widths, doubling, trunk, trunk_width
 from vqscale.models.density import normal_nats
 from vqscale.models.gaussian import means_and_scales
 from vqscale.models.hierarchy import Hierarchy, contexts, encoders, upsamplers
 from vqscale.models.latents import draw
 from vqscale.models.likelihoods import PixelDistribution
+from vqscale.models.pixelcnn import GatedLayer
 
 LEAST, MOST = -8.0, 4.0
 """Limits of a log scale: its square neither vanishes nor overflows beside the mean's."""
@@ -58,6 +59,7 @@ class VAE(Hierarchy):
     """
 
     continuous = True
+    units = (Stack, GatedLayer)
 
     def __init__(self, levels: Sequence[GaussianLevel], pixels: PixelDistribution) -> None:
         super().__init__()
@@ -93,8 +95,10 @@ class VAE(Hierarchy):
 
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
-        """Expected images [B, 3, S, S] of latents [B, C, H, W], level 0 first."""
-        return self.pixels.means(self._outputs(latents))
+        """Images [B, 3, S, S] of latents [B, C, H, W], level 0 first: the expected ones, or one that is drawn where
+        pixels depend on each other.
+        """
+        return self.pixels.images(self._outputs(latents), latents)
 
     @torch.no_grad()
     def log_likelihood(self, images: Tensor, latents: Sequence[Tensor]) -> Tensor:

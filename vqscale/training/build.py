@@ -14,6 +14,7 @@ from vqscale.config.vae import GaussianVAE
 from vqscale.config.vqvae2 import VQVAE2, Level
 from vqscale.data.manifest import CodeLevel
 from vqscale.models.aggregated import Aggregated
+from vqscale.models.autoregressive import AutoregressivePixels
 from vqscale.models.codebooks import GradientCodebook, UnitCodebook, UnitGradientCodebook
 from vqscale.models.convnets import Widths
 from vqscale.models.density import Normal
@@ -70,7 +71,11 @@ def _vae(settings: GaussianVAE) -> VAE:
     return VAE(levels, PIXELS[likelihood.kind](**likelihood.model_dump(exclude={"kind"})))
 
 
-PIXELS: Mapping[str, Callable[..., PixelDistribution]] = {"gaussian": GaussianPixels, "mixture": MixturePixels}
+PIXELS: Mapping[str, Callable[..., PixelDistribution]] = {
+    "gaussian": GaussianPixels,
+    "mixture": MixturePixels,
+    "autoregressive": AutoregressivePixels,
+}
 """The distribution of pixels of each kind (`tokenizer.likelihood.kind`); it takes the settings by their names."""
 
 TOKENIZERS: Mapping[str, Callable[[Any], ImageTokenizer]] = {"vqvae2": _vqvae, "vae": _vae, "pixels": _pixels}
