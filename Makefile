@@ -21,6 +21,11 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
+# Peers of the benchmarks, and what draws their pictures.
+$(VENV)/.ready-bench: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
 quickstart: setup  ## clock faces to sampled clocks on this machine, in about five minutes
 	$(BIN)/vqscale quickstart
 
@@ -30,7 +35,7 @@ test: $(VENV)/.ready-test  ## everything that takes less than a minute a test
 test-slow: $(VENV)/.ready-test  ## the long tests: the whole quickstart with its promised figures
 	$(BIN)/pytest -m slow --timeout 1800
 
-bench: setup  ## throughput against peers and floors, written to out/bench; about ten minutes
+bench: $(VENV)/.ready-bench  ## throughput against peers and floors, with plots and a page, written to out/bench
 	$(BIN)/vqscale bench
 
 drill: setup  ## kills at random moments and compares: 52 in training, 20 in extraction; about half an hour

@@ -43,7 +43,7 @@ GOALS = {
     "read_vs_npy": at_least(7.0),
     "extract_fraction_of_limit": at_least(0.95),
 }
-PACKAGES = ("zstandard", "simplejpeg")
+PACKAGES = ("zstandard", "simplejpeg", "litdata")
 
 RECIPE = ROOT / "pipelines" / "recipes" / "imagenet256.yaml"
 SMALL = ("data.image_size=32", "tokenizer.hidden=16", "tokenizer.residual_hidden=8")

@@ -1,4 +1,4 @@
-"""Size and shuffled reading of code shards, against one `.npy` file an image and level, on one core.
+"""Size and shuffled reading of code shards, on one core, against the layouts of `codes_peers`.
 
 The codes are those of the extracted images, in blocks of all of them, each block shifted by another offset: so no two
 samples are equal, and within a block zstd meets no image twice.
@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import codes_peers
 from benchmarks.harness import Bench
+from benchmarks.loader_peers import find_litdata
 from benchmarks.timing import Contender
 from vqscale.data.code_records import CodeRecord, manifest_from_records
 from vqscale.data.code_source import CodeGroup, CodeSource
@@ -33,29 +35,43 @@ _KEPT = 2 * STREAMS  # open groups; an order needs one a stream, and two where g
 def measure(bench: Bench, levels: Sequence[CodeLevel], codes: Mapping[str, NDArray[np.uint16]]) -> None:
     """Write, check and race both layouts."""
     samples = QUICK if bench.quick else SAMPLES
-    grids, labels = multiplied(codes, samples), np.arange(samples)
+    grids = multiplied(codes, samples)
     block = len(next(iter(codes.values())))
     bench.config["reading"] = {"samples": samples, "shards": SHARDS, "block": block, "packet": PACKET}
     bench.report("reading, writing", 0, 1)
     source = write_shards(bench.folder / "read", levels, grids, block)
-    files = write_files(bench.folder / "npy", grids)
-    bench.report("reading, writing", 1, 1)
     counts = source.manifest.counts
     order = StreamOrder(counts, seed=0, streams=STREAMS, packet=PACKET, shuffle=samples // STREAMS)
-    picks = np.random.default_rng(0).permutation(labels)
-    readers: dict[str, Callable[[], Iterator[Fields]]] = {
-        "ours": lambda: shuffled(source, order, samples),
-        "npy": lambda: from_files(files, levels, picks),
-    }
+    readers: dict[str, Callable[[], Iterator[Fields]]] = {"ours": lambda: shuffled(source, order, samples)}
+    readers |= peers(bench, levels, grids)
+    bench.report("reading, writing", 1, 1)
     for name, read in readers.items():
         check(bench, name, read(), grids)
     race = bench.race("reading", [_contender(name, read) for name, read in readers.items()])
     bench.figure("read_samples_per_s_core", race.cpu_rates("ours"), _UNIT)
-    bench.figure("npy_samples_per_s_core", race.cpu_rates("npy"), _UNIT)
-    bench.ratio("read_vs_npy", race.cpu_rates("ours"), race.cpu_rates("npy"))
+    for name in readers.keys() - {"ours"}:
+        bench.figure(f"{name}_samples_per_s_core", race.cpu_rates(name), _UNIT)
+        bench.ratio(f"read_vs_{name}", race.cpu_rates("ours"), race.cpu_rates(name))
     plain = sum(array.nbytes for array in grids.values())
     bench.figure("bits_a_code", [16 * source.manifest.bytes / plain], "bits")
     bench.ratio("bytes_vs_uint16", [source.manifest.bytes], [plain])
+
+
+def peers(
+    bench: Bench, levels: Sequence[CodeLevel], grids: Mapping[str, NDArray[np.uint16]]
+) -> dict[str, Callable[[], Iterator[Fields]]]:
+    """The same samples in the layouts of others, as readers of a shuffled pass."""
+    samples = len(next(iter(grids.values())))
+    files = codes_peers.write_files(bench.folder / "npy", grids)
+    picks = np.random.default_rng(0).permutation(samples)
+    found = {"npy": lambda: codes_peers.from_files(files, levels, picks, BATCH)}
+    litdata = find_litdata()
+    if isinstance(litdata, str):
+        bench.skip("litdata", litdata)
+        return found
+    chunks = codes_peers.write_litdata(litdata, bench.folder / "litdata", grids, samples // SHARDS)
+    found["litdata"] = lambda: codes_peers.from_litdata(litdata, chunks, levels, BATCH)
+    return found
 
 
 def multiplied(codes: Mapping[str, NDArray[np.uint16]], samples: int) -> dict[str, NDArray[np.uint16]]:
@@ -89,18 +105,6 @@ def write_shards(
     return CodeSource(open_shards(str(folder)))
 
 
-def write_files(folder: Path, grids: Mapping[str, NDArray[np.uint16]]) -> list[str]:
-    """A file for each sample and level, as LlamaGen has them; returns their paths without `.LEVEL.npy`."""
-    found = []
-    for row in range(len(next(iter(grids.values())))):
-        path = folder / f"{row // 1000:04d}" / f"{row:08d}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for name, array in grids.items():
-            np.save(f"{path}.{name}.npy", array[row])
-        found.append(str(path))
-    return found
-
-
 def shuffled(source: CodeSource, order: StreamOrder, samples: int) -> Iterator[Fields]:
     """Batches in the canonical order, as the loader reads them, but in this thread; some last samples are left out."""
     packets = islice(order.packets(0, 1), (samples - STREAMS * PACKET) // PACKET)
@@ -119,18 +123,6 @@ def shuffled(source: CodeSource, order: StreamOrder, samples: int) -> Iterator[F
             row = 0
     if row:
         yield {name: array[:row] for name, array in out.items()}
-
-
-def from_files(files: Sequence[str], levels: Sequence[CodeLevel], picks: NDArray[np.int64]) -> Iterator[Fields]:
-    """Batches in an order drawn at random."""
-    out = empty_fields(levels, BATCH)
-    for start in range(0, len(picks), BATCH):
-        chosen = picks[start : start + BATCH].tolist()
-        for row, pick in enumerate(chosen):
-            for level in levels:
-                out[level.name][row] = np.load(f"{files[pick]}.{level.name}.npy")
-            out["label"][row] = pick
-        yield {name: array[: len(chosen)] for name, array in out.items()}
 
 
 def check(bench: Bench, name: str, batches: Iterator[Fields], grids: Mapping[str, NDArray[np.uint16]]) -> None:

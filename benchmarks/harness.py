@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, stats, timing
-from benchmarks.result import Check, Figure, Floor, Goal, Result
+from benchmarks.result import Check, Figure, Floor, Goal, Laps, Prediction, Result
 from benchmarks.timing import Clocks, Contender, Race
 
 ROUNDS, QUICK_ROUNDS = 7, 2
+PACE = "pace"
+"""Name of the contender that is in every race: fixed work of the standard library on one thread. Where all others are
+ours, it is what their laps are measured by when two results are compared."""
 
 
 class WrongResultError(Exception):
@@ -28,6 +32,10 @@ class Options:
     """Few rounds of small work: shows that it runs; its figures say nothing."""
     data: Path | None = None
     """Data to measure with, where a benchmark takes any."""
+    rounds: int | None = None
+    """Rounds of each race; None for what the harness thinks enough."""
+    profile: str | None = None
+    """Name or path of the profile whose machines a benchmark speaks about."""
 
 
 Report = Callable[[str, int, int], None]
@@ -70,6 +78,8 @@ class Bench:
         self._intervals: dict[str, tuple[float, float]] = {}
         self._skipped: dict[str, str] = {}
         self._checks: dict[str, Check] = {}
+        self._races: dict[str, Laps] = {}
+        self._prediction: Prediction | None = None
         self._started = datetime.now(UTC)
         self._load = machine.LoadWatch()
 
@@ -80,13 +90,19 @@ class Bench:
 
     def race(self, title: str, contenders: Sequence[Contender]) -> Race:
         """Race contenders; with `--quick` in few rounds and without warming up."""
-        return timing.race(
-            contenders,
-            QUICK_ROUNDS if self.quick else ROUNDS,
+        # Made-up clocks are not moved by it.
+        beside = [pace(self.quick)] if self.clocks == Clocks() else []
+        found = timing.race(
+            [*contenders, *beside],
+            self.options.rounds or (QUICK_ROUNDS if self.quick else ROUNDS),
             warm_up_s=0.0 if self.quick else timing.WARM_UP_S,
             clocks=self.clocks,
             report=lambda done, total: self.report(title, done, total),
         )
+        self._races[title] = {
+            name: tuple((lap.done, lap.wall, lap.cpu) for lap in laps) for name, laps in found.laps.items()
+        }
+        return Race({contender.name: found.laps[contender.name] for contender in contenders})
 
     def figure(self, key: str, values: Sequence[float], unit: str) -> None:
         """Keep a figure, from its values by round."""
@@ -117,6 +133,10 @@ class Bench:
         """Say that something is left out."""
         self._skipped[name] = why
 
+    def predict(self, prediction: Prediction) -> None:
+        """Keep what a model makes of the figures."""
+        self._prediction = prediction
+
     def finish(self) -> Result:
         """What was found, with all that is needed to judge it."""
         load = self._load.finish()
@@ -137,4 +157,17 @@ class Bench:
             commit=machine.commit(),
             load=load,
             rounds=self._rounds,
+            races=self._races,
+            prediction=self._prediction,
         )
+
+
+def pace(quick: bool) -> Contender:
+    """Hashes some megabytes, the same in every race; bytes."""
+    data = bytes((2 if quick else 32) << 20)
+
+    def work() -> float:
+        hashlib.blake2b(data).digest()
+        return len(data)
+
+    return Contender(PACE, work)

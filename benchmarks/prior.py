@@ -1,8 +1,9 @@
 """Benchmark `prior`: a training step of a transformer over code grids, against x-transformers' with equal layers.
 
 A step begins with codes and ends with moved weights. Ours goes through the engine and the task that train. The ceiling
-is all matrix products of the step by themselves, in bf16, those of attention among them. It runs on the GPU where there
-is one, else on two threads.
+is all matrix products of the step by themselves, those of attention among them. It runs on the GPU where there is one,
+else on two threads; ours and the ceiling in bf16, but in fp32 on a processor that has no units for bf16, where fp32 is
+several times faster.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from vqscale.config.recipe import Prior
 from vqscale.config.training import Training
 from vqscale.models.network import GridShape
 from vqscale.models.transformer import Transformer
+from vqscale.processor import has_bf16
 from vqscale.seeds import mix
 from vqscale.training.build import build_prior
 from vqscale.training.distributed import Ranks
@@ -44,7 +47,7 @@ PACKAGES = ("accelerate", "x-transformers")
 THREADS, CODES, SETS = 2, 512, 3
 LEVEL = "top"
 _UNIT, _RATE, _LOGITS = "codes/s", 3e-4, 1e-3
-_PEAK_SIDE = 2048
+_PEAK_SIDE, _QUICK_SIDE = 2048, 128
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,21 @@ class Problem:
         """Where it runs."""
         return self.sets[0].device
 
+    @property
+    def half(self) -> bool:
+        """Whether ours and the ceiling compute in bf16: not on a processor without units for it."""
+        return self.device.type != "cpu" or has_bf16()
+
+    @property
+    def precision(self) -> Literal["bf16", "fp32"]:
+        """What ours and the ceiling compute in."""
+        return "bf16" if self.half else "fp32"
+
+    def numbers(self, *shape: int) -> Tensor:
+        """Random ones in this precision."""
+        dtype = torch.bfloat16 if self.half else torch.float32
+        return torch.randn(shape, device=self.device).to(dtype)
+
     def contender(self, name: str, step: Callable[[Tensor], object]) -> Contender:
         """Takes the sets in turn; a lap is a step."""
         source = itertools.cycle(self.sets)
@@ -101,7 +119,7 @@ class Ours:
 
     def __init__(self, problem: Problem, ranks: Ranks) -> None:
         batch = problem.size.batch
-        training = Training(steps=1_000_000, global_batch=batch, learning_rate=_RATE, precision="bf16")
+        training = Training(steps=1_000_000, global_batch=batch, learning_rate=_RATE, precision=problem.precision)
         settings = Prior(networks=(problem.size.network,), class_dropout=0.0, training=training)
         prior = build_prior(settings, [problem.grid], 0)
         network = prior.networks[0]
@@ -121,7 +139,7 @@ class Ours:
 
 def run(bench: Bench) -> None:
     """Check and race."""
-    with threads(THREADS), one_process() as ranks:
+    with threads(1 if bench.quick else THREADS), one_process() as ranks:
         if ranks.device.type == "cpu":
             keep_heap()  # as stages do; the peers have it too
         torch.manual_seed(0)
@@ -131,9 +149,10 @@ def run(bench: Bench) -> None:
         describe(bench, problem, cost)
         check_cost(bench, ours, problem, cost)
         contenders = [problem.contender("ours", ours.step), *peers(bench, problem, ours.network)]
-        race = bench.race("training steps", [*contenders, ceiling(cost, problem), peak(problem.device)])
+        side = _QUICK_SIDE if bench.quick else _PEAK_SIDE
+        race = bench.race("training steps", [*contenders, ceiling(cost, problem), peak(problem, side)])
     keep(bench, race, contenders)
-    bounds(bench, race, cost)
+    bounds(bench, race, cost, problem.precision, side)
 
 
 def make_problem(quick: bool, device: torch.device) -> Problem:
@@ -156,8 +175,10 @@ def describe(bench: Bench, problem: Problem, cost: Cost) -> None:
         "length": cost.length,
         "batch": problem.size.batch,
         "device": problem.device.type,
-        "threads": THREADS,
-        "ours": "bf16 autocast, layer norm, GELU, learned positions, fused AdamW, gradient clipping; not compiled",
+        "threads": torch.get_num_threads(),
+        "precision": problem.precision,
+        "ours": f"{'bf16 autocast' if problem.half else 'fp32'}, layer norm, GELU, learned positions, fused AdamW, "
+        "gradient clipping; not compiled",
         "x_transformers": "equal layers, attn_flash, fp32 eager, fused AdamW, gradient clipping",
         "x_transformers_default": "the same without attn_flash, as is its default",
         "x_transformers_bf16": "the first under bf16 autocast",
@@ -185,11 +206,11 @@ def peers(bench: Bench, problem: Problem, ours: Transformer) -> Iterator[Contend
     if isinstance(package, str):
         bench.skip("x_transformers", package)
         return
-    ways = (
-        ("x_transformers", True, False),
-        ("x_transformers_default", False, False),
-        ("x_transformers_bf16", True, True),
-    )
+    ways = [("x_transformers", True, False), ("x_transformers_default", False, False)]
+    if problem.half:
+        ways.append(("x_transformers_bf16", True, True))
+    else:
+        bench.skip("bf16", "this processor has no units for it: ours and the ceiling are in fp32, as its peers")
     for name, flash, half in ways:
         peer = XTransformers(package, ours, flash=flash).to(problem.device)
         if not half:
@@ -209,12 +230,12 @@ def check_logits(bench: Bench, key: str, ours: Transformer, peer: XTransformers,
 
 
 def ceiling(cost: Cost, problem: Problem) -> Contender:
-    """All products of a training step, one after the other, and nothing else, in bf16."""
-    rows, device = problem.size.batch * cost.length, problem.device
-    calls = [call for sizes in cost.matrices for call in _products(rows, *sizes, device)]
+    """All products of a training step, one after the other, and nothing else."""
+    rows = problem.size.batch * cost.length
+    calls = [call for sizes in cost.matrices for call in _products(rows, *sizes, problem)]
     # Half of all pairs of positions: the products of all pairs, for half of the heads.
     heads, dim, length = problem.size.batch * cost.shape.heads // 2, cost.shape.head_width, cost.length
-    narrow, square = _half((heads, length, dim), device), _half((heads, length, length), device)
+    narrow, square = problem.numbers(heads, length, dim), problem.numbers(heads, length, length)
     pairs = [lambda: narrow @ narrow.transpose(1, 2)] * 2 + [lambda: square @ narrow] * 4
     calls += pairs * cost.shape.layers
 
@@ -225,26 +246,22 @@ def ceiling(cost: Cost, problem: Problem) -> Contender:
     return problem.contender("products", step)
 
 
-def _products(rows: int, inputs: int, outputs: int, device: torch.device) -> list[Callable[[], Tensor]]:
+def _products(rows: int, inputs: int, outputs: int, problem: Problem) -> list[Callable[[], Tensor]]:
     """Output, gradient of the input, gradient of the matrix."""
-    x, y, weight = _half((rows, inputs), device), _half((rows, outputs), device), _half((outputs, inputs), device)
+    x, y, weight = problem.numbers(rows, inputs), problem.numbers(rows, outputs), problem.numbers(outputs, inputs)
     return [lambda: x @ weight.T, lambda: y @ weight, lambda: y.T @ x]
 
 
-def peak(device: torch.device) -> Contender:
-    """Torch's product of two large square matrices in bf16; operations."""
-    a = _half((_PEAK_SIDE, _PEAK_SIDE), device)
+def peak(problem: Problem, side: int) -> Contender:
+    """Torch's product of two large square matrices; operations."""
+    a = problem.numbers(side, side)
 
     def work() -> float:
         a @ a
-        wait(device)
-        return 2.0 * _PEAK_SIDE**3
+        wait(problem.device)
+        return 2.0 * side**3
 
     return Contender("peak", work)
-
-
-def _half(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.randn(shape, device=device).bfloat16()
 
 
 def keep(bench: Bench, race: Race, contenders: Sequence[Contender]) -> None:
@@ -255,17 +272,17 @@ def keep(bench: Bench, race: Race, contenders: Sequence[Contender]) -> None:
             bench.ratio(f"vs_{name}", race.rates("ours"), race.rates(name))
 
 
-def bounds(bench: Bench, race: Race, cost: Cost) -> None:
+def bounds(bench: Bench, race: Race, cost: Cost, precision: str, side: int) -> None:
     """Ours against its products by themselves, and against the rate of a large product."""
     flops = (cost.matrix_flops + cost.attention_flops) / cost.length
     rates = race.rates("ours")
     bench.figure("ours_gflops", [rate * flops / 1e9 for rate in rates], "GFLOP/s")
     formula = (
-        "all matrix products of the step, one after the other, bf16: of each matrix the output and both gradients, and "
-        "attention's products of half of all pairs of positions; a step in which nothing else costs time"
+        f"all matrix products of the step, one after the other, {precision}: of each matrix the output and both "
+        "gradients, and attention's products of half of all pairs of positions; a step in which nothing else costs time"
     )
     bench.floor("products", race.rates("products"), _UNIT, formula)
     bench.ratio("fraction_of_bf16_matmul_ceiling", rates, race.rates("products"))
     best = [rate / flops for rate in race.rates("peak")]
-    bench.floor("peak", best, _UNIT, f"{flops:,.0f} operations a code at the rate of a bf16 product of {_PEAK_SIDE}²")
+    bench.floor("peak", best, _UNIT, f"{flops:,.0f} operations a code at the rate of a {precision} product of {side}²")
     bench.ratio("fraction_of_bf16_matmul_peak", rates, best)

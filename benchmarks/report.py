@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.result import Figure, Result, read_result
-from vqscale.errors import UserError
+from benchmarks.compare import Change, differences
+from benchmarks.result import Curve, Figure, Prediction, Result
 
 _WIDTH = 100
 
@@ -72,6 +71,8 @@ def print_result(result: Result) -> None:
     if result.floors:
         rows = [(key, number(floor.median), spread(floor), floor.unit) for key, floor in result.floors.items()]
         console.print(_table("floor", ("median", "p10 – p90", "unit"), rows))
+    if result.prediction:
+        print_prediction(result.prediction)
     for line in remarks(result):
         console.print(f"note: {line}", markup=False, highlight=False)
 
@@ -84,62 +85,59 @@ def _table(head: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     table = Table(box=None, pad_edge=False, title_justify="left")
     table.add_column(head, no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("unit", "goal") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("unit", "goal", "verdict") else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def print_comparison(paths: Sequence[Path], force: bool) -> None:
-    """Print the ratios of two results side by side.
-
-    Raises:
-        UserError: they are of different benchmarks or, unless forced, of different machines.
-    """
-    one, other = (read_result(path) for path in paths)
-    if one.name != other.name:
-        raise UserError(f"{one.name} and {other.name} are different benchmarks", where="--compare")
-    differences = _differences(one, other)
-    if one.machine.identity != other.machine.identity and not force:
-        raise UserError(
-            f"measured on different machines ({one.machine.name}, {other.machine.name})",
-            where="--compare",
-            mend="compare them all the same with --force",
-        )
-    rows = [(key, *_cells(one, key), *_cells(other, key), _change(one, other, key)) for key in _keys(one, other)]
-    columns = (paths[0].name, "95 %", paths[1].name, "95 %", "change")
+def print_prediction(prediction: Prediction) -> None:
+    """Print what a model says, how far off it is where it was measured, and what it assumes."""
     console = _console()
-    console.print(_table(f"ratio of {one.name}", columns, rows))
-    for line in differences:
+    curves = prediction.curves
+    numbers = sorted({x for curve in curves.values() for x, _ in curve.points})
+    rows = [(key, *(_at(curve, x) for x in numbers)) for key, curve in curves.items()]
+    console.print(_table("prediction", tuple(f"{x:,.0f}" for x in numbers), rows))
+    rows = [
+        (key, number(one.predicted), number(one.measured), f"{100 * one.off:+.0f} %", one.unit)
+        for key, one in prediction.compared.items()
+    ]
+    console.print(_table("the model here", ("predicted", "measured", "off", "unit"), rows))
+    for line in prediction.assumptions:
+        console.print(f"assumed: {line}", markup=False, highlight=False)
+
+
+def _at(curve: Curve, x: float) -> str:
+    """A curve's value at a place, empty where it has none."""
+    return next((f"{y:.4f}" for place, y in curve.points if place == x), "")
+
+
+def print_comparison(one: Result, other: Result, changed: Sequence[Change], tolerance: float) -> None:
+    """Print the ratios of two results side by side, and what became of the laps of our contenders."""
+    by_key = {change.what: change for change in changed if not change.laps}
+    rows = [
+        (
+            key,
+            *_cells(one, key),
+            *_cells(other, key),
+            *_change(by_key[key], tolerance, other.ratios[key] / one.ratios[key]),
+        )
+        for key in one.ratios
+        if key in by_key
+    ]
+    console = _console()
+    console.print(_table(f"ratio of {one.name}", ("first", "95 %", "second", "95 %", "change", "verdict"), rows))
+    laps = [(change.what, *_change(change, tolerance, change.better_by)) for change in changed if change.laps]
+    if laps:
+        console.print(_table("our laps beside the others'", ("change", "verdict"), laps))
+    for line in differences(one, other):
         console.print(f"note: {line}", markup=False, highlight=False)
 
 
-def _keys(one: Result, other: Result) -> list[str]:
-    return list(dict.fromkeys((*one.ratios, *other.ratios)))
-
-
 def _cells(result: Result, key: str) -> tuple[str, str]:
-    return (number(result.ratios[key]), interval(result, key)) if key in result.ratios else ("", "")
+    return number(result.ratios[key]), interval(result, key)
 
 
-def _change(one: Result, other: Result, key: str) -> str:
-    """Change in percent; marked where the intervals do not overlap."""
-    if key not in one.ratios or key not in other.ratios:
-        return ""
-    (low, high), (lower, higher) = one.intervals[key], other.intervals[key]
-    apart = " *" if high < lower or higher < low else "  "
-    return f"{100 * (other.ratios[key] / one.ratios[key] - 1):+.1f} %{apart}"
-
-
-def _differences(one: Result, other: Result) -> list[str]:
-    """What besides the code differs between two results."""
-    found = ["* the intervals do not overlap"]
-    if one.machine.identity != other.machine.identity:
-        found.append(f"the machines differ: {one.machine.name}, {other.machine.name}")
-    for key in dict.fromkeys((*one.config, *other.config)):
-        if one.config.get(key) != other.config.get(key):
-            found.append(f"{key} differs: {one.config.get(key)}, {other.config.get(key)}")
-    for package in dict.fromkeys((*one.versions, *other.versions)):
-        if one.versions.get(package) != other.versions.get(package):
-            found.append(f"{package} differs: {one.versions.get(package)}, {other.versions.get(package)}")
-    return found
+def _change(change: Change, tolerance: float, factor: float) -> tuple[str, str]:
+    """Percent, and the verdict."""
+    return f"{100 * (factor - 1):+.1f} %{' *' if change.sure else '  '}", change.verdict(tolerance)

@@ -126,6 +126,52 @@ class Load(_Record):
     """Cores that other processes kept busy meanwhile, on average."""
 
 
+class Curve(_Record):
+    """What a model says about sizes that were not measured."""
+
+    what: str
+    """In words."""
+    x: str
+    """What runs along it, with its unit."""
+    y: str
+    """What is said, with its unit."""
+    points: tuple[tuple[Number, Number], ...]
+    """(x, y), x ascending."""
+
+
+class Compared(_Record):
+    """A value of a model beside the measured one."""
+
+    predicted: Number
+    """By the model, from inputs that this value is not one of."""
+    measured: Number
+    """Median over the rounds."""
+    unit: str
+    """Unit of both."""
+
+    @property
+    def off(self) -> float:
+        """By how much the model is above what was measured, as a share of it."""
+        return self.predicted / self.measured - 1
+
+
+class Prediction(_Record):
+    """What a model makes of the measured values: no measurement, and marked as such wherever it is shown."""
+
+    assumptions: tuple[str, ...]
+    """What has to hold for it, in words."""
+    inputs: dict[str, Number]
+    """What it was computed from; the unit stands in the name."""
+    curves: dict[str, Curve]
+    """What it says."""
+    compared: dict[str, Compared]
+    """The same model's values where the same run measured too."""
+
+
+Laps = dict[str, tuple[tuple[Number, Number, Number], ...]]
+"""Contender → of each round what was done, the seconds and the CPU seconds."""
+
+
 class Result(_Record):
     """One run of one benchmark."""
 
@@ -163,6 +209,10 @@ class Result(_Record):
     """What else the machine had to do."""
     rounds: dict[str, tuple[Number, ...]]
     """Of each figure and floor the single values, in the order of the rounds."""
+    races: dict[str, Laps] = {}
+    """Title → the laps of all contenders, and of `pace`, the same fixed work in every race of every benchmark."""
+    prediction: Prediction | None = None
+    """What a model makes of it, for benchmarks that have one."""
 
 
 def read_result(path: Path) -> Result:

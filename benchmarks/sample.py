@@ -22,13 +22,14 @@ from benchmarks.prior_peers import XTransformers
 from benchmarks.quantizer_peers import find
 from benchmarks.result import at_least
 from benchmarks.timing import Contender, Race
-from vqscale.config.prior import MaskedNetwork, Network, TransformerNetwork, UniformNetwork
+from vqscale.config.prior import BlockwiseNetwork, MaskedNetwork, Network, TransformerNetwork, UniformNetwork
 from vqscale.config.recipe import Prior as Settings
 from vqscale.config.training import Training
-from vqscale.models.generate import Sampling, draw
+from vqscale.models.generate import Draws, Sampling, draw
 from vqscale.models.network import GridShape
 from vqscale.models.prior import Prior
 from vqscale.models.transformer import Transformer
+from vqscale.models.transformer_steps import Decoder, Walk
 from vqscale.training.build import build_prior
 from vqscale.training.heap import keep_heap
 
@@ -37,6 +38,7 @@ GOALS = {
     "vs_x_transformers": at_least(1.25),
     "fraction_of_floor": at_least(0.70),
     "parallel_bottom_vs_autoregressive": at_least(3),
+    "blockwise_bottom_vs_autoregressive": at_least(3),
 }
 PACKAGES = ("x-transformers",)
 
@@ -44,7 +46,9 @@ THREADS, CODES = 2, 512
 BATCHES = (1, 16, 64)
 _UNIT = "codes/s"
 _STRETCHES = 4
-"""Positions at which the loop without a cache is timed, in the middle of as many equal parts of the sequence."""
+"""Places at which a part of the sequence stands for all of it: the middles of as many equal parts."""
+_LONGEST = 16
+"""Positions of such a stretch, where there is a cache; where there is none, one."""
 _READ_MB = 512
 _TIES, _GREEDY = 0.005, 64
 """Where two codes are equally likely, rounding decides, and all codes after are others: so the first are compared."""
@@ -76,7 +80,7 @@ class Problem:
 def run(bench: Bench) -> None:
     """Check and race."""
     keep_heap()  # as stages do
-    with threads(THREADS), torch.no_grad():
+    with threads(1 if bench.quick else THREADS), torch.no_grad():
         problem = make_problem(bench.quick)
         cost = Cost(problem.network.shape, CODES, problem.prior.length)
         describe(bench, problem, cost)
@@ -85,8 +89,13 @@ def run(bench: Bench) -> None:
             bench.skip("x_transformers", found)
         peer = None if isinstance(found, str) else XTransformers(found, problem.network, flash=True)
         check(bench, problem, peer)
-        contenders = [drawing(f"ours_{batch}", problem.prior, batch) for batch in problem.batches]
-        contenders.append(no_cache(problem))
+        few, middle, many = problem.batches
+        contenders = [
+            stretches(f"ours_{few}", problem.network, few),
+            drawing(f"ours_{middle}", problem.prior, middle),
+            stretches(f"ours_{many}", problem.network, many),
+            no_cache(problem),
+        ]
         if peer:
             contenders.append(generating(peer, problem))
         contenders += [drawing(name, prior, 1) for name, prior in problem.pair.items()]
@@ -101,7 +110,7 @@ def make_problem(quick: bool) -> Problem:
     sizes: dict[str, Any] = small if quick else {"size": "S"}
     side = 4 if quick else 32
     section, uniform = TransformerNetwork(**sizes), UniformNetwork(kind="uniform")
-    masked = MaskedNetwork(kind="masked", **sizes)
+    masked, blockwise = MaskedNetwork(kind="masked", **sizes), BlockwiseNetwork(kind="blockwise", **sizes)
     fine, coarse = GridShape(side, CODES), GridShape(side // 2, CODES)
     torch.manual_seed(0)
     return Problem(
@@ -109,6 +118,7 @@ def make_problem(quick: bool) -> Problem:
         {
             "bottom_autoregressive": _prior([coarse, fine], uniform, section),
             "bottom_parallel": _prior([coarse, fine], uniform, masked),
+            "bottom_blockwise": _prior([coarse, fine], uniform, blockwise),
         },
         (1, 2, 3) if quick else BATCHES,
     )
@@ -131,13 +141,15 @@ def describe(bench: Bench, problem: Problem, cost: Cost) -> None:
         "length": cost.length,
         "batches": list(problem.batches),
         "batch_of_others": problem.middle,
-        "threads": THREADS,
+        "threads": torch.get_num_threads(),
         "dtype": "float32",
         "sampling": "temperature 1, nothing cut off, no guidance",
+        "stretches": f"batches but {problem.middle}: {_STRETCHES} stretches of {stretch(cost.length)} positions spread "
+        "evenly, each over a cache up to there; setting up is not timed",
         "no_cache": f"a forward of the codes so far for each code, timed at {_STRETCHES} positions spread evenly",
         "x_transformers": "TransformerWrapper of equal layers, attn_flash, AutoregressiveWrapper.generate, no filter",
         "bottom": f"batch 1; as many codes again below {coarse.length} that are drawn uniformly; `parallel` is masked "
-        "prediction in 8 passes",
+        "prediction in 8 passes, `blockwise` the block-autoregressive transformer in as many",
     }
 
 
@@ -187,6 +199,27 @@ def drawing(name: str, prior: Prior, batch: int) -> Contender:
         return grids[-1].numel()
 
     return Contender(name, work)
+
+
+def stretches(name: str, network: Transformer, batch: int) -> Contender:
+    """Ours: some positions of a batch, whose mean is that of all, as is the mean of what they cost."""
+    length = network.length
+    draws = Draws(Sampling(), list(range(batch)), torch.device("cpu"))
+    decoder = Decoder(network, torch.full((batch,), network.no_class))
+    walk = Walk(decoder, draws, torch.full((batch, length), -1))
+
+    def work() -> float:
+        for middle in positions(length):
+            start = middle - stretch(length) // 2
+            walk.level(0, start, start + stretch(length))
+        return batch * _STRETCHES * stretch(length)
+
+    return Contender(name, work)
+
+
+def stretch(length: int) -> int:
+    """Positions of a stretch: at most half of the part that it stands for."""
+    return min(_LONGEST, length // (2 * _STRETCHES))
 
 
 def generating(peer: XTransformers, problem: Problem) -> Contender:
@@ -241,8 +274,9 @@ def ratios(bench: Bench, race: Race, problem: Problem, cost: Cost) -> None:
     for name in ("no_cache", "x_transformers"):
         if name in race.laps:
             bench.ratio(f"vs_{name}", ours, race.rates(name))
-    parallel, one_by_one = race.rates("bottom_parallel"), race.rates("bottom_autoregressive")
-    bench.ratio("parallel_bottom_vs_autoregressive", parallel, one_by_one)
+    for name in ("parallel", "blockwise"):
+        one_by_one = race.rates("bottom_autoregressive")
+        bench.ratio(f"{name}_bottom_vs_autoregressive", race.rates(f"bottom_{name}"), one_by_one)
     for batch in problem.batches:
         floor = [batch * bandwidth / step_bytes(cost, batch) for bandwidth in race.rates("reading")]
         formula = (

@@ -106,13 +106,13 @@ class Ours:
         fixed = np.zeros((1, recipe.data.image_size, recipe.data.image_size, 3), np.uint8)
         names = [level.name for level in recipe.levels]
         self._steps = Steps(TokenizerTask(engine, settings, names, recipe.seed, list, fixed))
-        self._seed, self._step = recipe.seed, 0
+        self._seed, self._step, self._rank = recipe.seed, 0, ranks.rank
 
     def step(self, images: Tensor) -> Tensor:
-        """What `vqscale.training.loop` does in a step, on uint8 [B, S, S, 3]; the loss."""
-        torch.manual_seed(mix(self._seed, self._step, 0))
-        batch = DeviceBatch(self._step, {"image": images}, torch.arange(len(images), device=images.device))
-        self._steps.take(batch)
+        """What `vqscale.training.loop` does in a step, on this rank's uint8 [B, S, S, 3] of the batch; the loss."""
+        torch.manual_seed(mix(self._seed, self._step, self._rank))
+        index = self._rank * len(images) + torch.arange(len(images), device=images.device)
+        self._steps.take(DeviceBatch(self._step, {"image": images}, index))
         self._step += 1
         return self._steps.losses["total"]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cluster.nodes import spread
+from cluster.nodes import Persistence, spread
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 """A name of an object of Kubernetes."""
@@ -45,7 +46,7 @@ class Toleration(_Section):
     """Effect of the taint; all when it is left out."""
 
 
-class KubernetesSettings(_Section):
+class KubernetesSettings(Persistence):
     """What is asked of Kubernetes for each stage: a pod a node, in which torch's elastic agent starts the processes."""
 
     kind: Literal["JobSet", "TrainJob"] = "JobSet"
@@ -64,10 +65,14 @@ class KubernetesSettings(_Section):
     """CPU cores of each pod; its processes share them."""
     memory_gb: Annotated[int, Field(ge=1)] | None = None
     """Memory of each pod in GiB; no request when it is left out."""
-    node_selector: dict[Key, Label] = {}
+    node_selector: dict[Key, Label] = Field({})
     """Labels that the nodes have to carry."""
     tolerations: tuple[Toleration, ...] = ()
     """Taints that the pods put up with."""
+    exclude: tuple[Name, ...] = ()
+    """Nodes that are not used, by their label `kubernetes.io/hostname`."""
+    avoid: tuple[Name, ...] = ()
+    """Nodes that are used only where no others are free. Those at fault in an earlier attempt are added to them."""
     volumes: Annotated[tuple[Volume, ...], Field(min_length=1)]
     """Claims of volumes. The run directory has to lie on one of them, and so has what the image lacks."""
     service_account: Name | None = None
@@ -102,6 +107,14 @@ class KubernetesSettings(_Section):
     def cores_per_node(self) -> int:
         """CPU cores of each pod."""
         return self.cpus_per_node
+
+    def without(self, names: Iterable[str]) -> KubernetesSettings:
+        """The same, avoiding some nodes: how many others there are, only the cluster knows."""
+        return self.model_copy(update={"avoid": (*self.avoid, *names)})
+
+    def can_spare(self, names: Iterable[str], processes: int) -> bool:
+        """Whether some nodes may be left out; they are only avoided."""
+        return True
 
     def spread(self, processes: int) -> int:
         """Pods for so many processes.

@@ -1,6 +1,24 @@
-"""How the processes of a stage are shared by nodes that are alike."""
+"""What clusters of several nodes share: how processes are spread over them, how often a stage is tried again."""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Persistence(BaseModel):
+    """How often a stage that ended before its time is started again; of the profile's section about nodes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    requeues: Annotated[int, Field(ge=0)] = 20
+    """How often a stage that was preempted, or failed by something that may pass, is started again, in all."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often in a row, without progress between, a stage is tried again that failed by a node, the network or a
+    hang; by something unknown, once."""
+    pause_s: Annotated[int, Field(ge=0)] = 30
+    """Pause before the first of these retries; each further one in a row waits twice as long, 15 minutes at most."""
 
 
 def spread(processes: int, nodes: int | None, gpus_per_node: int) -> int:

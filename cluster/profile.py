@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.container import ContainerSettings
 from cluster.kubernetes import KubernetesSettings
+from cluster.network import Network
 from cluster.slurm import SlurmSettings
 from cluster.ssh import SshSettings
 
@@ -67,6 +69,8 @@ class Profile(BaseModel):
     """Names (with `*`) of variables that stages take over from the shell; all others are dropped."""
     floors: Floors = Floors()
     """What `vqscale doctor` expects of the machines."""
+    network: Network = Network()
+    """The links between GPUs, from which `vqscale bench scaling` predicts."""
     max_processes: Annotated[int, Field(ge=1)] | None = None
     """Most processes that a stage may have here; no limit when it is left out."""
     grace_s: Annotated[int, Field(ge=1)] = 30
@@ -94,6 +98,11 @@ class Profile(BaseModel):
     def nodes_of(self, stage: str) -> SlurmSettings | SshSettings | KubernetesSettings | None:
         """The section about the machines that a stage runs on; None for this machine."""
         return self.slurm.of(stage) if self.slurm else self.ssh or self.kubernetes
+
+    def without(self, names: Sequence[str]) -> Profile:
+        """The same without some hosts, or where a cluster chooses, avoiding some nodes."""
+        sections = {"ssh": self.ssh, "kubernetes": self.kubernetes}
+        return self.model_copy(update={key: one.without(names) for key, one in sections.items() if one})
 
     def resolved(self, folder: Path) -> Profile:
         """The profile without references to other files, which are looked for in `folder`.

@@ -10,6 +10,9 @@ FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR2")
 """Signals that the elastic agent passes on. By itself it leaves out SIGUSR2, which schedulers send ahead of a
 preemption: the agent would die of it and leave its processes behind."""
 
+NODE = "VQSCALE_NODE"
+"""Variable with the name by which the launcher knows the node that a process runs on."""
+
 
 @dataclass(frozen=True)
 class Variable:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from cluster.nodes import spread
+from cluster.nodes import Persistence, spread
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,@+-]*$")]
 """A name of Slurm's, or several with commas between them."""
@@ -50,10 +50,8 @@ class StageSlurm(BaseModel):
     """Tasks of an array that run at the same time; no limit when it is left out."""
 
 
-class SlurmSettings(BaseModel):
+class SlurmSettings(Persistence):
     """What is asked of Slurm for each stage: one task a node, in which torch's elastic agent starts the processes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     partition: Name | None = None
     """Partition; the cluster's default when it is left out."""
@@ -78,17 +76,13 @@ class SlurmSettings(BaseModel):
     setup: tuple[Line, ...] = ()
     """Lines of shell that run first in each job, such as `module load cuda/12.4`. What they export reaches the
     stages; variables of `environment` are set after them."""
+    signal: Literal["USR2", "USR1"] = "USR2"
+    """Signal by which Slurm announces the end of the time, or a preemption, to the job's first node. Where a cluster
+    sends one of its own, that; the stage's processes get USR2 in any case, since NCCL uses USR1."""
     lead_s: Annotated[int, Field(ge=15)] = 120
-    """Seconds before the end of the time (or a preemption) at which Slurm sends USR2, upon which the stage saves.
+    """Seconds before the end of the time (or a preemption) at which Slurm sends it, upon which the stage saves.
     Slurm sends it up to a minute early."""
-    requeues: Annotated[int, Field(ge=0)] = 20
-    """How often a job that was preempted, and saved, puts itself back into the queue."""
-    retries: Annotated[int, Field(ge=0)] = 3
-    """How often in a row, without progress between, a job is tried again that failed by a node, the network or a hang;
-    by something unknown, once."""
-    pause_s: Annotated[int, Field(ge=0)] = 30
-    """Pause before the first of these retries; each further one in a row waits twice as long, 15 minutes at most."""
-    stages: dict[str, StageSlurm] = {}
+    stages: dict[str, StageSlurm] = Field({})
     """Stages for which something else is asked, such as `extract: {partition: cpu, gpus_per_node: 0}`."""
 
     @field_validator("options")

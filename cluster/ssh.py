@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from cluster.nodes import Persistence
 
 _NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 _ENTRY = re.compile(rf"(?P<name>{_NAME})(?: slots=(?P<slots>[1-9][0-9]{{0,3}}))?(?: address=(?P<address>{_NAME}))?")
@@ -77,16 +80,16 @@ def parse_hostfile(text: str) -> tuple[str, ...]:
     return tuple(found.values())
 
 
-class SshSettings(BaseModel):
+class SshSettings(Persistence):
     """Hosts over ssh: on each that a stage uses, one of torch's elastic agents starts its share of the processes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     hosts: tuple[str, ...] = ()
     """The hosts, each as a line of a hostfile: `gpu1 slots=8`. The first holds the store in which the agents meet.
     `address=` says where the others reach a host, if that is not its name."""
     hostfile: str | None = None
     """File with the hosts instead, in DeepSpeed's format; read when a run is planned, and kept in the run's record."""
+    exclude: tuple[Annotated[str, Field(pattern=f"^{_NAME}$")], ...] = ()
+    """Hosts that are not used, by their names."""
     slots: Annotated[int, Field(ge=1)] | None = None
     """Processes that a host can hold which does not say so itself; one a GPU, where there are some."""
     cores: Annotated[int, Field(ge=1)]
@@ -153,12 +156,12 @@ class SshSettings(BaseModel):
         Raises:
             ValueError: they cannot be shared, or there is no room.
         """
-        all_hosts = tuple(map(parse_host, self.hosts))
+        all_hosts = self.usable
         for number in range(1, len(all_hosts) + 1):
             some = all_hosts[:number]
             if processes % number == 0 and processes // number <= min(map(self._room, some)):
                 return some
-        room = ", ".join(f"{host.name} {self._room(host)}" for host in all_hosts)
+        room = ", ".join(f"{host.name} {self._room(host)}" for host in all_hosts) or "none"
         raise ValueError(f"{processes} processes cannot be shared evenly by the first hosts (slots: {room})")
 
     @property
@@ -170,6 +173,22 @@ class SshSettings(BaseModel):
     def gpus_per_node(self) -> int:
         """0: how many processes a host can hold is counted in slots."""
         return 0
+
+    @property
+    def usable(self) -> tuple[Host, ...]:
+        """The hosts but for the excluded ones."""
+        return tuple(host for host in map(parse_host, self.hosts) if host.name not in self.exclude)
+
+    def without(self, names: Iterable[str]) -> SshSettings:
+        """The same without some hosts."""
+        return self.model_copy(update={"exclude": (*self.exclude, *names)})
+
+    def can_spare(self, names: Iterable[str], processes: int) -> bool:
+        """Whether the other hosts have room for so many processes."""
+        try:
+            return bool(self.without(names).used(processes))
+        except ValueError:
+            return False
 
     def spread(self, processes: int) -> int:
         """Number of hosts for so many processes; raises as `used`."""

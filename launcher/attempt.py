@@ -29,6 +29,8 @@ Render = Callable[[RunLayout, str, int], StageCommand]
 
 It may refuse with a `UserError`: then the attempt has failed, and nothing was started."""
 
+_NOTICES = (signal.SIGUSR2, signal.SIGUSR1)
+"""They announce a preemption; which of them comes, the scheduler decides."""
 _POLL_S = 0.1
 _STRAGGLER_S = 1.0
 """For processes that are left when their agent has ended."""
@@ -43,11 +45,11 @@ class Request:
     cancelled: Callable[[], bool]
     """Whether TERM, when it comes, means that somebody cancelled the run. Otherwise it is a preemption."""
     signal: signal.Signals | None = field(default=None, init=False)
-    """The first one; None when there was none."""
+    """The first one; None when there was none. USR1 counts as USR2."""
 
     def listen(self) -> None:
         """Take the signals of this process from now on."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *_NOTICES):
             signal.signal(number, self._receive)
 
     @property
@@ -61,7 +63,8 @@ class Request:
         return self.signal == signal.SIGUSR2 or (self.came and not self.cancelled())
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = self.signal or signal.Signals(number)
+        notice = number in _NOTICES
+        self.signal = self.signal or (signal.SIGUSR2 if notice else signal.Signals(number))
 
 
 class Attempts:
@@ -80,7 +83,8 @@ class Attempts:
     def make(self, stage: str) -> StageState:
         """Make the next attempt at a stage, and wait for its end; returns how it stands then."""
         state, attempt = self._state, self._next_attempt(stage)
-        self._layout.failure(stage).unlink(missing_ok=True)
+        for left in (self._layout.failure(stage), self._layout.lost(stage)):
+            left.unlink(missing_ok=True)
         state.begin(stage, attempt)
         state.write(self._layout)
         say(f"{self._name(stage)}: attempt {attempt} starts")

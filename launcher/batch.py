@@ -22,7 +22,7 @@ from launcher import retry
 from launcher.backends import slurm_queue as queue
 from launcher.backends.base import ATTEMPT, StageCommand, task_variables
 from launcher.handover import check_handover
-from launcher.retry import Failure, Limits, Try
+from launcher.retry import Failure, Judgement, Limits, Try
 from launcher.state import RunState, StageState, StageWord
 from launcher.supervise import Supervisor
 from vqscale.config.layout import RunLayout
@@ -55,11 +55,11 @@ class Batch:
         supervisor.run()
         entry = self._entry()
         if entry.state in ("preempted", "failed"):
-            failure = self._failure(entry)
+            judged = self._judged(entry)
             # After TERM Slurm ends the job, and starts it again by itself if that was a preemption or a lost node. It
             # may have come while Slurm was asked.
             if supervisor.request.signal in (None, signal.SIGUSR2):
-                self._go_on_or_end(entry, failure)
+                self._go_on_or_end(entry, *judged)
         return 0 if entry.state == "done" else 1
 
     def _command(self, layout: RunLayout, stage: str, attempt: int) -> StageCommand:
@@ -84,51 +84,37 @@ class Batch:
     def _was_cancelled(self) -> bool:
         return bool((read_json(self.layout.slurm) or {}).get("cancelled"))
 
-    def _go_on_or_end(self, entry: StageState, failure: Failure) -> None:
+    def _judged(self, entry: StageState) -> tuple[Judgement, list[Try]]:
+        earlier = retry.read_tries(self.layout, self.stage, self.job)
+        down = self._down(self._nodes()) if entry.state == "failed" else []
+        return retry.judge(self.layout, self.stage, entry, down, earlier, self.limits), earlier
+
+    def _go_on_or_end(self, entry: StageState, judged: Judgement, earlier: list[Try]) -> None:
         """Back into the queue, without the nodes that are at fault; or the end, and why."""
-        step, earlier = self._step(failure.kind), retry.read_tries(self.layout, self.stage, self.job)
-        refusal = retry.refusal(failure.kind, step, earlier, self.limits)
+        failure = judged.failure
         if failure.kind in retry.NEVER:
             self._write("failed", failure.message)
-        elif refusal:
-            self._write(entry.state, f"{_words(failure)}; not requeued: {refusal}")
+        elif judged.refusal:
+            self._write(entry.state, f"{judged.words}; not requeued: {judged.refusal}")
         else:
-            wait = retry.pause(failure.kind, retry.in_a_row(step, earlier), self.limits)
-            excluded = self._left_out(failure, earlier)
-            this = Try(entry.attempt, failure.kind, step, failure.message, tuple(excluded), wait)
-            self._requeue(failure, [*earlier, this])
+            excluded = tuple(self._left_out(failure, earlier))
+            this = Try(entry.attempt, failure.kind, judged.step, failure.message, excluded, judged.pause_s)
+            self._requeue(judged, [*earlier, this])
 
-    def _requeue(self, failure: Failure, tries: list[Try]) -> None:
-        last, words = tries[-1], _words(failure)
+    def _requeue(self, judged: Judgement, tries: list[Try]) -> None:
+        last = tries[-1]
         retry.write_tries(self.layout, self.stage, self.job, tries)
-        how = f"requeued ({len(tries)} of {self.limits.requeues})"
-        how += f", without {', '.join(last.excluded)}" if last.excluded else ""
-        how += f", after {last.pause_s} s" if last.pause_s else ""
-        word: StageWord = "preempted" if failure.kind == "preempted" else "waiting"
+        how = f"requeued ({len(tries)} of {self.limits.requeues}){last.words}"
+        word: StageWord = "preempted" if judged.failure.kind == "preempted" else "waiting"
         # Before the request: Slurm ends this process soon after it has it.
-        self._write(word, f"{words}; {how}")
+        self._write(word, f"{judged.words}; {how}")
         try:
             queue.requeue(self.job)
             if last.pause_s or last.excluded:
                 queue.put_off(self.job, last.pause_s, self._excluded(tries))
         except UserError as error:
-            self._write("preempted" if word == "preempted" else "failed", f"{words}; not requeued: {error.what}")
-
-    def _failure(self, entry: StageState) -> Failure:
-        """The class of the attempt's end."""
-        found = read_json(self.layout.failure(self.stage))
-        if entry.state == "preempted" and (found or {}).get("kind") not in retry.NEVER:
-            return Failure("preempted", entry.message)
-        message = str((found or {}).get("message", entry.message)) if entry.state == "preempted" else entry.message
-        return retry.classify(found, message, self._down(self._nodes()))
-
-    def _step(self, kind: str) -> int | None:
-        """What the newest attempt has got done; where it was asked to stop, by what it says itself."""
-        if kind != "preempted":
-            return retry.progress(self.layout, self.stage)
-        marker = read_json(self.layout.preempted(self.stage))
-        mine = marker is not None and marker["attempt"] == self._entry().attempt
-        return int(marker["step"]) if mine else None
+            end: StageWord = "preempted" if word == "preempted" else "failed"
+            self._write(end, f"{judged.words}; not requeued: {error.what}")
 
     def _left_out(self, failure: Failure, earlier: list[Try]) -> list[str]:
         nodes = self._nodes()
@@ -193,11 +179,6 @@ class Batch:
         state.end(self.stage, word, message)
         state.write(self.layout)
         print(f"{self.stage}: {message}", flush=True)
-
-
-def _words(failure: Failure) -> str:
-    """The failure with its class, where its words do not begin with that."""
-    return failure.message if failure.kind == "preempted" else f"{failure.kind}: {failure.message}"
 
 
 def _of_job(layout: RunLayout, environment: Mapping[str, str]) -> tuple[RunLayout, str]:

@@ -112,6 +112,7 @@ def _add_watch(add: Add) -> None:
     which.add_argument("--rank", type=int, metavar="N", help="one rank only")
     which.add_argument("--failed", action="store_true", help="only ranks that failed")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
+    logs.add_argument("--json", action="store_true", help="print each line as JSON, with its rank and time")
     listing = add("ls", "watch:ls", "list the runs of this user", "vqscale ls --state running,failed --since 2d")
     _filters(listing)
     _json(listing)
@@ -139,12 +140,16 @@ def _add_control(add: Add) -> None:
     requeue = add(
         "requeue",
         "control:requeue",
-        "go on with a run that stopped: at its first unfinished stage, from its last checkpoint",
-        "vqscale requeue quickstart-20260101-120000 --follow",
+        "go on with a run that stopped: at its first unfinished stage, from its last checkpoint; here or elsewhere",
+        "vqscale requeue latest --on slurm-gpu resources.processes=8",
     )
     _run(requeue)
     requeue.add_argument("--stages", metavar="A,B", help="add stages that the run did not have so far")
+    requeue.add_argument("--on", metavar="PROFILE", help="machine to go on with (default: the one that it had)")
     requeue.add_argument("--follow", action="store_true", help="show the progress; Ctrl-C leaves the run going")
+    requeue.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="other resources, such as resources.processes=4"
+    )
     _json(requeue)
 
 

@@ -23,7 +23,10 @@ from cluster.slurm import SlurmSettings
 from launcher import registry
 from launcher.backends import slurm_queue
 from launcher.backends.base import SOURCE
-from launcher.backends.everywhere import Errand, require_askable, run_everywhere
+from launcher.backends.everywhere import Errand, run_everywhere
+from launcher.backends.kubernetes import cluster_of, refuse_unseen
+from launcher.backends.kubernetes_manifest import settings_of
+from launcher.kube_api import UnreachableError
 from vqscale.errors import UserError
 
 _HERE = "here"
@@ -54,9 +57,10 @@ class Examination:
         """All verdicts, those of this machine first, as they are known.
 
         Raises:
-            UserError: the folder of runs cannot be made, or the backend cannot ask its nodes.
+            UserError: the folder of runs cannot be made, or lies where pods do not see it.
         """
-        require_askable(self.profile)
+        if self.profile.kubernetes:
+            refuse_unseen(self.profile, registry.runs_root().resolve())
         host = look_at_host()
         with _folder_of_runs() as folder:
             yield from judge_packages(_HERE, host.packages, required(), read_constraints(SOURCE / "constraints.txt"))
@@ -64,7 +68,7 @@ class Examination:
                 yield from judge_host(_HERE, host)
                 yield from judge_folder(_HERE, look_at_folder(folder, "here.bytes"), self.profile.floors.write_mb_s)
             programs = _judge_programs(self.profile, self.nodes)
-            yield from (*programs, *_judge_container(self.profile))
+            yield from programs
             if all(verdict.word != "FAIL" for verdict in programs):
                 yield from self._judge_nodes(host, folder)
 
@@ -75,7 +79,7 @@ class Examination:
         errand = Errand(
             self.profile, "cluster.preflight.node", arguments, folder, self.nodes, self.wait_s, limit_s=_LIMIT_S
         )
-        answers = _Answers()
+        answers = _Answers(late=self.profile.backend == "kubernetes")
         answers.read(run_everywhere(errand))
         return judge_nodes(
             answers.reports,
@@ -89,9 +93,14 @@ class Examination:
 
 
 class _Answers:
-    """What the nodes say, sorted as it comes."""
+    """What the nodes say, sorted as it comes.
 
-    def __init__(self) -> None:
+    Args:
+        late: it comes when the nodes have ended, as pods' logs do; their clocks cannot be compared then.
+    """
+
+    def __init__(self, late: bool) -> None:
+        self._late = late
         self.reports: list[Report] = []
         self.ahead: dict[str, float] = {}
         """Node → seconds that its clock was ahead of ours when its first line came."""
@@ -101,6 +110,8 @@ class _Answers:
         """Read until the nodes have ended."""
         for tree in from_lines(self._kept(texts)):
             if "hello" in tree:
+                if self._late:
+                    continue
                 self.ahead[tree["node"]] = tree["hello"] - time.time()
             else:
                 self.reports.append(Report.parse(tree["report"]))
@@ -132,7 +143,9 @@ def _folder_of_runs() -> Iterator[Path]:
 
 
 def _judge_programs(profile: Profile, nodes: int) -> list[Verdict]:
-    """The programs that the backend calls, and whether Slurm answers."""
+    """The programs that the backend calls, and whether Slurm or Kubernetes answers."""
+    if profile.kubernetes:
+        return [_judge_kubernetes(profile)]
     names = _PROGRAMS.get(profile.backend, ())
     if not names:
         return []
@@ -142,13 +155,18 @@ def _judge_programs(profile: Profile, nodes: int) -> list[Verdict]:
     return [found] if lost or profile.slurm is None else [found, _judge_slurm(profile.slurm, nodes)]
 
 
-def _judge_container(profile: Profile) -> list[Verdict]:
-    """Checks run on the nodes themselves; what is in the image is not looked at."""
-    if profile.container is None:
-        return []
-    mend = "its Python and packages show in the log of the first stage"
-    value = f"the nodes are checked outside of {profile.container.image}"
-    return [Verdict("container", _HERE, "warn", value, mend=mend)]
+def _judge_kubernetes(profile: Profile) -> Verdict:
+    """Whether the cluster answers, knows the kind of object, and lets us ask for it."""
+    kubernetes, _ = settings_of(profile)
+    kind, namespace = kubernetes.kind, kubernetes.namespace
+    try:
+        cluster_of(profile).named("none")
+    except UserError as error:
+        mend = error.mend or f"install {kind} in the cluster, or see kubectl auth can-i create {kind} -n {namespace}"
+        return Verdict("Kubernetes", _HERE, "FAIL", error.what, mend=mend)
+    except UnreachableError as error:
+        return Verdict("Kubernetes", _HERE, "FAIL", f"does not answer ({error})", mend="see kubectl cluster-info")
+    return Verdict("Kubernetes", _HERE, "ok", f"answers, and knows {kind} in namespace {namespace}")
 
 
 def _judge_slurm(slurm: SlurmSettings, nodes: int) -> Verdict:

@@ -25,7 +25,7 @@ from cluster.rendezvous import inherited
 from launcher import process
 from launcher.on_host import ALIVE_S, Request
 from vqscale.errors import EXIT_USER_ERROR
-from vqscale.files import read_json
+from vqscale.files import read_json, write_json
 
 MARGIN_S = 3
 """Seconds above the grace after which a host that does not answer is given up."""
@@ -166,11 +166,12 @@ def _send(connections: Sequence[Connection], line: bytes) -> None:
         connection.send(line)
 
 
-def _clear(spec: Spec, lost: Collection[str]) -> None:
-    """End what may live on hosts that have not come to an end themselves, but for those that are given up."""
-    for host, code in Hosts(spec.clearing(lost), _say).run({}).items():
-        if code:
-            _say(f"{host}: cannot be asked to end what is left there")
+def _clear(spec: Spec, hosts: Collection[str]) -> list[str]:
+    """End what may live on hosts that have not come to an end themselves; returns those that do not answer."""
+    silent = [host for host, code in Hosts(spec.clearing(hosts), _say).run({}).items() if code]
+    for host in silent:
+        _say(f"{host}: cannot be asked to end what is left there")
+    return silent
 
 
 def _say(line: str) -> None:
@@ -181,7 +182,8 @@ def main() -> int:
     """Entry of `python -m launcher.hosts`."""
     parser = argparse.ArgumentParser(prog="python -m launcher.hosts", description=__doc__)
     parser.add_argument("spec", type=Path, help="file that the backend `ssh` has made")
-    tree = read_json(parser.parse_args().spec)
+    path = parser.parse_args().spec
+    tree = read_json(path)
     if tree is None:
         print("error: no such file", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -190,7 +192,9 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, hosts.ask)
     codes = hosts.run(os.environ)
-    _clear(spec, [host for host, code in codes.items() if code == _NO_ANSWER])
+    silent = _clear(spec, [host for host, code in codes.items() if code == _NO_ANSWER])
+    if silent:
+        write_json(path.with_name("lost.json"), silent)
     for host, code in codes.items():
         if code:
             _say(f"{host}: ended with code {code}" + (" (ssh)" if code == _NO_ANSWER else ""))

@@ -27,9 +27,10 @@ def make_job(recipe: Recipe, profile: Profile, run: Path, stages: Sequence[str],
     return Job(recipe, profile, run, tuple(stages), sys.executable, SOURCE, places, task)
 
 
-def job_of(layout: RunLayout, stages: Sequence[str]) -> Job:
-    """The job of a run directory, or of one task, from its own record."""
+def job_of(layout: RunLayout, stages: Sequence[str], without: Sequence[str] = ()) -> Job:
+    """The job of a run directory, or of one task, from its own record; `without` some of the profile's machines."""
     profile = Profile.model_validate(read_json(layout.info)["profile"])
+    profile = profile.without(without) if without else profile
     return make_job(layout.read_recipe(), profile, layout.root, stages, layout.task)
 
 

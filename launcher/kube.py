@@ -19,6 +19,7 @@ import yaml
 
 from launcher.kube_api import RUN_LABEL, Cluster, Outcome, UnreachableError
 from vqscale.errors import EXIT_USER_ERROR, UserError
+from vqscale.files import write_json
 
 MARGIN_S = 20
 """Seconds above the grace that the cluster is given to end pods."""
@@ -35,13 +36,17 @@ class Stage:
         cluster: where.
         manifest: what.
         grace_s: seconds that its pods have to stop by themselves.
+        remove: delete it when it has ended, too.
     """
 
-    def __init__(self, cluster: Cluster, manifest: dict[str, Any], grace_s: int) -> None:
+    def __init__(self, cluster: Cluster, manifest: dict[str, Any], grace_s: int, remove: bool = False) -> None:
         self._cluster, self._manifest, self._limit_s = cluster, manifest, grace_s + MARGIN_S
+        self._remove = remove
         self._name = manifest["metadata"]["name"]
         self._asked = False
         self._told: dict[str, str] = {}
+        self.lost: set[str] = set()
+        """Nodes that pods were taken from."""
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         """Handler of signals."""
@@ -59,8 +64,9 @@ class Stage:
         self._cluster.create(self._manifest)
         _say(f"{self._manifest['kind']} {self._name} is made")
         outcome = self._watch()
-        if not outcome.ended:
-            _say("asked to stop: it is deleted")
+        if not outcome.ended or self._remove:
+            if not outcome.ended:
+                _say("asked to stop: it is deleted")
             self._cluster.delete(self._name)
             self._cluster.wait_for_end([self._name], self._limit_s)
         _say(f"{self._name}: {outcome.words or 'deleted'}")
@@ -86,10 +92,12 @@ class Stage:
     def _look(self) -> Outcome:
         outcome = self._cluster.outcome(self._name)
         pods = self._cluster.pods(self._name)
-        news = pods if outcome.ended else {self._name: outcome.words, **pods}
-        for name, words in news.items():
-            if words and self._told.get(name) != words:
-                _say(f"{name}: {words}")
+        self.lost |= {pod.node or name for name, pod in pods.items() if pod.disruption}
+        words = {name: pod.words for name, pod in pods.items()}
+        news = words if outcome.ended else {self._name: outcome.words, **words}
+        for name, told in news.items():
+            if told and self._told.get(name) != told:
+                _say(f"{name}: {told}")
         self._told = news
         if outcome.ended:
             for pod in pods:
@@ -113,14 +121,18 @@ def main() -> int:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("--grace", type=int, required=True, metavar="SECONDS")
     parser.add_argument("--context")
+    parser.add_argument("--remove", action="store_true", help="delete the object when it has ended")
     given = parser.parse_args()
     manifest = yaml.safe_load(given.manifest.read_text(encoding="utf-8"))
     try:
         cluster = Cluster(given.context, manifest["metadata"]["namespace"], manifest["kind"])
-        stage = Stage(cluster, manifest, given.grace)
+        stage = Stage(cluster, manifest, given.grace, given.remove)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
             signal.signal(number, stage.ask)
-        return stage.run()
+        code = stage.run()
+        if stage.lost:
+            write_json(given.manifest.with_name("lost.json"), sorted(stage.lost))
+        return code
     except UserError as error:
         print(f"error: {error}", flush=True)
     except UnreachableError as error:

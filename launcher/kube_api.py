@@ -47,6 +47,18 @@ class Outcome:
     """Reason and message of its last condition."""
 
 
+@dataclass(frozen=True)
+class Pod:
+    """A pod of an object."""
+
+    words: str
+    """`Pending (Unschedulable: 0/3 nodes ...)`, `Pending (ImagePullBackOff)`, `Running`."""
+    node: str
+    """Empty while it has none."""
+    disruption: str
+    """Why the cluster has taken its place away, such as `EvictionByEvictionAPI`; empty where it has not."""
+
+
 class Cluster:
     """One kind of object in one namespace.
 
@@ -87,12 +99,12 @@ class Cluster:
                 raise
         return _outcome(cast(dict[str, Any], found))
 
-    def pods(self, name: str) -> dict[str, str]:
-        """Pods of an object → phase, and what they wait for. A TrainJob has a JobSet of the same name."""
+    def pods(self, name: str) -> dict[str, Pod]:
+        """Pods of an object by name. A TrainJob has a JobSet of the same name."""
         selector = f"jobset.sigs.k8s.io/jobset-name={name}"
         with self._asking():
             found = self._core.list_namespaced_pod(self._namespace, label_selector=selector, _request_timeout=_ANSWER_S)
-        return {str(pod.metadata.name): _pod_words(pod) for pod in found.items if pod.metadata}
+        return {str(pod.metadata.name): _pod(pod) for pod in found.items if pod.metadata}
 
     def log(self, pod: str, lines: int) -> str:
         """The last lines of a pod's output; empty where there is none."""
@@ -200,9 +212,16 @@ def _words(condition: dict[str, Any]) -> str:
     return ": ".join(word for word in told if word)
 
 
-def _pod_words(pod: Any) -> str:
-    """`Pending (Unschedulable: 0/3 nodes ...)`, `Pending (ImagePullBackOff)`, `Running`."""
+def _pod(pod: Any) -> Pod:
     status = pod.status
+    taken = [one.reason for one in status.conditions or [] if one.type == "DisruptionTarget" and one.status == "True"]
+    # Kubelets say `Evicted`, `NodeShutdown` and the like of pods that they end by themselves.
+    disruption = next(filter(None, [*taken, status.reason]), "")
+    node = (pod.spec.node_name if pod.spec else None) or ""
+    return Pod(_pod_words(status) + (f" ({disruption})" if disruption else ""), node, disruption)
+
+
+def _pod_words(status: Any) -> str:
     waiting = [one.state.waiting.reason for one in status.container_statuses or [] if one.state and one.state.waiting]
     refused = [
         f"{one.reason}: {one.message}" for one in status.conditions or [] if one.status == "False" and one.message

@@ -13,9 +13,10 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from launcher.state import ENDED, RunState, StageState
 from launcher.status import read_status
@@ -28,19 +29,54 @@ _POLL_S = 0.3
 _CHUNK = 1 << 20
 
 
+@dataclass(frozen=True)
+class Who:
+    """Whose lines they are."""
+
+    name: str
+    """`rank 0`, `agent`, `supervisor`, or `node a process 0` while the rank is not known."""
+    stage: str | None = None
+    attempt: int | None = None
+    task: int | None = None
+    rank: int | None = None
+
+    @property
+    def mark(self) -> str:
+        """Stands before each line: `[tokenizer#2 rank 0]`, or `[extract.3#2 rank 0]` where it is task 3 of an array."""
+        task = "" if self.task is None else f".{self.task}"
+        return f"[{self.stage}{task}#{self.attempt} {self.name}]" if self.stage else f"[{self.name}]"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a log."""
+
+    who: Who
+    time: str
+    """Its stamp; empty where it has none."""
+    text: str
+
+    def plain(self) -> str:
+        """As people read it."""
+        return " ".join(filter(None, (self.who.mark, self.time, self.text)))
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return {"time": self.time or None, **asdict(self.who), "text": self.text}
+
+
 @dataclass
 class LogFile:
     """One file, and how far it has been read."""
 
     path: Path
-    mark: str = ""
-    """Stands before each line: `[tokenizer#2 rank 0]`."""
+    who: Who
     offset: int = 0
     part: bytes = field(default=b"", repr=False)
     when: str = ""
     """Stamp of the last line that had one."""
 
-    def new_lines(self, whole: bool) -> Iterator[tuple[str, str]]:
+    def new_lines(self, whole: bool) -> Iterator[tuple[str, Line]]:
         """Lines that have come since the last call, each with the stamp that it is of.
 
         Args:
@@ -59,12 +95,12 @@ class LogFile:
             yield self._line(self.part)
             self.part = b""
 
-    def _line(self, line: bytes) -> tuple[str, str]:
+    def _line(self, line: bytes) -> tuple[str, Line]:
         # A carriage return would let one rank's line overwrite the mark of another.
         when, text = stamps.split(line.decode(errors="replace"))
         text = text.rstrip("\r").rpartition("\r")[2]
         self.when = when or self.when
-        return self.when, " ".join(filter(None, (self.mark, when, text)))
+        return self.when, Line(self.who, when, text)
 
 
 @dataclass(frozen=True)
@@ -81,7 +117,7 @@ class LogChoice:
     """Of a stage that is an array; None: all of them."""
 
 
-def print_logs(layout: RunLayout, choice: LogChoice, follow: bool, say: Callable[[str], None] = print) -> None:
+def print_logs(layout: RunLayout, choice: LogChoice, follow: bool, say: Callable[[Line], None]) -> None:
     """Print logs; with `follow`, go on until the run (or the chosen stage) is over.
 
     Raises:
@@ -96,7 +132,7 @@ def print_logs(layout: RunLayout, choice: LogChoice, follow: bool, say: Callable
         else:
             files = _before_first(layout)
         for file in files:
-            known.setdefault(file.path, file).mark = file.mark  # its rank may be known only now
+            known.setdefault(file.path, file).who = file.who  # its rank may be known only now
         # All files so far: the last lines of a stage may come after the next one has begun.
         for line in merged(known.values(), whole=over):
             say(line)
@@ -105,7 +141,7 @@ def print_logs(layout: RunLayout, choice: LogChoice, follow: bool, say: Callable
         time.sleep(_POLL_S)
 
 
-def merged(files: Iterable[LogFile], whole: bool) -> Iterator[str]:
+def merged(files: Iterable[LogFile], whole: bool) -> Iterator[Line]:
     """New lines of several files by the times before them; of equal times, those of one file stay together."""
     return (line for _, line in heapq.merge(*(file.new_lines(whole) for file in files), key=itemgetter(0)))
 
@@ -123,11 +159,9 @@ class Place:
         """Where they are."""
         return self.layout.attempt(self.stage, self.attempt)
 
-    @property
-    def name(self) -> str:
-        """For the mark: `tokenizer#2`, or `extract.3#2` where it is task 3 of an array."""
-        task = "" if self.layout.task is None else f".{self.layout.task}"
-        return f"{self.stage}{task}#{self.attempt}"
+    def of(self, name: str, rank: int | None = None) -> Who:
+        """Whose lines they are that somebody has written here."""
+        return Who(name, self.stage, self.attempt, self.layout.task, rank)
 
 
 def choose(layout: RunLayout, choice: LogChoice, stage: str) -> list[LogFile]:
@@ -148,10 +182,10 @@ def _chosen(place: Place, choice: LogChoice) -> list[LogFile]:
         logs = _of_failed(place, logs)
     if choice.rank is not None:
         logs = _of_rank(choice.rank, logs, place.stage)
-    files = [LogFile(log.path, f"[{place.name} {log.who}]") for log in logs]
+    files = [LogFile(log.path, place.of(log.who, log.rank)) for log in logs]
     # The agent speaks when no rank did: it could not start them, or they died at their first line.
     silent = choice.rank is None and not any(file.path.stat().st_size for file in files)
-    return [LogFile(place.folder / "agent.log", f"[{place.name} agent]")] if silent else files
+    return [LogFile(place.folder / "agent.log", place.of("agent"))] if silent else files
 
 
 def _places(layout: RunLayout, choice: LogChoice, stage: str) -> list[Place]:
@@ -172,9 +206,9 @@ def _places(layout: RunLayout, choice: LogChoice, stage: str) -> list[Place]:
 
 def last_words(attempt: Path) -> str:
     """The last line on standard error of the first rank that wrote one; else the agent's; else nothing."""
-    errors = [LogFile(log.path) for log in rank_logs(attempt) if log.path.name == "stderr.log"]
-    for file in [*errors, LogFile(attempt / "agent.log")]:
-        lines = [text for _, line in file.new_lines(whole=True) if (text := stamps.split(line)[1].strip())]
+    errors = [LogFile(log.path, Who(log.who)) for log in rank_logs(attempt) if log.path.name == "stderr.log"]
+    for file in [*errors, LogFile(attempt / "agent.log", Who("agent"))]:
+        lines = [text for _, line in file.new_lines(whole=True) if (text := line.text.strip())]
         if lines:
             return lines[-1]
     return ""
@@ -240,7 +274,7 @@ def _begun(layout: RunLayout) -> str:
 
 def _before_first(layout: RunLayout) -> list[LogFile]:
     """Nothing has started: what the supervisor said, if anything."""
-    return [LogFile(layout.log, "[supervisor]")]
+    return [LogFile(layout.log, Who("supervisor"))]
 
 
 def _over(layout: RunLayout, choice: LogChoice) -> bool:

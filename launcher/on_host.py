@@ -20,6 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cluster.rendezvous import NODE
 from launcher import process
 from vqscale.config.layout import RunLayout
 from vqscale.errors import EXIT_USER_ERROR, UserError
@@ -107,7 +108,7 @@ class HostPart:
         request = self._request
         return subprocess.Popen(
             request.argv,
-            env={**os.environ, **request.environment, HOST_TAG: request.tag},
+            env={**os.environ, **request.environment, HOST_TAG: request.tag, NODE: request.host},
             cwd=request.directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -14,6 +14,7 @@ from launcher.backends import backend_for
 from launcher.backends.base import ATTEMPT, Job, StageCommand
 from launcher.handover import need_of
 from launcher.job import make_job
+from launcher.precision import settle, slow_stages
 from launcher.recipes import find_recipe
 from launcher.registry import choose_directory
 from launcher.saves import earlier_runs, short_of_time
@@ -103,10 +104,10 @@ def make_plan(
         UserError: the first thing that is wrong.
     """
     changed = tuple(overrides)
-    resolved = absolute_paths(load_recipe(find_recipe(recipe), changed))
     profile = load_profile(on)
+    resolved = settle(absolute_paths(load_recipe(find_recipe(recipe), changed)), profile)
     chosen = select_stages(resolved, stages)
-    warnings = check_inputs(resolved)
+    warnings = [*check_inputs(resolved), *slow_stages(resolved, profile)]
     job = make_job(resolved, profile, run or choose_directory(resolved.name, None), chosen)
     late = short_of_time(earlier_runs(resolved.name, profile.name), profile.grace_s)
     return Plan(job, backend_for(profile).render(job), (*warnings, *_machine_warnings(job), *late), recipe, changed)
@@ -189,9 +190,13 @@ def _resources(job: Job, stage: str) -> str:
     return (
         f"{f'{tasks} tasks of ' if tasks > 1 else ''}processes: {resources.processes} on {place.nodes} "
         f"node{'s' if place.nodes > 1 else ''} of {place.cores} cores, threads each: {threads}, "
-        f"device: {resources.device}{f', {resources.strategy}' if stage in TRAINED else ''}, "
+        f"device: {resources.device}{_trained(job, stage) if stage in TRAINED else ''}, "
         f"restarts: {resources.max_restarts}"
     )
+
+
+def _trained(job: Job, stage: str) -> str:
+    return f", {job.resources(stage).strategy}, {getattr(job.recipe, stage).training.precision}"
 
 
 def _crowded(job: Job, stage: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether a stage that ended before its time goes back into the queue: by the class of its failure, within limits.
+"""Whether a stage that ended before its time is started again: by the class of its failure, within limits.
 
 | class | seen by | goes on |
 |---|---|---|
@@ -20,6 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from launcher.state import StageState
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import TRAINED
 from vqscale.events import newest
@@ -45,7 +46,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Try:
-    """An attempt that ended before its time, and went back into the queue."""
+    """An attempt that ended before its time, and was followed by another one."""
 
     attempt: int
     kind: str
@@ -57,10 +58,16 @@ class Try:
     pause_s: int = 0
     time: float = 0.0
 
+    @property
+    def words(self) -> str:
+        """How the next one differs: `, without node3, after 30 s`."""
+        without = f", without {', '.join(self.excluded)}" if self.excluded else ""
+        return without + (f", after {self.pause_s} s" if self.pause_s else "")
+
 
 @dataclass(frozen=True)
 class Limits:
-    """How often a job may go back into the queue."""
+    """How often a stage may be started again."""
 
     requeues: int
     """In all."""
@@ -70,13 +77,78 @@ class Limits:
     """First pause after a failure; each further one in a row takes twice as long."""
 
 
-def classify(failure: Mapping[str, Any] | None, message: str, down: Sequence[str]) -> Failure:
+@dataclass(frozen=True)
+class Judgement:
+    """What is to become of an attempt that ended before its time."""
+
+    failure: Failure
+    step: int | None
+    """What it had got done."""
+    refusal: str
+    """Why the stage is not started again; empty when it is."""
+    pause_s: int
+    """Seconds before it is."""
+
+    @property
+    def words(self) -> str:
+        """The failure with its class, where its words do not begin with that."""
+        kind, message = self.failure.kind, self.failure.message
+        return message if kind in (*NEVER, "preempted") else f"{kind}: {message}"
+
+
+def judge(
+    layout: RunLayout,
+    stage: str,
+    entry: StageState,
+    down: Sequence[str],
+    earlier: Sequence[Try],
+    limits: Limits,
+    how: str = "does not answer",
+) -> Judgement:
+    """Judge the newest attempt at a stage, by what it has left in the run directory.
+
+    Args:
+        layout: the run, or one task.
+        stage: name of the stage.
+        entry: how it stands: failed or preempted.
+        down: nodes of the attempt that are lost.
+        earlier: the times that it was started again before.
+        limits: of the profile.
+        how: what is the matter with the lost nodes.
+    """
+    failure = _failure(layout, stage, entry, down, how)
+    step = _step(layout, stage, entry) if failure.kind == "preempted" else progress(layout, stage)
+    wait = pause(failure.kind, in_a_row(step, earlier), limits)
+    return Judgement(failure, step, refusal(failure.kind, step, earlier, limits), wait)
+
+
+def _failure(layout: RunLayout, stage: str, entry: StageState, down: Sequence[str], how: str) -> Failure:
+    """The class of the attempt's end. A stage that was asked to stop may have failed for good meanwhile."""
+    found = read_json(layout.failure(stage))
+    for_good = (found or {}).get("kind") in NEVER
+    if entry.state == "preempted" and not for_good:
+        return Failure("preempted", entry.message)
+    message = str((found or {}).get("message", entry.message)) if entry.state == "preempted" else entry.message
+    return classify(found, message, down, how)
+
+
+def _step(layout: RunLayout, stage: str, entry: StageState) -> int | None:
+    """The step that the attempt says it has saved when it was asked to stop."""
+    marker = read_json(layout.preempted(stage))
+    mine = marker is not None and marker["attempt"] == entry.attempt
+    return int(marker["step"]) if mine else None
+
+
+def classify(
+    failure: Mapping[str, Any] | None, message: str, down: Sequence[str], how: str = "does not answer"
+) -> Failure:
     """The class of a failed attempt.
 
     Args:
         failure: what the stage has left in `failure.json`; None when it could not.
         message: why it failed, as the supervisor says.
-        down: nodes of the attempt that do not answer, as the scheduler says.
+        down: nodes of the attempt that are lost, as the scheduler says.
+        how: what is the matter with them.
     """
     kind, suspects = (failure or {}).get("kind", "error"), tuple((failure or {}).get("suspects", ()))
     if kind in NEVER:
@@ -86,7 +158,7 @@ def classify(failure: Mapping[str, Any] | None, message: str, down: Sequence[str
     if kind == "device":
         return Failure("node", message, suspects)
     if down:
-        return Failure("node", f"{', '.join(down)} does not answer; {message}", tuple(down))
+        return Failure("node", f"{', '.join(down)} {how}; {message}", tuple(down))
     return Failure("network" if kind == "network" else "unknown", message)
 
 
@@ -151,7 +223,10 @@ def progress(layout: RunLayout, stage: str) -> int | None:
 
 
 def read_tries(layout: RunLayout, stage: str, job: str) -> list[Try]:
-    """The times that a job put itself back into the queue, the oldest first; none where the record is another job's."""
+    """The times that a stage was started again by its job, the oldest first; none where the record is another job's.
+
+    Without a scheduler the job is the supervisor (`again.supervisor_name`).
+    """
     record = read_json(layout.requeues(stage)) or {}
     if record.get("job") != job:
         return []

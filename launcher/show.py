@@ -35,6 +35,7 @@ def page_facts(layout: RunLayout) -> dict[str, Any]:
         "name": recipe.name,
         "recipe": info.get("recipe"),
         "overrides": info.get("overrides", []),
+        "moves": info.get("moves", []),
         **{key: info.get(key) for key in ("command", "directory", "host", "user", "warnings")},
         "code": _code(layout),
         "attempts": {name: _attempts(layout, state, name) for name in state.stages},
@@ -96,6 +97,9 @@ def _head(facts: dict[str, Any], status: RunStatus) -> Iterator[str]:
         yield f"command      {shown(shlex.join(['vqscale', *facts['command'][1:]]))}"
     yield f"recipe       {facts['recipe'] or facts['name']}" + "".join(f" {shown(one)}" for one in facts["overrides"])
     yield f"profile      {status.profile}"
+    for move in facts["moves"]:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(move["time"]))
+        yield " ".join([f"moved        {when} to {move['profile']}", *map(shown, move["overrides"])])
     yield from (f"warning      {warning}" for warning in facts["warnings"] or [])
 
 

@@ -7,10 +7,10 @@ import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cluster.preflight.packages import installed
 from vqscale.files import write_bytes, write_json
 from vqscale.sources import ROOMS, sources_hash
 
@@ -51,13 +51,12 @@ def write_snapshot(source: Path, target: Path) -> None:
 
 def surroundings() -> dict[str, Any]:
     """Python, machine, package versions, and the variables that may matter."""
-    packages = {dist.name: dist.version for dist in metadata.distributions() if dist.name}
     return {
         "python": sys.version,
         "executable": sys.executable,
         "platform": platform.platform(),
         "cores": len(os.sched_getaffinity(0)),
-        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+        "packages": dict(sorted(installed().items())),
         "variables": {name: value for name, value in sorted(os.environ.items()) if _recorded(name)},
     }
 

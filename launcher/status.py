@@ -100,8 +100,8 @@ class RunStatus:
 
     @property
     def message(self) -> str:
-        """Why the run failed or was preempted; empty when it was not."""
-        told = [stage for stage in self.stages if stage.state in ("failed", "preempted")]
+        """Why the run failed, was preempted, or waits to be tried again; empty when it is none of these."""
+        told = [stage for stage in self.stages if stage.state in ("failed", "preempted", "waiting") and stage.message]
         return next((f"{stage.stage}: {stage.message}" for stage in told), "")
 
     @property

@@ -16,12 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from launcher import process
+from launcher import again, process
 from launcher.attempt import Attempts, Render, Request, say
 from launcher.backends import backend_for
 from launcher.backends.base import StageCommand
 from launcher.handover import check_handover
-from launcher.job import job_of
 from launcher.state import RunState, StageState, StageWord, tasks_left
 from vqscale.config.layout import RunLayout
 from vqscale.errors import EXIT_USER_ERROR, UserError
@@ -39,6 +38,8 @@ class Supervisor:
         render: makes the command of a stage.
         only: the one stage to run; None for all.
         cancelled: whether TERM, when it comes, means that somebody cancelled the run. Otherwise it is a preemption.
+        persists: start a stage again that ended before its time, as far as the profile says so. In a queue the job
+            does that.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class Supervisor:
         render: Render,
         only: str | None = None,
         cancelled: Callable[[], bool] = lambda: True,
+        persists: bool = False,
     ) -> None:
         self._layout, self._render, self._only = layout, render, only
         self._state = RunState.read(layout)
         if only:
             self._state.stages.setdefault(only, StageState())
         self.request = Request(cancelled)
+        self._again = again.of_run(layout.root, self.request) if persists else None
 
     def run(self) -> str:
         """Run until all stages are done, one fails, or a signal asks to stop; returns the last state."""
@@ -77,13 +80,21 @@ class Supervisor:
     def _run_stage(self, stage: str) -> None:
         tasks = self._state.stages[stage].tasks
         if tasks == 1:
-            Attempts(self._layout, self._state, self._render, self.request).make(stage)
+            self._make(self._layout, self._state, stage)
             return
         for task in tasks_left(self._layout, stage, tasks):
             own = self._layout.of_task(task)
-            if Attempts(own, RunState.read(own), self._render, self.request).make(stage).state != "done":
+            if self._make(own, RunState.read(own), stage) != "done":
                 break
         self._state = RunState.read(self._layout)
+
+    def _make(self, layout: RunLayout, state: RunState, stage: str) -> str:
+        """Attempts at a stage, or at one task of it, until one is done or nothing is to be gained by another."""
+        attempts = Attempts(layout, state, self._render, self.request)
+        word = attempts.make(stage).state
+        while word in ("failed", "preempted") and self._again and self._again.wanted(layout, state, stage):
+            word = attempts.make(stage).state
+        return word
 
     def _clear_leftovers(self, stage: str) -> None:
         """Two attempts must never write the same files: end what a killed supervisor left running."""
@@ -109,12 +120,12 @@ def supervise(root: Path, render: Render | None = None) -> int:
     with (layout.root / "supervisor.lock").open("w") as lock:
         _hold(lock, layout)
         write_json(layout.supervisor, process.identity(os.getpid()))
-        return 0 if Supervisor(layout, render or _own_render).run() == "done" else 1
+        return 0 if Supervisor(layout, render or _own_render, persists=True).run() == "done" else 1
 
 
 def _own_render(layout: RunLayout, stage: str, attempt: int) -> StageCommand:
     check_handover(layout, stage)
-    job = job_of(layout, (stage,))
+    job = again.stage_job(layout, stage)
     return backend_for(job.profile).render(job, {stage: attempt})[0]
 
 

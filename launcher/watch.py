@@ -91,7 +91,7 @@ class PlainLines:
         lines = []
         for stage in status.stages:
             key = (stage.state, stage.attempt)
-            if stage.state != "waiting" and self._seen.get(stage.stage) != key:
+            if (stage.state != "waiting" or stage.message) and self._seen.get(stage.stage) != key:
                 self._seen[stage.stage] = key
                 self._last = self._clock()
                 lines.append(stage_line(stage))

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.classifying import classifier_images
 from pipelines.drawing import SHEET
 from pipelines.measuring import RECONSTRUCTIONS, measure
 from pipelines.sources import image_source
 from pipelines.stage import Stage, run_stage
 from vqscale.config.layout import RunLayout
+from vqscale.data.images import decode_whole
 from vqscale.data.manifest import CodeLevel
 from vqscale.evaluation.page import Picture, page
 from vqscale.files import read_json, write_bytes, write_json
@@ -36,14 +38,16 @@ def main(stage: Stage) -> dict[str, Any]:
         write_report(layout.root, layout, assemble(stage, figures, time.time() - began))
         tracker = Tracker(layout.tensorboard / stage.name, events)
         tracker.scalars(0, numbers)
+        for picture in _pictures(layout):
+            tracker.picture(0, f"report/{picture.name}", decode_whole(picture.png, 1))
         tracker.outcome(dict(leaves(stage.recipe.model_dump(mode="json"))), numbers)
         tracker.close()
     return numbers
 
 
 def own_images(stage: Stage) -> int:
-    """Held-out images that a rank measures, about."""
-    return -(-image_source(stage, "validation").manifest.samples // stage.ranks.world)
+    """Images that a rank measures, and that classifiers learn from on it, about."""
+    return -(-image_source(stage, "validation").manifest.samples // stage.ranks.world) + classifier_images(stage)
 
 
 def write_report(folder: Path, layout: RunLayout, report: dict[str, Any]) -> None:
@@ -84,7 +88,7 @@ def _pictures(layout: RunLayout) -> list[Picture]:
     """Sheets that are there."""
     known = {"Held-out images and their reconstructions": RECONSTRUCTIONS, "Drawn images": SHEET}
     paths = {caption: layout.samples / name for caption, name in known.items()}
-    return [Picture(caption, path.read_bytes()) for caption, path in paths.items() if path.exists()]
+    return [Picture(path.stem, caption, path.read_bytes()) for caption, path in paths.items() if path.exists()]
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pipelines.classifying import measure_classifiers, shards_of
 from pipelines.held_out import held_out, pixels_given_latents
 from pipelines.sources import image_source
 from pipelines.stage import Stage
@@ -17,13 +16,13 @@ from vqscale.checkpoint.folder import steps
 from vqscale.data.drawn import RECORD, DrawnSet, open_drawn
 from vqscale.data.images import encode_png
 from vqscale.data.manifest import CodeLevel
-from vqscale.data.sheet import labelled_sheet
+from vqscale.data.sheet import code_colours, colour_codes, labelled_sheet
 from vqscale.evaluation.features import FeatureNetwork, load_features
 from vqscale.evaluation.hours import HourCounts
 from vqscale.evaluation.latents import PosteriorStatistics
 from vqscale.evaluation.likelihood import LevelCodes
 from vqscale.evaluation.likelihoods import Likelihoods
-from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Measure
+from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Measure, Shown, learned_figures
 from vqscale.evaluation.reconstructions import Reconstructions
 from vqscale.evaluation.samples import SampleQuality
 from vqscale.export import TrainedTokenizer, load_prior, load_tokenizer
@@ -36,7 +35,7 @@ SHEET_IMAGES = 12
 RECONSTRUCTIONS = "reconstructions.png"
 
 Seen = Callable[[int], None]
-"""Told how many held-out images this rank has measured since the last time."""
+"""Told how many images this rank has measured, or a classifier has learned from, since the last time."""
 
 
 def measure(stage: Stage, seen: Seen = lambda count: None) -> dict[str, Any]:
@@ -50,7 +49,9 @@ def measure(stage: Stage, seen: Seen = lambda count: None) -> dict[str, Any]:
     require_prior_of(tokenizer.fingerprint, priors)
     prior = load_prior(layout.root, device) if steps(priors) else None
     network = load_features(recipe.evaluate.features, device) if recipe.evaluate.features else None
-    return measure_held_out(stage, tokenizer, prior, network, seen) | measure_samples(stage, network)
+    figures = measure_held_out(stage, tokenizer, prior, network, seen) | measure_samples(stage, network)
+    wanted = recipe.evaluate.classifier
+    return figures | (measure_classifiers(stage, wanted, tokenizer, seen) if wanted else {})
 
 
 def measure_held_out(
@@ -64,14 +65,12 @@ def measure_held_out(
     measures = _measures(stage, tokenizer, prior, network)
     for number, shown in enumerate(held_out(stage, tokenizer)):
         if number == 0 and stage.ranks.first:
-            _write_sheet(stage.layout.samples, shown.images, shown.pixels)
+            _write_sheet(stage.layout.samples, shown, tokenizer)
         for measure in measures:
             measure.add(shown)
         seen(len(shown.images))
     figures = {name: value for measure in measures for name, value in measure.figures(stage.ranks).items()}
-    learned = figures.get("bits_per_dim_codes")
-    dimensions = stage.recipe.dimensions
-    return figures | ({} if learned is None else {"code_bits_learned": learned * dimensions})
+    return figures | learned_figures(figures, stage.recipe.dimensions)
 
 
 def _measures(
@@ -129,16 +128,11 @@ def measure_quality(stage: Stage, drawn: DrawnSet, network: FeatureNetwork) -> d
     for numbers in _shares(stage, len(drawn.labels)):
         quality.add(drawn.read(numbers), np.asarray(numbers), reference=False)
     source = image_source(stage, wanted.reference)
-    for batch in stage.read_once(source, _shards_of(source.shards.counts, wanted.reference_images)):
+    for batch in stage.read_once(source, shards_of(source.shards.counts, wanted.reference_images)):
         first = batch.index < wanted.reference_images
         if first.any():
             quality.add(batch.fields["image"][first], batch.index[first], reference=True)
     return quality.figures(stage.ranks, wanted.reference)
-
-
-def _shards_of(counts: Sequence[int], images: int) -> list[int]:
-    """Samples of the first shards, of as many as hold so many images."""
-    return [count for count, before in zip(counts, accumulate(counts, initial=0), strict=False) if before < images]
 
 
 def _shares(stage: Stage, count: int) -> Iterator[range]:
@@ -147,6 +141,15 @@ def _shares(stage: Stage, count: int) -> Iterator[range]:
     return (mine[start : start + batch] for start in range(0, len(mine), batch))
 
 
-def _write_sheet(folder: Path, images: NDArray[np.uint8], rebuilt: NDArray[np.uint8]) -> None:
-    rows = {"input": images[:SHEET_IMAGES], "reconstruction": rebuilt[:SHEET_IMAGES]}
+def _write_sheet(folder: Path, shown: Shown, tokenizer: TrainedTokenizer) -> None:
+    """Some images, their reconstructions, what each level carries alone, and the code grids in colour."""
+    names, size = tokenizer.levels[::-1], tokenizer.image_size
+    encoded = {name: own[:SHEET_IMAGES] for name, own in shown.encoded.items()}
+    rows = {"input": shown.images[:SHEET_IMAGES], "reconstruction": shown.pixels[:SHEET_IMAGES]}
+    if len(names) > 1:
+        latents = tokenizer.centres(encoded)
+        rows |= {f"{name} alone": tokenizer.decode_alone(latents, name) for name in names}
+    books = dict(zip(tokenizer.levels, tokenizer.network.vectors(), strict=False))  # none of continuous latents
+    for name in names[len(names) - len(books) :]:
+        rows[f"{name} codes"] = colour_codes(encoded[name], code_colours(books[name].cpu().numpy()), size)
     write_bytes(folder / RECONSTRUCTIONS, encode_png(labelled_sheet(rows)))

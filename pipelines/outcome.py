@@ -77,8 +77,9 @@ def kind_of(error: Exception) -> str:
 
 
 def node_name() -> str:
-    """What the scheduler calls this machine, where there is one; else its own name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    """What the launcher or the scheduler calls this machine, where there is one; else its own name."""
+    names = (os.environ.get("VQSCALE_NODE"), os.environ.get("SLURMD_NODENAME"), socket.gethostname())
+    return next(filter(None, names))
 
 
 def fail(layout: RunLayout, name: str, kind: str, message: str, suspects: Sequence[str] = ()) -> None:

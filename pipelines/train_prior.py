@@ -55,10 +55,10 @@ def main(stage: Stage) -> dict[str, Any]:
         levels,
         recipe.seed,
         read_held_out,
-        (lambda prior: preview(prior, tokenizer, recipe.sample)) if tokenizer else None,
+        (lambda prior: preview(prior, tokenizer, recipe.sample, source.manifest.classes)) if tokenizer else None,
     )
     training, origin = recipe.prior.training, {CODES_OF: fingerprint}
-    return train_stage(stage, task, source, source.shards.counts, training, "samples/s", origin)
+    return train_stage(stage, task, source, source.shards.counts, training, "images/s", origin)
 
 
 def _one_after_the_other(source: CodeSource) -> Iterator[CodeFields]:

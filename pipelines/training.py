@@ -7,12 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from pipelines.stage import Stage
 from vqscale.config.load import dump_yaml
 from vqscale.config.training import Training
 from vqscale.data.loader import Loader
+from vqscale.data.memory import aligned
 from vqscale.data.order import StreamOrder
 from vqscale.data.source import Source
 from vqscale.files import read_json
@@ -26,7 +25,7 @@ from vqscale.training.task import Task
 from vqscale.training.tracing import Tracer
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatches, pinned
-from vqscale.training.utilisation import describe
+from vqscale.training.utilisation import describe, peak_tflops
 from vqscale.training.vigil import Vigil, vigil
 
 
@@ -126,7 +125,8 @@ class _Training:
         if events is None:
             return None
         tracker = Tracker(stage.layout.tensorboard / stage.name, events, start)
-        tracker.layout(layout(stage.name, self.task.charts()))
+        peak = peak_tflops(stage.ranks.device)
+        tracker.layout(layout(stage.name, self.task.charts(), stage.ranks.world, peak is not None))
         if not start:
             tracker.text("recipe", dump_yaml(stage.recipe))
             tracker.text("machine", describe(stage.ranks.world, stage.ranks.device), kind="text")
@@ -163,7 +163,7 @@ class _Training:
             seed=recipe.seed,
             openers=data.openers,
             ahead=int(data.ahead_mb * 2**20),
-            allocate=pinned if ranks.device.type == "cuda" else np.empty,
+            allocate=pinned if ranks.device.type == "cuda" else aligned,
         )
 
 

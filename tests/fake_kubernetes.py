@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
+from cluster.devslurm import _free_ports
 from launcher.backends.base import STAGE_TAG
 
 Tree = dict[str, Any]
@@ -33,11 +34,15 @@ class Pod:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    node: str
+    evicted: bool = False
 
     def facts(self) -> Tree:
         code = self.process.poll()
         phase = "Running" if code is None else "Failed" if code else "Succeeded"
-        return {"metadata": {"name": self.name}, "status": {"phase": phase}}
+        why = {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI"}
+        status = {"phase": phase, "conditions": [why] if self.evicted else []}
+        return {"metadata": {"name": self.name}, "spec": {"nodeName": self.node, "containers": []}, "status": status}
 
 
 @dataclass
@@ -57,6 +62,8 @@ class Cluster:
     """Status codes with which the next requests are answered."""
     refuse: str = ""
     """Why objects are not made."""
+    port: int = field(default_factory=lambda: _free_ports(1)[0])
+    """Where the agents of a TrainJob meet."""
 
     def create(self, made: Tree) -> None:
         name = made["metadata"]["name"]
@@ -69,17 +76,20 @@ class Cluster:
         self.pods[name] = [self._start(f"{name}-node-0-{n}", container, n) for n in range(number)]
 
     def _start(self, name: str, container: Tree, index: int) -> Pod:
-        given = {"POD_IP": "127.0.0.1", "JOB_COMPLETION_INDEX": str(index), "PATH": os.environ["PATH"]}
-        given |= {"PET_NODE_RANK": str(index), "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": "29500"}
-        given |= {one["name"]: expanded(one["value"], given) for one in container["env"] if "value" in one}
-        del given[STAGE_TAG]  # this machine does not find processes of another one
+        facts = {"status.podIP": "127.0.0.1", "spec.nodeName": f"machine-{index}"}
+        given = {"JOB_COMPLETION_INDEX": str(index), "PATH": os.environ["PATH"]}
+        given |= {"PET_NODE_RANK": str(index), "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(self.port)}
+        for one in container["env"]:
+            told = facts[one["valueFrom"]["fieldRef"]["fieldPath"]] if "valueFrom" in one else one["value"]
+            given[one["name"]] = expanded(told, given)
+        given.pop(STAGE_TAG, None)  # this machine does not find processes of another one
         command = [expanded(word, given) for word in container["command"]]
         log = self.folder / f"{name}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command, env=given, cwd=container.get("workingDir", "/"), stdout=file, stderr=file
             )
-        return Pod(name, process, log)
+        return Pod(name, process, log, f"machine-{index}")
 
     def read(self, name: str) -> Tree | None:
         """An object with its condition; one that is being deleted is gone when its pods have ended."""
@@ -100,6 +110,11 @@ class Cluster:
     def delete(self, name: str) -> None:
         self.objects[name]["metadata"]["deletionTimestamp"] = "now"
         self.end(name)
+
+    def evict(self, pod: Pod, number: int) -> None:
+        """As a drained node, or a pod of higher priority, does; `number` is the signal."""
+        pod.evicted = True
+        pod.process.send_signal(number)
 
     def end(self, name: str) -> None:
         for pod in self.pods[name]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import __main__ as command
-from benchmarks import machine, registry, render, report, stats, timing
+from benchmarks import machine, plots, registry, render, report, stats, timing
 from benchmarks.harness import Bench, Options, WrongResultError
 from benchmarks.result import Result, at_least, at_most, read_result, write_result
 from benchmarks.timing import Clocks, Contender
@@ -259,6 +260,48 @@ def test_quick_is_marked_and_has_no_verdicts(
     assert any("quick" in line for line in report.remarks(result))
 
 
+def test_all_leaves_results_pictures_and_a_page(
+    benchmark: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["all", "--quick", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"made-up.json", "made-up.png", "benchmarks.md"}
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "(made-up.png)" in page
+    assert "| `vs_peer` | 3.00 |" in page
+    said = capsys.readouterr().err
+    assert f"all of it: {tmp_path / 'benchmarks.md'}" in said
+    assert "next: vqscale bench all  # without --quick" in said
+
+
+def test_without_matplotlib_there_are_no_pictures_and_it_says_so(
+    benchmark: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert command.main(["--out", str(tmp_path)]) == 0
+    assert "no plots: matplotlib is not installed: pip install" in capsys.readouterr().err
+    assert "(made-up.png)" not in (tmp_path / "benchmarks.md").read_text()
+    assert not (tmp_path / "made-up.png").exists()
+    document = tmp_path / "page.md"
+    document.write_text("<!-- results: begin -->\n<!-- results: end -->\n")
+    assert command.main(["--render", str(document)]) == 2
+    assert "matplotlib is not installed" in capsys.readouterr().err
+    assert "###" not in document.read_text(), "no page that speaks of pictures which there are not"
+
+
+def test_one_wrong_result_does_not_cost_the_others(
+    benchmark: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(bench: Bench) -> None:
+        bench.check("pixels", "difference", 2.0, 1.0)
+
+    monkeypatch.setitem(sys.modules, "wrong_one", SimpleNamespace(GOALS={}, PACKAGES=(), run=wrong))  # type: ignore[arg-type]
+    both = {"wrong": registry.Entry("wrong_one", ""), **registry.BENCHMARKS}
+    monkeypatch.setattr(registry, "BENCHMARKS", both)
+    assert command.main(["--out", str(tmp_path)]) == 1
+    assert (tmp_path / "made-up.json").exists()
+    assert "wrong results, nothing written: wrong" in capsys.readouterr().err
+
+
 def test_a_terminal_gets_bars(
     benchmark: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -333,7 +376,8 @@ def test_comparison_stands_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     lines = {line.split()[0]: " ".join(line.split()) for line in printed.splitlines() if line}
     assert lines["vs_peer"] == "vs_peer 3.00 3.00 – 3.00 3.30 3.20 – 3.40 +10.0 % *"
-    assert lines["new"] == "new 1.00 1.00 – 1.00"
+    assert "note: only one of them has new" in printed
+    assert "note: only one of them has share" in printed
     assert "note: batch differs: 4, 8" in printed
 
 
@@ -394,6 +438,9 @@ def test_tables_are_written_between_the_marks(tmp_path: Path) -> None:
     assert "| `vs_peer` | 3.00 | 3.00 – 3.00 | at least 2.5: met |" in text
     assert "| `limit` | 16.00 | 16.00 – 16.00 | images/s | so many at most |" in text
     assert "- skipped absent: cannot be imported" in text
+    with Image.open(tmp_path / render.IMAGES / "made-up.png") as picture:
+        assert picture.info[plots.SOURCE] == plots.fingerprint(result)
+        assert picture.width > 500
     assert render.rendered(text, tmp_path / "results") == text
     with pytest.raises(UserError, match="no place for results"):
         render.rendered("nothing", tmp_path / "results")
@@ -402,8 +449,12 @@ def test_tables_are_written_between_the_marks(tmp_path: Path) -> None:
 def test_document_shows_the_results_that_are_kept() -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     assert render.rendered(text) == text, "run `python -m benchmarks --render docs/benchmarks.md`"
+    pictures = ROOT / "docs" / render.IMAGES
+    assert {path.stem for path in pictures.iterdir()} == {path.stem for path in render.RESULTS.glob("*.json")}
     for path in render.RESULTS.glob("*.json"):
         result = read_result(path)
+        with Image.open(pictures / f"{path.stem}.png") as picture:
+            assert picture.info[plots.SOURCE] == plots.fingerprint(result), "an old picture"
         assert path.name == f"{result.name}-{result.machine.name}.json"
         assert not result.config["quick"], "a quick run's figures say nothing"
 

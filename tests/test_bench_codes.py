@@ -27,7 +27,8 @@ def bench(tmp_path: Path) -> Bench:
 def test_it_runs(bench: Bench) -> None:
     codes.run(bench)
     found = bench.finish()
-    assert set(found.ratios) == set(found.goals) == {"bytes_vs_uint16", "read_vs_npy", "extract_fraction_of_limit"}
+    assert set(found.goals) == {"bytes_vs_uint16", "read_vs_npy", "extract_fraction_of_limit"}
+    assert set(found.ratios) - set(found.goals) == ({"read_vs_litdata"} if "litdata" not in found.skipped else set())
     assert "read_samples_per_s_core" in found.figures
     assert {"extract_limit"} == set(found.floors)
     assert found.correctness["extract_codes"].value == found.correctness["ours_codes"].value == 0

@@ -96,7 +96,7 @@ def test_a_recipe_is_frozen() -> None:
         ("tokenizer.training.steps", 1.5, "'tokenizer.training.steps' is 1.5"),
         ("tokenizer.training.steps", None, "'tokenizer.training.steps' is None"),
         ("tokenizer.training.steps", 0, "'tokenizer.training.steps' is 0 (a int); input should be greater than or eq"),
-        ("tokenizer.training.precision", "fp16", "'fp32' or 'bf16'"),
+        ("tokenizer.training.precision", "fp16", "'fp32', 'bf16' or 'auto'"),
         ("tokenizer.levels", [], "'tokenizer.levels' is []"),
         ("tokenizer.levels", 3, "'tokenizer.levels' is 3"),
         ("tokenizer.levels.0.downsample", 3, "2, 4, 8 or 16"),

@@ -12,11 +12,22 @@ import torch
 
 from vqscale.data.buffers import BatchBuffers
 from vqscale.data.groups import OpenGroups
+from vqscale.data.memory import aligned
 from vqscale.data.order import StreamOrder
 from vqscale.data.source import Spec
 
 SPEC = {"image": Spec((4, 4, 3), np.dtype(np.uint8)), "label": Spec((), np.dtype(np.int64))}
 COUNTS = [30, 32, 28, 30, 34, 26, 30, 31, 29, 30, 33, 27]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 5, 5), np.uint16), ((7,), np.int64), ((0, 4), np.uint8)])
+def test_memory_begins_at_a_cache_line(shape: tuple[int, ...], dtype: type):
+    made = [aligned(shape, dtype) for _ in range(20)]
+    assert {array.ctypes.data % 64 for array in made} == {0}
+    for number, array in enumerate(made):
+        array.fill(number)
+    assert all((array == number).all() and array.flags.c_contiguous for number, array in enumerate(made))
+    assert (made[0].shape, made[0].dtype) == (shape, dtype)
 
 
 def test_memory_is_used_again_once_nobody_holds_it():

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.container import ContainerSettings
 from cluster.devslurm import _free_ports
 from cluster.preflight import host as host_module
 from cluster.preflight import sharing
@@ -25,12 +24,13 @@ from cluster.preflight.disk import Folder, judge_folder, look_at_folder
 from cluster.preflight.gpus import Gpus, judge_gpus, look_at_gpus
 from cluster.preflight.host import Host, judge_host, judge_interfaces, look_at_host
 from cluster.preflight.judge import ASKER, judge_nodes
-from cluster.preflight.node import ENDPOINT, INDEX, NODE, _port_fault
+from cluster.preflight.node import ENDPOINT, INDEX, _port_fault
 from cluster.preflight.packages import installed, judge_packages, read_constraints, required
 from cluster.preflight.reading import Reading, read_shards
 from cluster.preflight.report import MARK, Report, Torch, from_lines, to_lines
 from cluster.preflight.verdict import Verdict
 from cluster.profile import Profile
+from cluster.rendezvous import NODE
 from launcher import doctor as doctor_module
 from launcher import process
 from launcher.backends.everywhere import Errand, run_everywhere
@@ -380,20 +380,6 @@ def test_slurm_that_does_not_answer(
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     assert main(["doctor", "--on", "devslurm"]) == 1
     assert "FAIL  here       Slurm            sinfo: no controller" in capsys.readouterr().out
-
-
-def test_backends_that_cannot_be_asked_say_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--on", "kubernetes-gpu", "--nodes", "1"]) == 2
-    printed = capsys.readouterr()
-    assert "the nodes of backend kubernetes cannot be asked yet; backends that can: local, slurm, ssh" in printed.err
-    assert printed.out == "", "before anything is looked at"
-
-
-def test_a_container_is_not_looked_into() -> None:
-    inside = CLUSTER.model_copy(update={"container": ContainerSettings(image="nvcr.io#nvidia/pytorch:26.10")})
-    (verdict,) = doctor_module._judge_container(inside)
-    assert (verdict.word, verdict.value) == ("warn", "the nodes are checked outside of nvcr.io#nvidia/pytorch:26.10")
-    assert doctor_module._judge_container(CLUSTER) == []
 
 
 @pytest.mark.parametrize(

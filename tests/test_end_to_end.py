@@ -191,7 +191,7 @@ def test_tensorboard_has_what_is_promised(finished: Finished) -> None:
     expected = {"loss/total", "loss/reconstruction", "loss/commitment_bottom", "loss/commitment_top"}
     expected |= {f"{level}/{name}" for level in ("bottom", "top") for name in ("perplexity", "used", "restarted")}
     expected |= {"optim/learning_rate", "optim/gradient_norm"}
-    expected |= {"speed/images_per_second", "speed/data_wait", "data/bad_samples"}
+    expected |= {"speed/images_per_second", "speed/tokens_per_second", "speed/data_wait", "data/bad_samples"}
     assert expected <= found.keys()
     assert {"validation/psnr", "validation/mse"} <= found.keys()
     assert [step for step, _ in found["loss/total"]] == [1, *range(10, 151, 10)]
@@ -206,7 +206,8 @@ def test_tensorboard_has_what_is_promised(finished: Finished) -> None:
     assert "recipe/text_summary" in events.Tags()["tensors"]
     prior = accumulator(layout.tensorboard / "prior")
     assert "samples" in prior.Tags()["images"]
-    expected = {"loss/total", "loss/top", "loss/bottom", "validation/bits_per_sample", "speed/codes_per_second"}
+    expected = {"loss/total", "loss/top", "loss/bottom", "validation/bits_per_sample"}
+    expected |= {"speed/images_per_second", "speed/tokens_per_second"}
     assert expected <= set(prior.Tags()["scalars"])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
@@ -167,8 +168,25 @@ def test_a_codebook_by_hand() -> None:
     assert report.nearest_least == 0.0, "two codes are the same"
     apart = report_codebook(torch.tensor([1, 1]), torch.tensor([[-1.0], [1.0]]))
     assert apart.nearest_median == pytest.approx(2.0), "each lies one deviation from the mean"
+    assert apart.distance_median == pytest.approx(2.0, abs=0.01)
+    assert report.shares == [0.5, 0.5, 0.0, 0.0]
     with pytest.raises(ValueError, match="no codes"):
         report_codebook(torch.zeros(4), vectors)
+
+
+def test_distances_of_all_pairs_of_codes() -> None:
+    vectors = torch.randn(2500, 6, generator=torch.Generator().manual_seed(0))
+    report = report_codebook(torch.arange(2500) % 7, vectors)
+    spread = float((vectors - vectors.mean(0)).square().sum(1).mean().sqrt())
+    pairs = scipy.spatial.distance.pdist(vectors.double().numpy()) / spread
+    square = scipy.spatial.distance.squareform(pairs) + 1e9 * np.eye(len(vectors))
+    assert report.nearest_median == pytest.approx(float(np.median(square.min(0))), rel=1e-3)
+    assert report.nearest_least == pytest.approx(pairs.min(), rel=1e-6)
+    assert report.distance_median == pytest.approx(np.median(pairs), abs=0.01)
+    counted = np.histogram(pairs.clip(max=3.95), bins=40, range=(0, 4))[0] / len(pairs)
+    np.testing.assert_allclose(report.distances, counted, atol=1e-5)
+    assert len(report.shares) == 64
+    assert sum(report.shares) == pytest.approx(1, abs=1e-4)
 
 
 def test_surgery_adds_up_and_finds_what_was_planted() -> None:
@@ -179,19 +197,36 @@ def test_surgery_adds_up_and_finds_what_was_planted() -> None:
     grids[:, 0, 0] = 0
     for part in grids.split(1000):
         level.add(part)
-    seen = Counter(str(grid.tolist()) for grid in grids)
-    cut = dissect([level], dict(seen), learned=3.1)
+    # The class is the code at position 1.
+    seen = Counter((int(grid[0, 1]), str(grid.tolist())) for grid in grids)
+    cut = dissect([level], seen)
     assert cut.uniform == 8.0
     assert cut.unused + cut.placed + cut.positions == pytest.approx(cut.uniform)
     assert cut.positions == pytest.approx(3.0, abs=0.01)
     assert cut.mutual_information == pytest.approx(3.0, abs=0.01), "eight grids, all as frequent"
-    assert cut.gap_learned == pytest.approx(0.1, abs=0.01)
-    assert cut.dependence == pytest.approx(-0.1, abs=0.01)
+    assert cut.information_given_class == pytest.approx(2.0, abs=0.01), "four of them in each class"
+    assert cut.divergence(2.1) == pytest.approx(0.1, abs=0.01)
+    assert cut.divergence_uniform == pytest.approx(5.0, abs=0.01)
     assert torch.equal(level.of_codes, torch.bincount(grids.flatten(), minlength=4))
     assert entropy_bits(torch.ones(8)) == pytest.approx(3.0)
-    assert math.isclose(cut.gap_uniform, 8.0 - cut.mutual_information)
     with pytest.raises(ValueError, match="no images"):
         dissect([level], {})
+
+
+def test_the_divergence_from_the_learned_prior_is_that_of_the_distributions() -> None:
+    """Against the sum over all grids that the definition has: KL(q(z | y) || p(z | y)), a mean over the images."""
+    random = np.random.default_rng(0)
+    labels, codes = random.integers(0, 2, 500), random.integers(0, 3, 500)
+    prior = random.dirichlet(np.ones(3), size=2)
+    learned = -np.log2(prior[labels, codes]).mean()
+    joint = np.histogram2d(labels, codes, bins=(2, 3))[0] / 500
+    given = joint / joint.sum(1, keepdims=True)
+    expected = float((joint * np.log2(given / prior)).sum())
+    level = PositionCounts(1, 3)
+    level.add(torch.from_numpy(codes)[:, None, None])
+    cut = dissect([level], Counter((int(y), str(z)) for y, z in zip(labels, codes, strict=True)))
+    assert cut.divergence(learned) == pytest.approx(expected)
+    assert expected > 0
 
 
 def shown(count: int, seed: int) -> Shown:

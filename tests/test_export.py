@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -121,16 +122,22 @@ def test_nothing_is_overwritten_unasked(trained: Path, place: Path, tmp_path: Pa
 def test_the_card_says_what_is_known(trained: Path, tmp_path: Path) -> None:
     run = RunLayout(copy_of(trained, tmp_path / "run"))
     write_json(run.done("tokenizer"), {"stage": "tokenizer", "seconds": 3.5, "parameters": 1234567, "bad_samples": 2})
-    write_json(run.report, {"psnr": 21.987654, "usage_top": 0.25, "bits_per_dim": 4.5})
+    write_json(run.report, {"psnr": 21.987654, "held_out_images": 1200, "usage_top": 0.25, "bits_per_dim": 4.5})
     write_json(run.code / "identity.json", {"commit": "abc123", "uncommitted": False, "sources_sha256": "ff"})
     exported = export_run(run, tmp_path / "model")
     text = (tmp_path / "model" / "README.md").read_text()
-    for said in ("1,234,567", "21.99", "codes of level top in use | 0.25", "`abc123`", exported.fingerprint):
+    known = ("1,234,567", "| 21.99 | 1200 held-out images |", "codes of level top in use | 0.25 | training images |")
+    for said in (*known, "`abc123`", exported.fingerprint):
         assert said in text
     assert "replaced: 2." in text
     assert "Not measured: rfid, fid." in text
     for blank in ("None", "[More", "TODO", "{}"):
         assert blank not in text, blank
+    example = re.search(r"^```py\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert example
+    known = {"images": images()}
+    exec(example[1].replace("PLACE", str(tmp_path / "model")), known)
+    assert known["images"].shape == (3, 16, 16, 3)
 
 
 def test_the_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,8 @@ def cluster(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 def on(home: Path) -> Path:
     """Two pods of a process each; the code of this machine."""
     path = home / "kube.yaml"
-    kubernetes = {"nodes": 2, "cpus_per_node": 2, "volumes": [{"claim": "runs", "path": str(home)}]}
+    volumes = [{"claim": "runs", "path": str(home)}]
+    kubernetes = {"nodes": 2, "cpus_per_node": 2, "requeues": 0, "volumes": volumes}
     tree = {
         "name": "kube",
         "backend": "kubernetes",
@@ -140,6 +141,38 @@ def test_a_lost_pod_fails_the_stage_with_its_last_words(cluster: Cluster, layout
     assert entry.state == "failed"
     assert "AJobEnded" in entry.message
     assert "node-0-1: holds the store: 0" in agent_log(layout)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("act", "number", "told"),
+    [
+        ("wait", signal.SIGTERM, "preempted, saved at step 3; tried again (1 of 5)"),
+        ("stay", signal.SIGKILL, "node: machine-1 has lost its pod; "),
+    ],
+)
+def test_a_stage_goes_on_after_an_eviction(
+    cluster: Cluster, on: Path, home: Path, act: str, number: int, told: str
+) -> None:
+    """Whether it could save or not; where it could not, the node is avoided."""
+    tree = yaml.safe_load(on.read_text())
+    tree["kubernetes"] |= {"requeues": 5, "pause_s": 0}
+    on.write_text(yaml.safe_dump(tree))
+    recipe = write_recipe(home / "r.yaml", resources__processes=2)
+    layout = create(make_plan(str(recipe), str(on), run=home / "mine", stages="generate"))
+    supervisor = start(layout, f"generate=pods:{act}")
+    begun(layout)
+    (pods,) = cluster.pods.values()
+    cluster.evict(pods[1], number)
+    until(lambda: RunState.read(layout).stages["generate"].attempt == 2)
+    for path in layout.stage("generate").glob("on-*"):
+        path.with_name(path.name.replace("on-", "go-")).touch()
+    assert supervisor.wait(60) == 0, agent_log(layout)
+    entry = RunState.read(layout).stages["generate"]
+    assert entry.state == "done"
+    assert entry.past[0].message.startswith(told)
+    affinity = "avoids" if b"NotIn" in layout.manifest("generate").read_bytes() else "as before"
+    assert affinity == ("as before" if act == "wait" else "avoids")
 
 
 @pytest.mark.fault

@@ -77,6 +77,24 @@ spec:
               runAsUser: 1000
               runAsGroup: 2000
               fsGroup: 2000
+            affinity:
+              nodeAffinity:
+                requiredDuringSchedulingIgnoredDuringExecution:
+                  nodeSelectorTerms:
+                  - matchExpressions:
+                    - key: kubernetes.io/hostname
+                      operator: NotIn
+                      values:
+                      - bad-1
+                preferredDuringSchedulingIgnoredDuringExecution:
+                - weight: 100
+                  preference:
+                    matchExpressions:
+                    - key: kubernetes.io/hostname
+                      operator: NotIn
+                      values:
+                      - slow-1
+                      - slow-2
             volumes:
             - name: volume-0
               persistentVolumeClaim:
@@ -131,6 +149,10 @@ spec:
                 valueFrom:
                   fieldRef:
                     fieldPath: status.podIP
+              - name: VQSCALE_NODE
+                valueFrom:
+                  fieldRef:
+                    fieldPath: spec.nodeName
               - name: OMP_NUM_THREADS
                 value: '4'
               - name: TORCH_DISABLE_SHARE_RDZV_TCP_STORE
@@ -178,6 +200,8 @@ FULL: dict[str, Any] = {
     "secrets": ("bucket",),
     "pull_secrets": ("pull",),
     "run_as": "1000:2000",
+    "exclude": ("bad-1",),
+    "avoid": ("slow-1", "slow-2"),
 }
 SMALL = {"cpus_per_node": 1, "volumes": (Volume(claim="runs", path="/runs"),)}
 CONTAINER = {"image": "registry.example.org/vqscale:1", "workdir": "/opt/vqscale", "python": "/opt/venv/bin/python"}
@@ -239,6 +263,7 @@ def test_a_train_job_asks_for_the_same() -> None:
     assert patched["volumes"] == pod["volumes"]
     assert patched["containers"] == [{"name": "node", "volumeMounts": container["volumeMounts"]}]
     assert patched["tolerations"] == pod["tolerations"]
+    assert patched["affinity"] == pod["affinity"]
 
 
 def test_render_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,6 +384,8 @@ def test_names_fit_where_they_go(run: str) -> None:
         {"node_selector": {"a b": "c"}},
         {"kind": "Job"},
         {"run_as": "me"},
+        {"exclude": ("a b",)},
+        {"avoid": ("--x",)},
         {"kind": "TrainJob", "secrets": ("x",)},
         {"kind": "TrainJob", "priority_class": "x"},
         {"gpu_resource": "gpu: 1"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,21 +24,6 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert printed.err.startswith("error: ")
     assert printed.err.count("\n") == 1
     return printed.err
-
-
-def test_help_is_light() -> None:
-    code = "import sys; from launcher.cli import build_parser; build_parser(); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert not HEAVY & set(loaded.split())
-
-
-def test_help_is_fast() -> None:
-    def seconds() -> float:
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "launcher", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - began
-
-    assert min(seconds() for _ in range(5)) < 0.3
 
 
 def test_launcher_never_imports_torch() -> None:
@@ -102,13 +86,11 @@ def test_unknown_recipe_lists_names(
     assert "no such recipe" in error_of(capsys, "plan", "missing/recipe.yaml")
 
 
-def test_errors_in_real_processes_are_one_line_and_quick(home: Path) -> None:
+def test_errors_in_real_processes_are_one_line(home: Path) -> None:
     path = str(write_recipe(home / "r.yaml", tokenizer__hiden=3))
-    began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "launcher", "submit", path], capture_output=True, text=True, check=False
     )
-    assert time.perf_counter() - began < 3.0  # a second on an idle machine
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
 

@@ -122,7 +122,7 @@ def test_following_goes_on_with_the_next_attempt(home: Path, monkeypatch: pytest
     acts = iter([start_again, second_attempt, end])
     monkeypatch.setattr(logs.time, "sleep", lambda seconds: next(acts)())
     printed: list[str] = []
-    print_logs(layout, LogChoice(stage="generate"), follow=True, say=printed.append)
+    print_logs(layout, LogChoice(stage="generate"), follow=True, say=lambda line: printed.append(line.plain()))
     assert [(line.partition("]")[0], line.split()[-1]) for line in printed] == [
         ("[generate#1 node a process 0", "one"),
         ("[generate#1 rank 0", "two"),

@@ -10,11 +10,13 @@ import pytest
 from cluster.profile import Profile, profile_path
 from cluster.rendezvous import agent_arguments, inherited, thread_environment
 from launcher import plan as plan_module
+from launcher import precision
 from launcher.backends.base import Job, Place
 from launcher.backends.local import LocalBackend
 from launcher.plan import absolute_paths, load_profile, make_plan, select_stages
 from tests.recipes import tiny_recipe, write_recipe
 from vqscale.errors import UserError
+from vqscale.processor import has_bf16
 
 GOLDEN_COMMAND = """\
 python -m torch.distributed.run \\
@@ -159,3 +161,50 @@ def test_profile_limits_processes(home: Path) -> None:
     path = write_recipe(home / "r.yaml", resources__processes=2)
     with pytest.raises(UserError, match="allows 1"):
         make_plan(str(path), str(small))
+
+
+@pytest.mark.parametrize(
+    ("units", "device", "on", "settled"),
+    [
+        (True, "cpu", "local", "bf16"),
+        (False, "cpu", "local", "fp32"),
+        (False, "cuda", "local", "bf16"),
+        (True, "cpu", "slurm-gpu", "fp32"),
+        (False, "auto", "slurm-gpu", "bf16"),
+    ],
+)
+def test_precision_is_settled_by_the_machine(
+    units: bool, device: str, on: str, settled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was named stays; bf16 that this processor has to imitate is warned of."""
+    monkeypatch.setattr(precision, "has_bf16", lambda: units)
+    monkeypatch.setattr(precision, "_GPUS", ())
+    settings = {"resources__device": device, "tokenizer__training__precision": "auto"}
+    recipe = tiny_recipe(**settings, prior__training__precision="bf16")
+    profile = load_profile(on)
+    found = precision.settle(recipe, profile)
+    assert (found.tokenizer.training.precision, found.prior.training.precision) == (settled, "bf16")
+    slow = precision.slow_stages(found, profile)
+    assert [text.startswith("prior: this processor has no units") for text in slow] == (
+        [True] if on == "local" and not units and device == "cpu" else []
+    )
+
+
+def test_a_plan_says_the_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_bf16", lambda: False)
+    made = make_plan("quickstart", overrides=["prior.training.precision=bf16"], run=tmp_path / "run")
+    assert made.job.recipe.tokenizer.training.precision == "fp32"
+    assert "device: cpu, ddp, fp32, " in made.text()
+    assert any("use prior.training.precision=auto" in warning for warning in made.warnings)
+
+
+def test_flags_of_processors(tmp_path: Path) -> None:
+    for text, found in (
+        ("model name\t: X\nflags\t\t: fpu avx2 avx512f\n", False),
+        ("flags\t\t: fpu avx512_bf16\n", True),
+        ("Features\t: asimd bf16 sve\n", True),
+        ("", False),
+    ):
+        path = tmp_path / str(len(text))
+        path.write_text(text)
+        assert has_bf16(str(path)) is found

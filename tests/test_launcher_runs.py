@@ -189,13 +189,14 @@ def rank_log(layout: RunLayout, rank: int, name: str, text: str) -> None:
 
 def logs_of(layout: RunLayout, **choice: object) -> list[str]:
     printed: list[str] = []
-    print_logs(layout, LogChoice(**choice), follow=False, say=printed.append)  # type: ignore[arg-type]
+    print_logs(layout, LogChoice(**choice), follow=False, say=lambda line: printed.append(line.plain()))  # type: ignore[arg-type]
     return printed
 
 
-def test_logs_are_merged_and_marked(home: Path) -> None:
+def test_logs_are_merged_and_marked(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout = new_run(home, "mine")
-    assert logs_of(layout) == []
+    assert main(["logs", "mine"]) == 0
+    assert capsys.readouterr().err == "nothing has been written yet; vqscale status mine says what the run waits for\n"
     state = RunState.read(layout)
     state.begin("generate", 1)
     state.end("generate", "failed")
@@ -211,6 +212,9 @@ def test_logs_are_merged_and_marked(home: Path) -> None:
     assert logs_of(layout) == [f"{zero} one", f"{zero} 20%", f"{one} boom"]
     assert logs_of(layout, rank=0) == [f"{zero} one", f"{zero} 20%"]
     assert logs_of(layout, failed=True) == [f"{one} boom"]
+    assert main(["logs", "mine", "--failed", "--json"]) == 0
+    who = {"name": "rank 1", "stage": "generate", "attempt": 1, "task": None, "rank": 1}
+    assert json.loads(capsys.readouterr().out) == {"time": None, **who, "text": "boom"}
     for choice, expected in [({"rank": 7}, "ranks: 0, 1"), ({"stage": "pakc"}, "stages: generate")]:
         with pytest.raises(UserError, match=expected):
             logs_of(layout, **choice)

@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "pixelcnn": {"layers": 3, "width": 8},
     "recurrent": {"layers": 2, "width": 8},
     "masked": {"layers": 2, "width": 16, "heads": 2, "passes": 3},
+    "blockwise": {"layers": 2, "width": 16, "heads": 2, "passes": 3},
     "uniform": {},
 }
 SECTIONS = {get_args(member)[0] for member in get_args(get_args(Sections)[0])}
@@ -89,6 +90,16 @@ def test_a_sample_depends_on_its_seed_alone(kinds: tuple[str, ...]) -> None:
         assert codes.dtype == torch.int64
         assert 0 <= codes.min() <= codes.max() < grid.codes
     assert len(together[1].flatten(1).unique(dim=0)) > 60
+
+
+@every_kind
+@torch.no_grad()
+def test_guidance_of_one_is_none(kinds: tuple[str, ...]) -> None:
+    """A scale beside 1 takes the way with two rows a sample, and comes to the codes of the way with one."""
+    prior, classes, seeds = make(*kinds), torch.tensor([0, 1, 2]), [1, 2, 3]
+    plain = prior.generate(classes, seeds, Sampling(guidance=1.0))
+    nearly = prior.generate(classes, seeds, Sampling(guidance=1.0 + 1e-9))
+    assert all(torch.equal(one, other) for one, other in zip(plain, nearly, strict=True))
 
 
 @pytest.mark.parametrize("kind", SMALL)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vqscale.data import clocks
-from vqscale.data.sheet import colour_codes, labelled_sheet, tile
+from vqscale.data.sheet import code_colours, colour_codes, labelled_sheet, tile
 from vqscale.evaluation.hours import HourCounts
 from vqscale.evaluation.metrics import mse, psnr
 
@@ -59,11 +59,21 @@ def test_large_images_are_not_enlarged() -> None:
 
 
 def test_codes_have_colours_of_their_own() -> None:
-    codes = np.arange(8).reshape(2, 2, 2)
-    picture = colour_codes(codes, 8)
+    codes, vectors = np.arange(8).reshape(2, 2, 2), np.random.default_rng(0).normal(size=(8, 5))
+    colours = code_colours(vectors)
+    picture = colour_codes(codes, colours, 8)
     assert picture.shape == (2, 8, 8, 3)
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) == 8
-    assert (colour_codes(codes[:1], 8)[0] == picture[0]).all(), "independent of the codes in use"
+    assert (colour_codes(codes[:1], colours, 8)[0] == picture[0]).all(), "independent of the codes in use"
+
+
+def test_codes_that_lie_close_together_look_alike() -> None:
+    line = np.arange(256.0)[:, None] * np.array([[1.0, 2.0, -3.0, 0.5]])
+    line += np.random.default_rng(0).normal(size=line.shape)
+    red = code_colours(line)[:, 0].astype(int)
+    assert np.abs(np.diff(red)).max() <= 3
+    assert (red.min(), red.max()) == (0, 255)
+    assert code_colours(np.ones((1, 1))).shape == (1, 3), "a codebook of one"
 
 
 def test_hour_counts() -> None:

@@ -163,6 +163,32 @@ def test_a_preempted_job_goes_on_by_itself(conf: Path, home: Path, monkeypatch: 
     assert "DUE TO JOB REQUEUE" in layout.log.read_text(), "the logs of both starts are in one file"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.fault
+def test_a_time_limit_is_announced(conf: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Slurm itself, with the signal that the profile names; a training longer than the limit goes on to its end.
+
+    Slurm may say it a minute early, so the first start has between one and two and a half minutes.
+    """
+    profile = yaml.safe_load((PROFILES / "devslurm.yaml").read_text())
+    profile["slurm"] |= {"time_min": 3, "signal": "USR1"}
+    (home / "short.yaml").write_text(yaml.safe_dump(profile))
+    layout = packed(home, recipe(home, 2, steps=30), on=str(home / "short.yaml"))
+    # Shorter than the grace: a rank that sleeps cannot save.
+    monkeypatch.setenv("VQSCALE_FAULT", "; ".join(f"slow:step={step},rank=1,seconds=7" for step in range(3, 28)))
+    assert main(["requeue", "mine"]) == 0
+    until(layout.done("tokenizer").exists, layout, 560)
+    tries = read_json(layout.requeues("tokenizer"))["tries"]
+    assert {one["kind"] for one in tries} == {"preempted"}, told(layout)
+    steps = [one["step"] or 0 for one in tries]  # nothing is saved where it is said while the first start imports torch
+    assert steps == sorted(set(steps)), "each start got on"
+    assert 0 < steps[-1] < 30
+    events = [json.loads(line) for line in layout.events("tokenizer").read_text().splitlines()]
+    assert sorted(event["step"] for event in events if "loss" in event) == list(range(1, 31))
+    assert "TIME LIMIT" not in layout.log.read_text(), "it was never too late"
+
+
 @pytest.mark.fault
 def test_a_users_fault_ends_the_chain(conf: Path, home: Path) -> None:
     layout = create(

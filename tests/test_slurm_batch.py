@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from launcher.plan import make_plan
 from launcher.rundir import create
 from launcher.state import RunState, StageState
 from launcher.status import read_status
+from tests.processor import in_imports
 from tests.recipes import write_recipe
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
@@ -459,19 +459,13 @@ def test_a_hundred_jobs_cost_a_question_every_few_seconds(
 
 
 def test_submit_returns_at_once(layout: RunLayout, fakes: Path) -> None:
-    """Seven jobs, with a queue that answers at once. The processors' time is judged: this machine may be loaded."""
+    """Seven jobs, with a queue that answers at once."""
     stand_in(fakes, "sbatch", 'cd "$(dirname "$0")"; echo x >> sent; wc -l < sent')
     queued(fakes)
-    took = []
-    for number in range(3):
-        command = [sys.executable, "-m", "launcher", "submit", str(layout.recipe), "--on", "devslurm"]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        where = str(layout.root.with_name(f"quick-{number}"))
-        subprocess.run([*command, "--run", where], cwd=ROOT, check=True, capture_output=True, timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    command = [sys.executable, "-m", "launcher", "submit", str(layout.recipe), "--on", "devslurm"]
+    places = [str(layout.root.with_name(f"quick-{number}")) for number in range(3)]
+    assert in_imports([[*command, "--run", place] for place in places]) < 6
     assert len((fakes / "sent").read_text().splitlines()) == 21
-    assert min(took) < 1.0, took
 
 
 def test_without_slurm_there_is_one_clear_line(
@@ -498,5 +492,5 @@ def test_logs_are_by_the_rank_in_the_whole_job(layout: RunLayout) -> None:
         (folder / "rank").write_text(rank)
         (folder / "stdout.log").write_text(f"I am {rank}\n")
     printed: list[Any] = []
-    print_logs(layout, LogChoice(), follow=False, say=printed.append)
+    print_logs(layout, LogChoice(), follow=False, say=lambda line: printed.append(line.plain()))
     assert printed == ["[generate#1 rank 0] I am 0", "[generate#1 rank 1] I am 1"]

@@ -43,7 +43,7 @@ GOLDEN = """\
 #SBATCH --requeue
 #SBATCH --constraint=a100
 set -e -o pipefail
-trap '' USR2  # until launcher.batch listens
+trap '' USR1 USR2  # until launcher.batch listens
 
 module load cuda/12.8
 export OMP_NUM_THREADS=4  # 8 cores / 2 processes

@@ -26,16 +26,18 @@ from launcher.status import read_status
 from tests.recipes import write_recipe
 from tests.sshd import missing, server
 from vqscale.config.layout import RunLayout
+from vqscale.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTS = ("one", "two")
+SPARE = "three"
 
 needs_sshd = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with server(tmp_path_factory.mktemp("sshd"), HOSTS) as client:
+    with server(tmp_path_factory.mktemp("sshd"), (*HOSTS, SPARE)) as client:
         yield client
 
 
@@ -44,6 +46,7 @@ def on(config: Path, home: Path) -> Path:
     """A profile of two hosts with room for one process each."""
     path = home / "hosts.yaml"
     ssh = {"hosts": [f"{host} slots=1 address=127.0.0.1" for host in HOSTS], "cores": 2, "config": str(config)}
+    ssh["requeues"] = 0
     tree = {"name": "hosts", "backend": "ssh", "environment": {"GLOO_SOCKET_IFNAME": "lo"}, "grace_s": 3, "ssh": ssh}
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -174,22 +177,61 @@ def test_the_environment_is_the_allow_listed_one(layout: RunLayout, monkeypatch:
     assert not list(ROOT.glob("canary"))
 
 
-@needs_sshd
-def test_a_host_that_cannot_be_reached_fails_the_stage(on: Path, home: Path) -> None:
-    """Nothing falls back to the hosts that are left, or to this machine."""
+def with_a_lost_host(on: Path, home: Path, *more: str, **limits: int) -> RunLayout:
+    """A run of two ranks whose second host cannot be reached; more hosts behind it."""
     tree = yaml.safe_load(on.read_text())
-    tree["ssh"]["hosts"][1] = "nowhere.invalid slots=1"
+    tree["ssh"]["hosts"][1:] = ["nowhere.invalid slots=1", *(f"{host} slots=1 address=127.0.0.1" for host in more)]
+    tree["ssh"] |= limits
     on.write_text(yaml.safe_dump(tree))
     recipe = write_recipe(home / "r.yaml", resources__processes=2)
-    layout = create(make_plan(str(recipe), str(on), run=home / "mine", stages="generate"))
+    return create(make_plan(str(recipe), str(on), run=home / "mine", stages="generate"))
+
+
+@needs_sshd
+def test_a_host_that_cannot_be_reached_fails_the_stage(on: Path, home: Path) -> None:
+    """The others have no room for all ranks. Nothing falls back to fewer ranks, or to this machine."""
+    layout = with_a_lost_host(on, home, requeues=5, retries=1, pause_s=0)
     assert start(layout, "generate=hosts").wait(60) == 1
     state = RunState.read(layout).stages["generate"]
-    assert state.state == "failed"
+    assert (state.state, state.attempt) == ("failed", 2)
+    assert state.message.startswith("node: nowhere.invalid does not answer; ")
     assert "nowhere.invalid: ended with code 255 (ssh)" in state.message
+    assert state.message.endswith("; not tried again: failed 2 times in a row without progress")
     assert "Could not resolve hostname" in agent_log(layout)
     assert not left(layout)
     assert main(["requeue", "mine", "--stages", "generate"]) == 0
     assert main(["cancel", "mine"]) == 2, "what may be left there cannot be known"
+
+
+@needs_sshd
+@pytest.mark.fault
+def test_a_stage_goes_on_without_the_host_that_is_lost(
+    on: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another one has room for its ranks; the pause before can be cancelled, and a requeue by hand begins anew."""
+    layout = with_a_lost_host(on, home, SPARE, requeues=5, pause_s=600)
+    supervisor = start(layout, "generate=hosts")
+    until(lambda: RunState.read(layout).stages["generate"].message, 60)
+    assert main(["status", "mine"]) == 0
+    told = "node: nowhere.invalid does not answer; "
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"generate: {told}" in shown
+    assert "tried again (1 of 5), without nowhere.invalid, after 600 s" in shown
+    supervisor.terminate()
+    assert supervisor.wait(30) == 1
+    assert RunState.read(layout).stages["generate"].state == "cancelled"
+    tree = read_json(layout.info)
+    tree["profile"]["ssh"]["pause_s"] = 0
+    write_json(layout.info, tree)
+    supervisor = start(layout, "generate=hosts")
+    until(lambda: (layout.stage("generate") / f"on-{SPARE}").exists(), 60)
+    entry = RunState.read(layout).stages["generate"]
+    assert (entry.state, entry.attempt) == ("running", 3)
+    given = json.loads((layout.stage("generate") / f"on-{SPARE}").read_bytes())
+    assert given["VQSCALE_NODE"] == SPARE
+    supervisor.terminate()
+    assert supervisor.wait(30) == 1
+    assert not process.tagged(HOST_TAG, f"{SPARE}:{layout.root}")
 
 
 @needs_sshd

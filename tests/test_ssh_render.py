@@ -108,6 +108,7 @@ def test_a_remote_shell_reads_no_value(python: str, directory: str) -> None:
         {"hosts": ("gpu1",)},
         {"hosts": ("gpu1 slots=1\ngpu2 slots=1", "gpu2 slots=1")},
         {"hosts": ()},
+        {"exclude": ("a;b",)},
         {"hostfile": "hosts"},
         {"user": "-l"},
         {"user": "a b"},
@@ -187,6 +188,9 @@ def test_hosts_are_used_from_the_first_on() -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match="5 processes"):
         ssh.used(5)
+    assert [host.name for host in ssh.without(["a"]).used(4)] == ["b"]
+    assert ssh.can_spare(["b"], 4)
+    assert not ssh.can_spare(["c"], 6)
 
 
 @pytest.mark.parametrize("name", ["ssh-hosts", "workstation"])

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -63,6 +67,8 @@ def test_a_training_is_shown_whole(shown: Path) -> None:
     events = read(shown)
     scalars, images = set(events.Tags()["scalars"]), set(events.Tags()["images"])
     assert {"speed/tflops", "memory/process", "speed/data_wait", "optim/gradient_norm"} <= scalars
+    rates = [events.Scalars(f"speed/{name}_per_second")[-1].value for name in ("images", "tokens")]
+    assert rates[1] == pytest.approx(rates[0] * (4 * 4 + 2 * 2), rel=1e-5), "the codes of both levels"
     assert "speed/share_of_peak" not in scalars, "no peak is known of a CPU: nothing is shown, and no 0"
     assert {"images/input_and_reconstruction", "images/levels", "codes/top", "codes/bottom"} <= images
     assert events.Scalars("speed/tflops")[-1].value > 0
@@ -166,6 +172,8 @@ def test_leaves_of_settings() -> None:
     tree = {"a": 1, "b": {"c": True, "d": None}, "e": [{"f": "x"}, {"f": "y"}]}
     assert dict(leaves(tree)) == {"a": 1, "b.c": True, "e.0.f": "x", "e.1.f": "y"}
     assert list(layout("extract", {})) == ["extract: optimizer", "extract: speed"]
+    more = set(layout("prior", {}, world=2, peak=True)["prior: speed"]) - set(layout("prior", {})["prior: speed"])
+    assert len(more) == 3, "the share of the peak, and two of the ranks"
 
 
 def _time_of_all_reduces(run: Path) -> dict[str, float]:
@@ -215,25 +223,64 @@ def tensorboard(folder: Path) -> Iterator[str]:
         server.wait()
 
 
-@pytest.mark.browser
-def test_the_pages_in_a_browser(shown: Path, tmp_path: Path) -> None:
+def colourful(png: bytes) -> int:
+    """Pixels that are not grey: of a chart its curves, since axes, grid and words are grey."""
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+    return int((np.ptp(pixels, axis=2) > 60).sum())
+
+
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    limit = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < limit, what
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def page(shown: Path) -> Iterator[Any]:
+    """A headless browser before a TensorBoard of the run, and its address as `page.home`."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no chromium here")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with tensorboard(shown / "tensorboard") as address, playwright.sync_playwright() as started:
-        window = started.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        window = started.chromium.launch(executable_path=browser, args=["--no-sandbox"], timeout=90_000)
         page = window.new_page(viewport={"width": 1400, "height": 1000})
-        page.goto(f"{address}/#custom_scalars")
-        page.get_by_text("share of codes used").wait_for()
-        page.locator("vz-line-chart2 svg path, vz-line-chart2 .plot").first.wait_for(state="attached")
-        page.goto(f"{address}/#images")
-        picture = page.locator("img").first
-        picture.wait_for()
-        page.wait_for_function("Array.from(document.querySelectorAll('*')).length > 50")
-        assert page.get_by_text("images/levels").count()
-        page.goto(f"{address}/#hparams")
-        page.locator("vaadin-grid").get_by_text("tokenizer").first.wait_for()
-        page.screenshot(path=str(tmp_path / "page.png"))
+        page.set_default_timeout(60_000)
+        page.home = address
+        yield page
         window.close()
-    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+@pytest.mark.browser
+def test_the_custom_layout_has_curves(page: Any) -> None:
+    page.goto(f"{page.home}/#custom_scalars")
+    for title in ("loss", "held-out PSNR", "share of codes used", "perplexity", "dead codes"):
+        page.get_by_text(title, exact=True).first.wait_for()
+    charts = page.locator("vz-line-chart2")
+    wait_until(lambda: charts.count() >= 6, "six charts")
+    for number in range(6):
+        wait_until(lambda n=number: colourful(charts.nth(n).screenshot()) > 20, f"chart {number} has no curve")
+
+
+@pytest.mark.browser
+def test_the_pictures_are_there(page: Any) -> None:
+    page.goto(f"{page.home}/#images")
+    for tag in ("images/input_and_reconstruction", "images/levels", "codes/top", "codes/bottom"):
+        page.get_by_text(tag, exact=True).first.wait_for()
+    loaded = "all => all.filter(one => one.complete && one.naturalWidth > 16).length"
+    wait_until(lambda: page.locator("img").evaluate_all(loaded) >= 4, "four pictures")
+    assert colourful(page.locator("img").first.screenshot()) > 100
+
+
+@pytest.mark.browser
+def test_histograms_texts_and_settings_are_there(page: Any) -> None:
+    page.goto(f"{page.home}/#histograms")
+    page.get_by_text("top/assignments", exact=True).first.wait_for()
+    wait_until(lambda: colourful(page.locator("vz-histogram-timeseries").first.screenshot()) > 100, "a histogram")
+    page.goto(f"{page.home}/#text")
+    page.get_by_text("share of peak: n/a").first.wait_for()
+    page.get_by_text("image_size: 16").first.wait_for()
+    page.goto(f"{page.home}/#hparams")
+    page.locator("vaadin-grid").get_by_text("tokenizer").first.wait_for()
+    page.get_by_text("validation/psnr").first.wait_for()

@@ -9,20 +9,28 @@ from typing import Any
 from vqscale.config.exported import Exported
 from vqscale.config.recipe import Recipe
 
+_HELD_OUT = "{held_out_images} held-out images"
 _FIGURES = {
-    "psnr": "PSNR of reconstructions, dB",
-    "ssim": "SSIM of reconstructions",
-    "mse": "mean squared error, pixels in [0, 1]",
-    "lpips": "LPIPS of reconstructions",
-    "rfid": "rFID",
-    "held_out_images": "held-out images that these are over",
-    "nats_per_code": "nats a code, held out",
-    "nats_per_value": "nats a latent value, held out",
-    "bits_per_dim": "bits per dimension, held out (a bound)",
-    "fid": "FID of samples",
-    "inception_score": "Inception Score of samples",
-    "hour_accuracy": "samples that show the hour they were drawn for",
+    "psnr": ("PSNR of reconstructions, dB", _HELD_OUT),
+    "ssim": ("SSIM of reconstructions", _HELD_OUT),
+    "mse": ("mean squared error, pixels in [0, 1]", _HELD_OUT),
+    "l1": ("mean absolute error, pixels in [0, 1]", _HELD_OUT),
+    "lpips": ("LPIPS of reconstructions", _HELD_OUT),
+    "rfid": ("rFID", "{rfid_images} images of {rfid_reference}"),
+    "nats_per_code": ("nats a code", _HELD_OUT),
+    "nats_per_value": ("nats a latent value", _HELD_OUT),
+    "bits_per_dim": ("bits per dimension (a bound)", _HELD_OUT),
+    "fid": ("FID of samples", "{fid_samples} samples, {fid_reference_images} images of {fid_reference}"),
+    "inception_score": ("Inception Score of samples", "{fid_samples} samples"),
+    "precision": ("precision of samples", "{precision_images} samples and as many images of {fid_reference}"),
+    "recall": ("recall of samples", "{precision_images} samples and as many images of {fid_reference}"),
+    "cas_samples": (
+        "classification accuracy score",
+        "{cas_samples_images} samples, {cas_held_out_images} held-out images",
+    ),
+    "hour_accuracy": ("samples that show the hour they were drawn for", "{samples} samples"),
 }
+"""Figures of the report, what they are, and what they are over."""
 _PLACE = "PLACE"
 
 
@@ -94,13 +102,22 @@ def _training(exported: Exported, recipe: Recipe, markers: Mapping[str, Mapping[
 
 
 def _figures(exported: Exported, report: Mapping[str, Any]) -> str:
-    usage = {f"usage_{level.name}": f"codes of level {level.name} in use" for level in exported.levels}
-    usage |= {f"active_{level.name}": f"active units of level {level.name}" for level in exported.levels}
-    known = {name: text for name, text in {**_FIGURES, **usage}.items() if name in report}
+    names = [level.name for level in exported.levels]
+    levels = {f"usage_{name}": (f"codes of level {name} in use", "training images") for name in names}
+    levels |= {f"active_{name}": (f"active units of level {name}", _HELD_OUT) for name in names}
+    known = {name: texts for name, texts in {**_FIGURES, **levels}.items() if name in report}
     if not known:
         return "## Figures\n\nThe run was not evaluated."
-    rows = [f"| {text} | {_text(report[name])} |" for name, text in known.items()]
-    return "## Figures\n\n" + "\n".join(["| | |", "|---|---|", *rows])
+    rows = [f"| {text} | {_text(report[name])} | {_filled(over, report)} |" for name, (text, over) in known.items()]
+    return "## Figures\n\n" + "\n".join(["| figure | | over |", "|---|---|---|", *rows])
+
+
+def _filled(over: str, report: Mapping[str, Any]) -> str:
+    """With the report's figures in their places; nothing where it lacks one of them."""
+    try:
+        return over.format_map(report)
+    except KeyError:
+        return ""
 
 
 def _limits(exported: Exported, report: Mapping[str, Any]) -> str:

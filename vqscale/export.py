@@ -82,6 +82,10 @@ class TrainedTokenizer:
         """The latents that stand for images, to be decoded: the codes, or the means of their posteriors."""
         return self._arrays(centres(self._tensors(encoded)))
 
+    def rebuild(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """What becomes of images uint8 [B, S, S, 3] on the way through latents and back."""
+        return self.decode(self.centres(self.encode(images)))
+
     def draw(
         self, encoded: Mapping[str, NDArray[Any]], images: NDArray[np.uint8]
     ) -> tuple[Arrays, NDArray[np.float64]]:
@@ -91,6 +95,12 @@ class TrainedTokenizer:
         drawn = draw(tensors, normals_of(images, count).to(self.device))
         density: NDArray[np.float64] = drawn.log_density.double().cpu().numpy()
         return self._arrays(drawn.latents), density
+
+    @torch.no_grad()
+    def decode_alone(self, latents: Mapping[str, NDArray[Any]], level: str) -> NDArray[np.uint8]:
+        """What one level carries: images uint8 [B, S, S, 3], every other level at its own mean."""
+        with self._precision():
+            return to_uint8(self.network.decode_alone(self._tensors(latents), self.levels.index(level)))
 
     @torch.no_grad()
     def nats(self, images: NDArray[np.uint8], latents: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vqscale.arguments import did_you_mean
 from vqscale.config.recipe import Sample
 from vqscale.data.labels import NO_LABEL
-from vqscale.data.sheet import tile
+from vqscale.data.sheet import labelled_sheet
 from vqscale.errors import UserError
 from vqscale.export import TrainedTokenizer
 from vqscale.models.generate import Sampling
@@ -19,6 +19,7 @@ from vqscale.models.prior import Prior
 from vqscale.seeds import mix
 
 PREVIEW_CLASSES, PREVIEW_PER_CLASS = 12, 4
+PREVIEW_ROWS = 4  # where there are no classes
 
 
 def draw_images(
@@ -52,12 +53,22 @@ def draw_images(
     return tokenizer.decode(by_level)
 
 
-def preview(prior: Prior, tokenizer: TrainedTokenizer, settings: Sample) -> NDArray[np.uint8]:
-    """A sheet uint8 [H, W, 3] of a few samples: a column a class, always the same seeds."""
-    columns = min(PREVIEW_CLASSES, prior.classes) or PREVIEW_CLASSES
-    classes = [i if prior.classes else NO_LABEL for i in range(columns)] * PREVIEW_PER_CLASS
+def preview(
+    prior: Prior, tokenizer: TrainedTokenizer, settings: Sample, names: Sequence[str] = ()
+) -> NDArray[np.uint8]:
+    """A sheet uint8 [H, W, 3] of a few samples: a row for each of the first classes, always the same seeds.
+
+    Args:
+        prior: in evaluation mode.
+        tokenizer: the one that made the prior's codes.
+        settings: as for `draw_images`.
+        names: of the classes.
+    """
+    rows = min(PREVIEW_CLASSES, prior.classes) or PREVIEW_ROWS
+    classes = [number if prior.classes else NO_LABEL for number in range(rows) for _ in range(PREVIEW_PER_CLASS)]
     images = draw_images(prior, tokenizer, settings, classes, range(len(classes)))
-    return tile(images, columns)
+    captions = list(names[:rows]) or [f"{1 + row * PREVIEW_PER_CLASS}" for row in range(rows)]
+    return labelled_sheet(dict(zip(captions, images.reshape(rows, PREVIEW_PER_CLASS, *images.shape[1:]), strict=True)))
 
 
 def labels_to_draw(settings: Sample, names: Sequence[str]) -> tuple[int, ...]:

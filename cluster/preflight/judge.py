@@ -16,7 +16,16 @@ ASKER = "this machine"
 
 ALL = "all nodes"
 """Where a verdict over all nodes stands."""
-_FIRST = ("Python", "torch", "vqscale's code")
+_CODE = "vqscale's code"
+_FIRST = ("Python", "torch", _CODE)
+_ONE_ENVIRONMENT = "use one environment and one copy of the code on a shared file system, or renew those of the nodes"
+_SILENT = {
+    "local": "run python -m cluster.preflight.node --help to see whether it starts",
+    "slurm": "see squeue --me and the scheduler's logs; a longer --wait helps when the nodes are busy",
+    "ssh": "try ssh by hand with BatchMode=yes; Python and the code have to be there under the same paths",
+    "kubernetes": "see kubectl describe jobsets, and the events of its pods; a longer --wait helps when nodes are busy",
+}
+"""What to do where nodes do not answer."""
 _CLOCK_WARN_S, _CLOCK_FAIL_S = 1.0, 60.0
 
 
@@ -42,26 +51,40 @@ def judge_nodes(
         said: the last words of a backend that could not start the nodes.
     """
     missing = wanted - len(reports)
-    mend = "see squeue --me and the scheduler's logs; a longer --wait helps when the nodes are busy"
     answered = f"{len(reports)} of {wanted} answered" + (f": {said}" if missing and said else "")
-    found = [expect("nodes", ALL, not missing, answered, mend=mend)]
+    found = [expect("nodes", ALL, not missing, answered, mend=_SILENT[profile.backend])]
     if not reports:
         return found
-    found += [judge_equal(reports, here), judge_shared(reports, sees), judge_meeting(reports, profile)]
+    found += [
+        judge_equal(reports, here, inside=profile.container is not None),
+        judge_shared(reports, sees),
+        judge_meeting(reports, profile),
+    ]
     found.append(judge_bandwidth(reports, profile))
     for report in reports:
         found += _judge_node(report, profile, hellos.get(report.node))
     return found
 
 
-def judge_equal(reports: Sequence[Report], here: Host) -> Verdict:
-    """Python, packages and vqscale's own code, the same on all nodes as here."""
+def judge_equal(reports: Sequence[Report], here: Host, inside: bool = False) -> Verdict:
+    """Python, packages and vqscale's own code, the same on all nodes as here.
+
+    Args:
+        reports: of the nodes.
+        here: the machine that asks.
+        inside: the nodes were asked inside a container. Python and packages are then those of the image, and the same
+            on all nodes; the code has to be the one that has checked the recipe.
+    """
     mine, other = _versions(here), dict[str, str]()
+    place = "here"
+    if inside:
+        mine, place = {**_versions(reports[0].host), _CODE: mine[_CODE]}, f"on {reports[0].node}"
     for report in reports:
         there = _versions(report.host)
         for name in there.keys() | mine.keys():
             if there.get(name) != mine.get(name):
-                lacks = f"{name} {there.get(name, 'is missing')} on {report.node}, {mine.get(name, 'missing')} here"
+                where = "here" if name == _CODE else place
+                lacks = f"{name} {there.get(name, 'is missing')} on {report.node}, {mine.get(name, 'missing')} {where}"
                 other.setdefault(name, lacks)
     # Those first of which the rest follows.
     order = sorted(other, key=lambda name: (name not in _FIRST, name))
@@ -70,13 +93,13 @@ def judge_equal(reports: Sequence[Report], here: Host) -> Verdict:
         "equal versions",
         ALL,
         not other,
-        value or f"{len(here.packages)} packages and the code as here",
-        mend="use one environment and one copy of the code on a shared file system, or renew those of the nodes",
+        value or f"{len(mine) - 2} packages{' on all nodes,' if inside else ' and'} the code as here",
+        mend="make the image anew from this code" if inside else _ONE_ENVIRONMENT,
     )
 
 
 def _versions(host: Host) -> dict[str, str]:
-    return {"Python": host.python, "vqscale's code": host.code[:8], **host.packages}
+    return {"Python": host.python, _CODE: host.code[:8], **host.packages}
 
 
 def judge_shared(reports: Sequence[Report], sees: Sequence[str]) -> Verdict:
@@ -135,14 +158,17 @@ def judge_clock(where: str, ahead: float) -> Verdict:
 
 def _judge_node(report: Report, profile: Profile, ahead: float | None) -> list[Verdict]:
     where, floors = report.node, profile.floors
-    wanted = profile.slurm.gpus_per_node if profile.slurm else 0
+    section = profile.slurm or profile.kubernetes
+    wanted = section.gpus_per_node if section else 0
     found = [
         *judge_gpus(where, report.gpus, report.torch.gpus, wanted, built=bool(report.torch.cuda)),
         *judge_host(where, report.host),
         *judge_interfaces(where, report.host, profile.environment),
         *judge_folder(where, report.folder, floors.write_mb_s),
     ]
-    if ahead is not None:
+    if profile.kubernetes:
+        found.append(Verdict("clock offset", where, "n/a", "what pods say comes when they have ended"))
+    elif ahead is not None:
         found.append(judge_clock(where, ahead))
     if report.reading is not None:
         found.append(_judge_reading(report, profile))

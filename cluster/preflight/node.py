@@ -26,11 +26,11 @@ from cluster.preflight.gpus import look_at_gpus
 from cluster.preflight.host import look_at_host
 from cluster.preflight.reading import read_shards
 from cluster.preflight.report import Report, Torch, to_lines
-from cluster.rendezvous import agent_arguments
+from cluster.rendezvous import NODE, agent_arguments
 from vqscale.files import read_json
 
-NODE, INDEX, ENDPOINT = "VQSCALE_NODE", "VQSCALE_NODE_INDEX", "VQSCALE_ENDPOINT"
-"""Variables that the backend sets: the node's name, its number from 0, where the agents meet (empty: this machine)."""
+INDEX, ENDPOINT = "VQSCALE_NODE_INDEX", "VQSCALE_ENDPOINT"
+"""Variables that the backend sets beside the node's name: its number from 0, where the agents meet (empty: here)."""
 ADDRESS = "VQSCALE_ADDRESS"
 """And where the other nodes reach this one, where that is not the name that it has for itself."""
 

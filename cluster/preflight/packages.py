@@ -13,11 +13,15 @@ from cluster.preflight.verdict import Verdict, expect
 def installed() -> dict[str, str]:
     """Package → version of all that can be imported here."""
     # setuptools puts copies of its own onto the path of any process that has loaded it.
-    found = [
-        dist for dist in metadata.distributions() if dist.name and Path(str(dist.locate_file(""))).name != "_vendor"
-    ]
+    found = [_head(dist) for dist in metadata.distributions() if Path(str(dist.locate_file(""))).name != "_vendor"]
     # Backwards: of several versions the first on the path is the one that is imported.
-    return {_normal(dist.name): dist.version for dist in reversed(found)}
+    return {_normal(head["Name"]): head["Version"] for head in reversed(found) if head.keys() >= {"Name", "Version"}}
+
+
+def _head(dist: metadata.Distribution) -> dict[str, str]:
+    """Name and version, by two lines: `dist.name` parses the whole text each time, half a second for 150 packages."""
+    text = dist.read_text("METADATA") or dist.read_text("PKG-INFO") or ""
+    return dict(re.findall(r"^(Name|Version): *(\S+)", text.partition("\n\n")[0], re.MULTILINE))
 
 
 def required() -> list[str]:

@@ -3,60 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.container import ContainerSettings
-from launcher.backends.base import Job
 from vqscale.errors import UserError
 
 
-def srun_options(job: Job, variables: Iterable[str]) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Inside:
+    """What is started in a profile's container, or in none."""
+
+    container: ContainerSettings | None
+    folder: Path
+    """Of the run, or of what else the nodes share; mounted."""
+    source: Path
+    """Of the code that submits; mounted where the image has none."""
+
+    def python(self, otherwise: str) -> str:
+        """Interpreter in the image; the one that submits where the profile names none."""
+        return (self.container.python if self.container else None) or otherwise
+
+    @property
+    def directory(self) -> str:
+        """Where to start."""
+        return (self.container.workdir if self.container else None) or str(self.source)
+
+
+def srun_options(inside: Inside, variables: Iterable[str]) -> tuple[str, ...]:
     """Options of `srun`, for Pyxis.
 
     Args:
-        job: the job.
+        inside: what is started.
         variables: names of the stage's variables. Those that the image has too would else keep its values.
     """
-    container = job.profile.container
+    container = inside.container
     if container is None or container.runtime != "pyxis":
         return ()
     return (
         f"--container-image={container.image}",
-        f"--container-mounts={_mounts(job, container)}",
-        f"--container-workdir={container.workdir or job.source}",
+        f"--container-mounts={_mounts(inside, container)}",
+        f"--container-workdir={inside.directory}",
         f"--container-env={','.join(variables)}",
     )
 
 
-def before_agent(job: Job, gpus: int) -> tuple[str, ...]:
-    """What stands before the agent's command on each node, for Apptainer.
+def before_command(inside: Inside, gpus: int) -> tuple[str, ...]:
+    """What stands before the command on each node, for Apptainer.
 
     Args:
-        job: the job.
+        inside: what is started.
         gpus: of each node; with some, the host's driver is brought along.
     """
-    container = job.profile.container
+    container = inside.container
     if container is None or container.runtime != "apptainer":
         return ()
     return (
-        *("apptainer", "exec", *(("--nv",) if gpus else ()), "--bind", _mounts(job, container)),
-        *("--pwd", container.workdir or str(job.source), container.image),
+        *("apptainer", "exec", *(("--nv",) if gpus else ()), "--bind", _mounts(inside, container)),
+        *("--pwd", inside.directory, container.image),
     )
 
 
-def python(job: Job) -> str:
-    """Interpreter of the stages."""
-    container = job.profile.container
-    return (container.python if container else None) or job.python
-
-
-def _mounts(job: Job, container: ContainerSettings) -> str:
+def _mounts(inside: Inside, container: ContainerSettings) -> str:
     """The profile's, and the folders that every stage needs.
 
     Raises:
         UserError: such a folder has a name that cannot be written here.
     """
-    own = [job.run] if container.workdir else [job.run, job.source]
+    own = [inside.folder] if container.workdir else [inside.folder, inside.source]
     return ",".join([*container.mounts, *(f"{_plain(path)}:{path}" for path in own)])
 
 

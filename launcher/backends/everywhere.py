@@ -1,7 +1,7 @@
 """Runs a module once on every node of a profile and reads what it prints, as it comes: for checks, not for stages.
 
 The module is told its place by the variables of `cluster.preflight.node`. Each node gets the environment of a stage:
-the profile's variables above an allow-list of the shell's.
+the profile's variables above an allow-list of the shell's; in the profile's container, where it has one.
 """
 
 from __future__ import annotations
@@ -16,20 +16,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.preflight.node import ADDRESS, ENDPOINT, INDEX, NODE
+from cluster.preflight.node import ADDRESS, ENDPOINT, INDEX
 from cluster.profile import Profile
-from cluster.rendezvous import agent_environment, inherited
+from cluster.rendezvous import NODE, agent_environment, inherited
 from cluster.slurm import SlurmSettings
 from cluster.ssh import Host, SshSettings, parse_host
 from launcher.backends.base import SOURCE
+from launcher.backends.containers import Inside, before_command, srun_options
+from launcher.backends.kubernetes import FOR_CLIENT, refuse_unseen
+from launcher.backends.kubernetes_manifest import Expanded, Pods, dump, meeting, object_name, settings_of
 from launcher.backends.slurm import FIND_EACH_OTHER
 from launcher.backends.ssh import OWN, connect
 from launcher.hosts import Spec
+from launcher.kube_api import RUN_LABEL, run_label
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
-from vqscale.files import write_json
+from vqscale.files import write_bytes, write_json
 
-_END_S = 20.0
+_GRACE_S = 5
+_END_S = 30.0
+"""Above the grace, and above what a cluster is given to end pods."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +54,13 @@ class Errand:
     """Seconds that it may take, once it runs."""
 
 
-def require_askable(profile: Profile) -> None:
-    """Refuse a profile whose nodes cannot be asked.
-
-    Raises:
-        UserError: its backend has no way.
-    """
-    if profile.backend not in _COMMANDS:
-        mend = f"backends that can: {', '.join(_COMMANDS)}"
-        raise UserError(f"the nodes of backend {profile.backend} cannot be asked yet", where=profile.name, mend=mend)
-
-
 def run_everywhere(errand: Errand) -> Iterator[str]:
     """Lines that the nodes print, standard error among them, in the order in which they come.
 
     Raises:
-        UserError: the profile's backend cannot do this, or its program is not there.
+        UserError: the backend's program is not there, or the nodes cannot see the folder.
     """
-    require_askable(errand.profile)
-    allowed = (*errand.profile.inherit, "SLURM_CONF", "SSH_AUTH_SOCK")
+    allowed = (*errand.profile.inherit, "SLURM_CONF", "SSH_AUTH_SOCK", *FOR_CLIENT)
     environment = inherited(os.environ, allowed) | _variables(errand.profile)
     return _lines(_COMMANDS[errand.profile.backend](errand), environment, errand.wait_s + errand.limit_s)
 
@@ -87,23 +81,30 @@ def _local(errand: Errand) -> Sequence[Sequence[str]]:
 
 
 def _slurm(errand: Errand) -> Sequence[Sequence[str]]:
-    slurm = errand.profile.slurm
+    """One `srun`. In a container of Pyxis's there is no `scontrol`: an allocation around it asks where all meet."""
+    slurm, variables = errand.profile.slurm, _variables(errand.profile)
     assert slurm is not None
-    script = "\n".join(
-        [
-            "set -e -o pipefail",
-            *slurm.setup,
-            *(f"export {name}={shlex.quote(value)}" for name, value in _variables(errand.profile).items()),
-            f"cd {shlex.quote(str(SOURCE))}",
-            FIND_EACH_OTHER,
-            f'export {NODE}="$SLURMD_NODENAME" {INDEX}="$SLURM_NODEID" {ENDPOINT}="$endpoint"',
-            f"exec {shlex.join(_module(errand))}",
-        ]
-    )
-    return [("srun", *_srun_options(slurm, errand), "bash", "-c", script)]
+    inside = Inside(errand.profile.container, errand.folder, SOURCE)
+    ahead = [
+        "set -e -o pipefail",
+        *slurm.setup,
+        *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        f"cd {shlex.quote(str(SOURCE))}",
+        FIND_EACH_OTHER,
+    ]
+    place = f'export {NODE}="$SLURMD_NODENAME" {INDEX}="$SLURM_NODEID" {ENDPOINT}="$endpoint"'
+    command = (*before_command(inside, slurm.gpus_per_node), *_module(errand, inside.python(sys.executable)))
+    asked = _asked(slurm, errand)
+    in_pyxis = srun_options(inside, (*variables, ENDPOINT))
+    if not in_pyxis:
+        return [("srun", *asked, "bash", "-c", "\n".join([*ahead, place, f"exec {shlex.join(command)}"]))]
+    own = f'{place.replace("$endpoint", f"${ENDPOINT}")}; exec "$@"'
+    step = ("srun", "--kill-on-bad-exit=0", *in_pyxis, "bash", "-c", own, "node", *command)
+    outer = "\n".join([*ahead, f'export {ENDPOINT}="$endpoint"', f"exec {shlex.join(step)}"])
+    return [("salloc", "--quiet", *asked, "bash", "-c", outer)]
 
 
-def _srun_options(slurm: SlurmSettings, errand: Errand) -> list[str]:
+def _asked(slurm: SlurmSettings, errand: Errand) -> list[str]:
     """What the profile asks of Slurm for a stage, for a job of minutes."""
     asked = {
         "job-name": "vqscale-doctor",
@@ -119,7 +120,6 @@ def _srun_options(slurm: SlurmSettings, errand: Errand) -> list[str]:
         "time": -(-errand.limit_s // 60) + 1,
         "exclude": ",".join(slurm.exclude) or None,
         "immediate": errand.wait_s,
-        "kill-on-bad-exit": 0,
     }
     return [*(f"--{name}={value}" for name, value in asked.items() if value is not None), *slurm.options]
 
@@ -142,6 +142,32 @@ def _ssh(errand: Errand) -> Sequence[Sequence[str]]:
     return [(sys.executable, "-m", "launcher.hosts", str(path)) for path in files]
 
 
+def _kubernetes(errand: Errand) -> Sequence[Sequence[str]]:
+    """A JobSet, or TrainJob, as that of a stage; what `launcher.kube` does with it is what it does with a stage."""
+    profile = errand.profile
+    refuse_unseen(profile, errand.folder)
+    kubernetes, container = settings_of(profile)
+    name = object_name(errand.folder, "doctor", 1)
+    endpoint, index = meeting(kubernetes, name)
+    # The name of the node alone would be that of two pods which are on the same one.
+    place = f'export {NODE}="${NODE}-${index}" {INDEX}="${index}" {ENDPOINT}="$1" {ADDRESS}="$2"; shift 2; exec "$@"'
+    where = (endpoint, Expanded("$(POD_IP)")) if errand.nodes > 1 else ("", "")
+    pods = Pods(
+        profile=profile,
+        name=name,
+        labels={"app.kubernetes.io/name": "vqscale", RUN_LABEL: run_label(errand.folder)},
+        nodes=errand.nodes,
+        processes=1,
+        command=["sh", "-c", place, "node", *where, *_module(errand, container.python or sys.executable)],
+        environment=_variables(profile),
+        source=SOURCE,
+    )
+    path = errand.folder / "manifest.yaml"
+    write_bytes(path, dump(pods.manifest()).encode())
+    context = ("--context", kubernetes.context) if kubernetes.context else ()
+    return [(sys.executable, "-m", "launcher.kube", "--grace", str(_GRACE_S), "--remove", *context, "--", str(path))]
+
+
 def _spec(errand: Errand, ssh: SshSettings, host: Host, place: Mapping[str, str]) -> Spec:
     profile = errand.profile
     python, directory = ssh.python or sys.executable, ssh.directory or str(SOURCE)
@@ -162,7 +188,9 @@ def _spec(errand: Errand, ssh: SshSettings, host: Host, place: Mapping[str, str]
     )
 
 
-_COMMANDS: dict[str, Callable[[Errand], Sequence[Sequence[str]]]] = {"local": _local, "slurm": _slurm, "ssh": _ssh}
+_COMMANDS: dict[str, Callable[[Errand], Sequence[Sequence[str]]]] = {
+    "local": _local, "slurm": _slurm, "ssh": _ssh, "kubernetes": _kubernetes,
+}  # fmt: skip
 """Backend → the commands that reach all nodes."""
 
 

@@ -5,32 +5,33 @@ The supervisor on the machine that submits runs `launcher.kube` for each stage, 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import yaml
 
+from cluster.profile import Profile
 from cluster.rendezvous import agent_arguments
 from launcher.backends.base import Job, StageCommand
 from launcher.backends.kubernetes_check import check
 from launcher.backends.kubernetes_manifest import (
     Expanded,
+    Pods,
     Tree,
     dump,
-    escaped,
-    job_set,
+    meeting,
     object_name,
     settings_of,
-    train_job,
 )
 from launcher.backends.supervised import Supervised
 from launcher.job import job_of
 from launcher.kube import MARGIN_S
-from launcher.kube_api import API_VERSIONS, CONTAINER, RUN_LABEL, Cluster, UnreachableError, run_label
+from launcher.kube_api import RUN_LABEL, Cluster, UnreachableError, run_label
 from launcher.state import RunState
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 
-_FOR_CLIENT = ("KUBECONFIG", "KUBERNETES_*")
-# Variables that Kubeflow's runtime gives to pods.
-_OF_KUBEFLOW = "$(PET_MASTER_ADDR):$(PET_MASTER_PORT)"
+FOR_CLIENT = ("KUBECONFIG", "KUBERNETES_*")
+"""Variables that say where the cluster is."""
 
 
 class KubernetesBackend(Supervised):
@@ -42,14 +43,14 @@ class KubernetesBackend(Supervised):
         Raises:
             UserError: something of this is not so.
         """
-        _refuse_unseen(job)
-        _cluster(job)
+        refuse_unseen(job.profile, job.run)
+        cluster_of(job.profile)
         for command in self.render(job):
             check(yaml.safe_load(command.script))
 
     def stage_command(self, job: Job, stage: str, attempt: int) -> StageCommand:
         """`launcher.kube` with the manifest of the stage."""
-        layout, kubernetes = job.layout, settings_of(job)[0]
+        layout, kubernetes = job.layout, settings_of(job.profile)[0]
         context = ("--context", kubernetes.context) if kubernetes.context else ()
         return StageCommand(
             stage=stage,
@@ -59,7 +60,7 @@ class KubernetesBackend(Supervised):
                 *("--", str(layout.manifest(stage))),
             ),
             variables=job.variables(stage, attempt),
-            inherit=(*job.profile.inherit, *_FOR_CLIENT),
+            inherit=(*job.profile.inherit, *FOR_CLIENT),
             directory=job.source,
             log=layout.attempt(stage, attempt) / "agent.log",
             grace_s=job.profile.grace_s + MARGIN_S,
@@ -74,54 +75,60 @@ class KubernetesBackend(Supervised):
         """
         job = job_of(layout, tuple(RunState.read(layout).stages))
         try:
-            _cluster(job).clear(run_label(layout.root), job.profile.grace_s + MARGIN_S)
+            cluster_of(job.profile).clear(run_label(layout.root), job.profile.grace_s + MARGIN_S)
         except UnreachableError as error:
             mend = f"pods of the run may be left: kubectl get pods -l {RUN_LABEL}={run_label(layout.root)}"
             raise UserError(f"does not answer ({error})", where="Kubernetes", mend=mend) from None
 
     def _manifest(self, job: Job, stage: str, attempt: int) -> Tree:
-        kubernetes, _ = settings_of(job)
         name = object_name(job.run, stage, attempt, job.task)
-        labels = {"app.kubernetes.io/name": "vqscale", RUN_LABEL: run_label(job.run), "vqscale/stage": stage}
-        queue = {"kueue.x-k8s.io/queue-name": kubernetes.queue} if kubernetes.queue else {}
-        if kubernetes.kind == "JobSet":
-            # The headless service that the JobSet makes gives its pods names.
-            endpoint = f"{name}-{CONTAINER}-0-0.{name}:{kubernetes.rendezvous_port}"
-            command = self._command(job, stage, attempt, endpoint, "JOB_COMPLETION_INDEX")
-            spec = job_set(job, stage, attempt, command, name, labels)
-        else:
-            command = self._command(job, stage, attempt, Expanded(_OF_KUBEFLOW), "PET_NODE_RANK")
-            spec = train_job(job, stage, attempt, command)
-        return {
-            "apiVersion": API_VERSIONS[kubernetes.kind],
-            "kind": kubernetes.kind,
-            "metadata": {"name": name, "namespace": kubernetes.namespace, "labels": {**labels, **queue}},
-            "spec": spec,
-        }
+        # The last of several variables counts, as for other backends.
+        environment = {variable.name: variable.value for variable in job.variables(stage, attempt)}
+        return Pods(
+            profile=job.profile,
+            name=name,
+            labels={"app.kubernetes.io/name": "vqscale", RUN_LABEL: run_label(job.run), "vqscale/stage": stage},
+            nodes=job.places[stage].nodes,
+            processes=job.processes_per_node(stage),
+            command=self._command(job, stage, attempt, name),
+            environment=environment,
+            source=job.source,
+        ).manifest()
 
-    def _command(self, job: Job, stage: str, attempt: int, endpoint: str, index: str) -> list[str]:
-        """What a pod runs. The one whose variable `index` is 0 holds the store in which the agents meet."""
+    def _command(self, job: Job, stage: str, attempt: int, name: str) -> list[str]:
+        """What a pod runs. The first one holds the store in which the agents meet."""
+        kubernetes, container = settings_of(job.profile)
+        endpoint, index = meeting(kubernetes, name)
         rendezvous = agent_arguments(
-            rdzv_id=object_name(job.run, stage, attempt, job.task),
+            rdzv_id=name,
             processes=job.processes_per_node(stage),
             max_restarts=job.resources(stage).max_restarts,
             nodes=job.places[stage].nodes,
             endpoint=endpoint,
             address=Expanded("$(POD_IP)"),
         )
-        python = settings_of(job)[1].python or job.python
-        agent = self.agent(job, stage, attempt, rendezvous, python, tee=True)
+        agent = self.agent(job, stage, attempt, rendezvous, container.python or job.python, tee=True)
         shell = f'PET_RDZV_CONF="is_host=$(({index} == 0))" exec "$@"'
-        return list(map(escaped, ("sh", "-c", shell, "agent", *agent)))
+        return ["sh", "-c", shell, "agent", *agent]
 
 
-def _refuse_unseen(job: Job) -> None:
-    places = [one.path for one in settings_of(job)[0].volumes if not one.read_only]
-    if not any(job.run.is_relative_to(place) for place in places):
+def refuse_unseen(profile: Profile, folder: Path) -> None:
+    """A folder has to be where pods see it.
+
+    Raises:
+        UserError: it lies on no volume that they can write.
+    """
+    places = [one.path for one in settings_of(profile)[0].volumes if not one.read_only]
+    if not any(folder.is_relative_to(place) for place in places):
         mend = f"choose --run, or VQSCALE_RUNS, below {' or '.join(places) or 'a volume that can be written'}"
-        raise UserError("lies on no volume that the pods mount", where=str(job.run), mend=mend)
+        raise UserError("lies on no volume that the pods mount", where=str(folder), mend=mend)
 
 
-def _cluster(job: Job) -> Cluster:
-    kubernetes = settings_of(job)[0]
+def cluster_of(profile: Profile) -> Cluster:
+    """The cluster of a profile.
+
+    Raises:
+        UserError: the client is not installed, or nothing says where the cluster is.
+    """
+    kubernetes = settings_of(profile)[0]
     return Cluster(kubernetes.context, kubernetes.namespace, kubernetes.kind)

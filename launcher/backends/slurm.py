@@ -36,7 +36,7 @@ _RENDEZVOUS = Shell('"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"')
 _ENDPOINT = Shell('"$endpoint"')
 _HEAD = """\
 set -e -o pipefail
-trap '' USR2  # until launcher.batch listens"""
+trap '' USR1 USR2  # until launcher.batch listens"""
 # Slurm's own address of the first node: its name need not resolve, and the login node is never asked.
 FIND_EACH_OTHER = """\
 read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -189,7 +189,7 @@ def _options(job: Job, slurm: SlurmSettings, stage: str) -> list[str]:
         "mem": f"{slurm.memory_gb}G" if slurm.memory_gb else slurm.memory_gb,
         "time": slurm.time_min,
         "exclude": ",".join(slurm.exclude) or None,
-        "signal": f"B:USR2@{slurm.lead_s}",
+        "signal": f"B:{slurm.signal}@{slurm.lead_s}",
         "open-mode": "append",
         "output": "supervisor.log",  # in the run directory, where sbatch is called: a path here could not be quoted
     }
@@ -205,6 +205,7 @@ def _limit(job: Job, stage: str) -> str:
 def _watched(job: Job, slurm: SlurmSettings, stage: str, module: str) -> str:
     """`launcher.batch` with srun, the shell on each node, and torch's agent: a line each."""
     profile, nodes = job.profile, job.places[stage].nodes
+    inside = containers.Inside(profile.container, job.run, job.source)
     agent = agent_arguments(
         rdzv_id=_RENDEZVOUS,
         processes=job.processes_per_node(stage),
@@ -225,10 +226,10 @@ def _watched(job: Job, slurm: SlurmSettings, stage: str, module: str) -> str:
         ),
         # An agent that was asked to stop ends with 1: that must not end the others, which may still be saving.
         ("--kill-on-bad-exit=0", f"--wait={profile.grace_s}", "--label"),
-        containers.srun_options(job, (variable.name for variable in job.variables(stage))),
+        containers.srun_options(inside, (variable.name for variable in job.variables(stage))),
         ("bash", "-c", Shell(_ON_EACH_NODE), "agent"),
-        containers.before_agent(job, slurm.gpus_per_node),
-        (containers.python(job), "-m", "torch.distributed.run", *agent[:6]),
+        containers.before_command(inside, slurm.gpus_per_node),
+        (inside.python(job.python), "-m", "torch.distributed.run", *agent[:6]),
         agent[6:12],
         agent[12:],
         ("--redirects", "3", "-m", "--", module, "--run", str(job.run)),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from launcher.backends.slurm_queue import Row
 
-_ANEW = "vqscale cancel, correct the profile, submit anew"
-"""A run keeps the profile that it was made with."""
+_ANEW = "vqscale cancel, correct the profile, vqscale requeue --on PROFILE"
+"""A run keeps the profile that it was made with, until it is given another one."""
 _WAITS = {
     "Resources": "waits for free nodes",
     "Priority": "waits behind jobs of higher priority",

@@ -11,6 +11,7 @@ from launcher.backends import Backend, backend_for
 from launcher.commands.start import follow_or_detach
 from launcher.commands.sweep import cancel as cancel_sweep
 from launcher.commands.sweep import requeue as requeue_sweep
+from launcher.moving import move
 from launcher.plan import select_stages
 from launcher.registry import resolve
 from launcher.saves import short_of_time
@@ -63,8 +64,9 @@ def requeue(arguments: argparse.Namespace) -> int:
     """Start the supervisor of a run again, or what is left of a sweep."""
     found = find_sweep(arguments.run)
     if found:
-        if arguments.stages or arguments.follow:
-            raise UserError("--stages and --follow are for one run", where=found[1].id, mend="name one of its runs")
+        if arguments.stages or arguments.follow or arguments.on or arguments.overrides:
+            what = "--stages, --on, --follow and other resources are for one run"
+            raise UserError(what, where=found[1].id, mend="name one of its runs")
         return requeue_sweep(*found, arguments.json)
     layout = resolve(arguments.run)
     before = read_status(layout)
@@ -77,6 +79,8 @@ def requeue(arguments: argparse.Namespace) -> int:
         _add_stages(layout, state, arguments.stages)
     if all(layout.done(stage).exists() for stage in state.stages):
         raise UserError("is done", where=before.id, mend="there is nothing to go on with; submit a new run")
+    if arguments.on or arguments.overrides:
+        move(layout, arguments.on, arguments.overrides)
     state.reopen(layout)
     state.write(layout)
     _backend(layout).submit(layout)

@@ -31,7 +31,10 @@ def doctor(arguments: argparse.Namespace) -> int:
     nodes = _nodes(arguments.nodes, profile)
     examination = Examination(profile, nodes, _absolute(arguments.shards or ""), arguments.wait)
     if profile.backend != "local":
-        print(f"asks {nodes} nodes of {profile.name}; waits {arguments.wait} s for them at most", file=sys.stderr)
+        inside = f", inside {profile.container.image}" if profile.container else ""
+        print(
+            f"asks {nodes} nodes of {profile.name}{inside}; waits {arguments.wait} s for them at most", file=sys.stderr
+        )
     found: list[Verdict] = []
     for verdict in examination.verdicts():
         found.append(verdict)
@@ -52,7 +55,8 @@ def _nodes(asked: int | None, profile: Profile) -> int:
         raise UserError(f"{asked} nodes", where="--nodes", mend="choose 1 or more")
     if profile.ssh is not None:
         return asked or len(profile.ssh.hosts)
-    return asked or (1 if profile.slurm is None else profile.slurm.nodes or 2)
+    section = profile.slurm or profile.kubernetes
+    return asked or (1 if section is None else section.nodes or 2)
 
 
 def folded(found: Sequence[Verdict]) -> list[Verdict]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from launcher import registry
 from launcher.listing import Choice, Row, choose
-from launcher.logs import LogChoice, print_logs
+from launcher.logs import Line, LogChoice, print_logs
 from launcher.registry import resolve
 from launcher.show import page, page_facts
 from launcher.status import RunStatus, read_many, read_status
@@ -116,10 +117,19 @@ def show(arguments: argparse.Namespace) -> int:
 def logs(arguments: argparse.Namespace) -> int:
     """Print or follow the logs of ranks."""
     choice = LogChoice(arguments.stage, arguments.rank, arguments.failed, arguments.attempt, arguments.task)
+    layout, say, told = resolve(arguments.run), _say_json if arguments.json else _say, False
+
+    def say_one(line: Line) -> None:
+        nonlocal told
+        told = True
+        say(line)
+
     try:
-        print_logs(resolve(arguments.run), choice, arguments.follow, say=_say)
+        print_logs(layout, choice, arguments.follow, say_one)
     except KeyboardInterrupt:
         return 0
+    if not told:
+        print(f"nothing has been written yet; vqscale status {layout.id} says what the run waits for", file=sys.stderr)
     return 0
 
 
@@ -146,5 +156,9 @@ def _line(row: Row, width: int) -> str:
     return f"{row.entry.id:{width}}  {created}  {row.state:<9}  {row.entry.path}{aside}"
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _say(line: Line) -> None:
+    print(line.plain(), flush=True)
+
+
+def _say_json(line: Line) -> None:
+    print(json.dumps(line.facts(), ensure_ascii=False), flush=True)

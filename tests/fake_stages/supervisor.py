@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.again import stage_job
 from launcher.backends import backend_for
 from launcher.backends.base import STAGE_TAG, Job, StageCommand, Variable, task_variables
 from launcher.backends.kubernetes import KubernetesBackend
 from launcher.backends.ssh import SshBackend
-from launcher.job import job_of
 from launcher.supervise import supervise
 from vqscale.config.layout import RunLayout
 
@@ -45,7 +45,7 @@ class Podded(KubernetesBackend):
 
 
 def real_command(layout: RunLayout, stage: str, attempt: int, act: str) -> StageCommand:
-    job = job_of(layout, (stage,))
+    job = stage_job(layout, stage)
     if act == "hosts":
         return Hosted().stage_command(job, stage, attempt)
     if act.startswith("pods:"):

@@ -11,11 +11,12 @@ RUN/
   stages/STAGE/quarantine.jsonl   bad samples, one line each
   stages/STAGE/done.json      the stage's own marker of success, with its figures
   stages/STAGE/failure.json   why the stage's processes gave up, in one line
+  stages/STAGE/lost.json      machines that were lost in the newest attempt (backends ssh, kubernetes)
   stages/STAGE/preempted.json the step that was saved when the stage was asked to stop
   stages/STAGE/job.sh         the batch script (backend slurm)
   stages/STAGE/hosts.json     what is sent to each host (backend ssh)
   stages/STAGE/manifest.yaml  the object that is made for the stage (backend kubernetes)
-  stages/STAGE/requeues.json  when a job put itself back into the queue, and at which step (backend slurm)
+  stages/STAGE/requeues.json  when a stage was started again by itself, why, and at which step
   stages/STAGE/trace.json     a trace that somebody asked for and that is not written yet
   stages/STAGE/traces/        traces of some steps, and tables of what takes their time
   stages/STAGE/faults.jsonl   faults on demand that have happened
@@ -139,6 +140,10 @@ class RunLayout:
     def failure(self, stage: str) -> Path:
         """One line that says why the stage's processes gave up."""
         return self.stage(stage) / "failure.json"
+
+    def lost(self, stage: str) -> Path:
+        """Names of the machines that were lost in the newest attempt; not there when none was."""
+        return self.stage(stage) / "lost.json"
 
     def preempted(self, stage: str) -> Path:
         """Marker that the stage was asked to stop and has saved."""

@@ -150,6 +150,19 @@ class MaskedNetwork(Attending):
     """Gumbel noise on the log-probabilities by which codes are kept: it falls linearly, to none in the last pass."""
 
 
+class BlockwiseNetwork(Attending):
+    """Block-autoregressive transformer (Reed et al. 2017): a grid is drawn in a few passes; its nats are exact."""
+
+    kind: Literal["blockwise"]
+    """Block-autoregressive transformer."""
+    passes: Positive = 8
+    """Forwards that a grid is drawn in."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the number of codes that are still to be drawn falls over the passes."""
+    window: Literal[3, 5, 7] = 5
+    """Side of the square of cells around it that each cell is told directly, as far as they are drawn."""
+
+
 class UniformNetwork(NetworkSection):
     """Every code equally likely: nothing is trained. The baseline of the others."""
 
@@ -214,6 +227,7 @@ Network = Annotated[
     | Annotated[PixelCNNNetwork, Tag("pixelcnn")]
     | Annotated[RecurrentNetwork, Tag("recurrent")]
     | Annotated[MaskedNetwork, Tag("masked")]
+    | Annotated[BlockwiseNetwork, Tag("blockwise")]
     | Annotated[UniformNetwork, Tag("uniform")]
     | Annotated[NormalNetwork, Tag("normal")]
     | Annotated[RealNVPNetwork, Tag("realnvp")]

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from vqscale.config.classifier import Classifier
 from vqscale.config.prior import Network, kinds_for, spans
 from vqscale.config.resources import Resources
 from vqscale.config.section import Fraction, Places, Positive, Section
@@ -190,6 +191,8 @@ class Evaluate(Section):
     """The most of them that are taken, from the first on."""
     compared_images: Annotated[int, Field(ge=4)] = 10_000
     """Images of each set that precision and recall are over, the first ones: they compare all with all."""
+    classifier: Classifier | None = None
+    """The classification accuracy score, which trains classifiers; null leaves it out, `{}` has all defaults."""
 
     @property
     def lpips_paths(self) -> tuple[str, ...]:

@@ -35,8 +35,9 @@ class Training(Section):
     """Decoupled weight decay on matrices and kernels; vectors, norms and embeddings are not decayed."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Gradient norm is clipped to this; 0 switches clipping off (the norm is still logged)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` runs the networks under autocast; weights, codebooks and the code search stay fp32."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """`bf16` runs the networks under autocast; weights, codebooks and the code search stay fp32. `auto` is bf16 on GPUs
+    and on processors of this machine that have units for it, else fp32: settled when the run is made, and recorded."""
     checkpoint_activations: bool = False
     """Keep no activations inside encoders, decoders and transformer blocks, and compute them again in the backward."""
     compile: bool = False

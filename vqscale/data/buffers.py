@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vqscale.data.memory import aligned
 from vqscale.data.source import Fields, Spec
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
@@ -27,7 +28,7 @@ class BatchBuffers:
         allocate: makes the arrays.
     """
 
-    def __init__(self, spec: Mapping[str, Spec], samples: int, allocate: Allocate = np.empty) -> None:
+    def __init__(self, spec: Mapping[str, Spec], samples: int, allocate: Allocate = aligned) -> None:
         self._shapes = {name: ((samples, *field.shape), field.dtype) for name, field in spec.items()}
         self._allocate = allocate
         self._made: dict[str, list[NDArray[Any]]] = {name: [] for name in spec}

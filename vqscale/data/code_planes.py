@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_ROWS = 16  # samples that are unpacked at once, so that what is between two steps stays in the processor's cache
+_STEP = 2**18  # codes that are unpacked at once, so that they stay in the processor's cache from step to step
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(np.uint16)  # byte → its bits [8]
 
 
@@ -39,13 +39,25 @@ def unpack_codes(planes: bytes, size: int, out: NDArray[np.uint16]) -> None:
     if len(stored) != count + len(bits) * width:
         raise ValueError(f"{len(stored)} bytes do not hold {count} codes")
     low, high = stored[:count], stored[count:].reshape(len(bits), width)
-    tables = [_BITS << bit for bit in bits]
-    step = 8 * max(1, _ROWS * count // max(1, len(out)) // 8)
-    for start in range(0, count, step):
-        part, codes = flat[start : start + step], low[start : start + step]
-        for table, plane in zip(tables, high, strict=True):
-            # Eight codes a look-up: twice as fast as to unpack single bits and to widen and shift them.
-            ones = table.take(plane[start // 8 : (start + step) // 8], axis=0, mode="clip")
-            codes = np.bitwise_or(ones.reshape(-1)[: len(part)], codes, out=part)
-        if not tables:
+    for start in range(0, count, _STEP):
+        part, codes = flat[start : start + _STEP], low[start : start + _STEP]
+        eights = high[:, start // 8 : (start + _STEP) // 8]
+        if not bits:
             part[:] = codes
+            continue
+        _unpack(eights[0], bits[0], part)
+        for bit, plane in zip(bits[1:], eights[1:], strict=True):
+            ones = np.empty_like(part)
+            _unpack(plane, bit, ones)
+            np.bitwise_or(part, ones, out=part)
+        np.bitwise_or(part, codes, out=part)
+
+
+def _unpack(plane: NDArray[np.uint8], bit: int, out: NDArray[np.uint16]) -> None:
+    """One plane: 2^bit in `out` where it has a one, else 0.
+
+    Eight codes a look-up, straight to their place: twice as fast as to unpack single bits and to widen and shift them.
+    """
+    table, whole = _BITS << bit, len(out) // 8
+    table.take(plane[:whole], axis=0, out=out[: 8 * whole].reshape(-1, 8), mode="clip")
+    out[8 * whole :] = table[plane[whole:]].reshape(-1)[: len(out) - 8 * whole]

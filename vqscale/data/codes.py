@@ -24,6 +24,7 @@ from vqscale import storage
 from vqscale.data import tar
 from vqscale.data.code_planes import pack_codes, unpack_codes
 from vqscale.data.manifest import CODES, CodeLevel, Count, Manifest, Shard, hash_bytes
+from vqscale.data.memory import aligned
 from vqscale.data.source import Fields
 from vqscale.errors import UserError
 
@@ -238,7 +239,7 @@ def check_index(index: CodeIndex, manifest: Manifest, samples: int, where: str) 
 
 def empty_fields(levels: Sequence[CodeLevel], samples: int) -> Fields:
     """Memory for so many samples: each level's [samples, *sample], and `label` int64 [samples]."""
-    fields: Fields = {level.name: np.empty((samples, *level.sample), level.dtype) for level in levels}
+    fields: Fields = {level.name: aligned((samples, *level.sample), level.dtype) for level in levels}
     return {**fields, _LABELS: np.empty(samples, np.int64)}
 
 

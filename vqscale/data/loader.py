@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from vqscale.data.bad import BadCount, BadPick
 from vqscale.data.buffers import Allocate, BatchBuffers
 from vqscale.data.groups import OpenGroups
+from vqscale.data.memory import aligned
 from vqscale.data.order import Group, Packet, StreamOrder, flips
 from vqscale.data.source import Fields, OpenGroup, Source
 from vqscale.errors import UserError
@@ -83,7 +84,7 @@ class Loader:
         seed: int = 0,
         openers: int = 2,
         ahead: int = 1 << 30,
-        allocate: Allocate = np.empty,
+        allocate: Allocate = aligned,
     ) -> None:
         if global_batch % (order.packet * world):
             raise UserError(

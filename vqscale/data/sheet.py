@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,23 @@ def tile(images: NDArray[np.uint8], columns: int, pad: int = 1) -> NDArray[np.ui
     return sheet
 
 
-def colour_codes(codes: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
-    """Code grids [n, side, side] as pictures uint8 [n, size, size, 3]; a fixed colour for each code."""
-    palette = np.random.default_rng(0).integers(0, 256, (int(codes.max()) + 1, 3), dtype=np.uint8)
+def code_colours(vectors: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """A colour for each code, uint8 [K, 3], from a codebook [K, D]: codes that lie close together look alike.
+
+    Red, green and blue are a code's ranks along the first three principal axes of the codebook.
+    """
+    centred = vectors.astype(np.float64) - vectors.mean(axis=0)
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    # An axis and its negative are the same: the one whose largest part is positive is taken.
+    axes = axes[:3] * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(axis=1)[:, None], axis=1))[:3]
+    ranks = (centred @ axes.T).argsort(axis=0).argsort(axis=0)
+    colours = np.full((len(vectors), 3), 128, np.uint8)
+    colours[:, : ranks.shape[1]] = np.rint(ranks * (255 / max(1, len(vectors) - 1)))
+    return colours
+
+
+def colour_codes(codes: NDArray[np.integer], palette: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Code grids [n, side, side] as pictures uint8 [n, size, size, 3], in the colours [K, 3] of `code_colours`."""
     scale = max(1, size // codes.shape[1])
     return palette[codes].repeat(scale, axis=1).repeat(scale, axis=2)
 

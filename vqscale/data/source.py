@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqscale.data.bad import BadPick
+from vqscale.data.memory import aligned
 from vqscale.errors import UserError
 from vqscale.storage.store import Store
 
@@ -24,7 +25,7 @@ class Spec(NamedTuple):
 
     def empty(self, samples: int) -> NDArray[Any]:
         """Memory for so many samples."""
-        return np.empty((samples, *self.shape), self.dtype)
+        return aligned((samples, *self.shape), self.dtype)
 
 
 class OpenGroup(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqscale.evaluation.codebook import report_codebook
+from vqscale.evaluation.codebook import CodebookReport, report_codebook
 from vqscale.evaluation.distributions import FrechetDistance
 from vqscale.evaluation.features import FeatureNetwork
 from vqscale.evaluation.metrics import Doubles
@@ -82,31 +83,41 @@ class CodeStatistics:
     def __init__(self, levels: dict[str, tuple[Tensor, int]]) -> None:
         self._levels = levels
         self._counts = {name: PositionCounts(side, len(book)) for name, (book, side) in levels.items()}
-        self._grids: Counter[str] = Counter()
+        self._grids: Counter[tuple[int, str]] = Counter()
 
     def add(self, shown: Shown) -> None:
         """Count the codes of some images."""
         for name, counts in self._counts.items():
             counts.add(torch.from_numpy(shown.encoded[name].astype(np.int64)))
-        for grids in zip(*(shown.encoded[name] for name in self._levels), strict=True):
-            self._grids[hashlib.sha256(b"".join(grid.tobytes() for grid in grids)).hexdigest()] += 1
+        for label, *grids in zip(shown.labels.tolist(), *(shown.encoded[name] for name in self._levels), strict=True):
+            self._grids[label, hashlib.sha256(b"".join(grid.tobytes() for grid in grids)).hexdigest()] += 1
 
     def figures(self, ranks: Together) -> dict[str, Any]:
-        """By level: entropy in bits and distances of codes; and the parts of the code length, in bits an image."""
+        """By level: use, entropy in bits and distances of codes; and the parts of the code length, in bits an image."""
         found: dict[str, Any] = {}
         for name, (book, _) in self._levels.items():
             counts = self._counts[name]
             counts.counts = ranks.sum(counts.counts.to(ranks.device)).cpu()
             report = report_codebook(counts.of_codes, book.cpu())
-            found[f"held_out_usage_{name}"] = report.usage
-            found[f"held_out_entropy_bits_{name}"] = report.entropy_bits
-            found[f"nearest_code_median_{name}"] = report.nearest_median
-            found[f"nearest_code_least_{name}"] = report.nearest_least
-        grids: Counter[str] = sum(ranks.gather(self._grids), Counter())
-        return found | surgery_figures(dissect(list(self._counts.values()), grids))
+            found |= {f"{key}_{name}": value for key, value in _codebook_figures(report).items()}
+        grids: Counter[tuple[int, str]] = sum(ranks.gather(self._grids), Counter())
+        return found | _surgery_figures(dissect(list(self._counts.values()), grids))
 
 
-def surgery_figures(cut: Surgery) -> dict[str, Any]:
+def _codebook_figures(report: CodebookReport) -> dict[str, Any]:
+    return {
+        "held_out_usage": report.usage,
+        "held_out_perplexity": report.perplexity,
+        "held_out_entropy_bits": report.entropy_bits,
+        "nearest_code_median": report.nearest_median,
+        "nearest_code_least": report.nearest_least,
+        "code_distance_median": report.distance_median,
+        "code_distances": report.distances,
+        "code_shares": report.shares,
+    }
+
+
+def _surgery_figures(cut: Surgery) -> dict[str, Any]:
     """The parts of the code length, in bits an image."""
     return {
         "code_bits_uniform": cut.uniform,
@@ -114,7 +125,24 @@ def surgery_figures(cut: Surgery) -> dict[str, Any]:
         "code_bits_placed": cut.placed,
         "code_bits_positions": cut.positions,
         "code_bits_mutual_information": cut.mutual_information,
+        "code_bits_mutual_information_given_class": cut.information_given_class,
+        "code_bits_kl_uniform": cut.divergence_uniform,
     }
+
+
+def learned_figures(figures: Mapping[str, Any], dimensions: int) -> dict[str, float]:
+    """What the learned prior adds to the surgery, and the ELBO's other term, in bits an image.
+
+    Args:
+        figures: those of `CodeStatistics` and of the likelihoods.
+        dimensions: values of an image.
+    """
+    found = {"image_bits_reconstruction": figures["bits_per_dim_pixels"] * dimensions}
+    if "bits_per_dim_codes" in figures:
+        learned = figures["bits_per_dim_codes"] * dimensions
+        found["code_bits_learned"] = learned
+        found["code_bits_kl_learned"] = learned - figures["code_bits_mutual_information_given_class"]
+    return found
 
 
 class FeatureDistance:
@@ -138,4 +166,9 @@ class FeatureDistance:
     def figures(self, ranks: Together) -> dict[str, Any]:
         """The distance, with the number of images and the network's hash beside it."""
         images = sum(ranks.gather(self._count))
-        return {"rfid": self._distance.value(), "rfid_images": images, "features_sha256": self._network.sha256[:16]}
+        return {
+            "rfid": self._distance.value(),
+            "rfid_images": images,
+            "rfid_reference": "validation",
+            "features_sha256": self._network.sha256[:16],
+        }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
+
+from vqscale.evaluation.charts import bars
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
@@ -15,10 +18,13 @@ p.about { color: #666; margin-top: .2rem }
 table { border-collapse: collapse } td, th { padding: .15rem 1rem .15rem 0; text-align: left; vertical-align: top }
 td.figure { text-align: right; font-variant-numeric: tabular-nums }
 td.meaning { color: #666 }
+figure { display: inline-block; margin: .5rem 1.5rem .5rem 0 } figcaption { color: #666; font-size: 13px }
+.chart rect { fill: #3b7dd8 } .chart line { stroke: #999 } .chart text { fill: #666; font-size: 11px }
 .bar { background: #3b7dd8; height: .8rem; display: inline-block; min-width: 1px }
 img { max-width: 100%; image-rendering: pixelated; border: 1px solid #ddd }
 @media (prefers-color-scheme: dark) {
-  body { background: #16181c; color: #ddd } p.about, td.meaning { color: #999 } img { border-color: #444 }
+  body { background: #16181c; color: #ddd } img { border-color: #444 }
+  p.about, td.meaning, figcaption { color: #999 } .chart text { fill: #999 }
 }
 """
 
@@ -27,6 +33,7 @@ img { max-width: 100%; image-rendering: pixelated; border: 1px solid #ddd }
 class Picture:
     """A picture of the report."""
 
+    name: str
     caption: str
     png: bytes
 
@@ -38,7 +45,8 @@ class Topic:
     title: str
     about: str
     figures: Mapping[str, str]
-    """Key of the report → what it means. A key that ends in `_` stands for all keys that begin with it."""
+    """Key of the report → what it means. A key that ends in `_` stands for all keys that begin with it. `{key}` in a
+    meaning is replaced by that figure of the report, so that sizes and references stand beside what depends on them."""
 
 
 TOPICS = (
@@ -46,15 +54,16 @@ TOPICS = (
         "Reconstructions",
         "Held-out images through the tokenizer and back; each figure a mean over images.",
         {
-            "held_out_images": "images",
+            "held_out_images": "images that the figures are over",
             "psnr": "peak signal-to-noise ratio, dB",
             "ssim": "structural similarity, 1 for equal images",
             "mse": "mean squared error, pixels in [0, 1]",
             "l1": "mean absolute error, pixels in [0, 1]",
             "mse_over_variance": "error over the variance of the pixels: 1 is a plain grey image",
             "lpips": "difference as VGG16 sees it, 0 for equal images",
-            "rfid": "Fréchet distance between images and reconstructions",
+            "rfid": "Fréchet distance of {rfid_images} reconstructions to as many images of {rfid_reference}",
             "rfid_images": "images that it is over",
+            "rfid_reference": "what they are compared with",
             "hour_accuracy_reconstructed": "clocks that still show their hour",
         },
     ),
@@ -65,9 +74,11 @@ TOPICS = (
             "usage_": "share of the codes that occur",
             "perplexity_": "as many codes as if all were used alike",
             "held_out_usage_": "share of the codes that occur in held-out images",
+            "held_out_perplexity_": "as many codes as if those were used alike",
             "held_out_entropy_bits_": "entropy of a code, bits",
             "nearest_code_median_": "distance to the next code, in deviations of the codebook: median",
-            "nearest_code_least_": "the least of them",
+            "nearest_code_least_": "the least of them: 0 says that two codes are the same",
+            "code_distance_median_": "distance of two codes, in deviations of the codebook: median",
             "codes_differ_from_fp32": "share of codes that bf16 chose otherwise",
         },
     ),
@@ -88,13 +99,16 @@ TOPICS = (
             "bits_per_dim_error": "standard error over images",
             "bits_per_dim_pixels": "of the pixels, given the codes",
             "bits_per_dim_codes": "of the codes, under the prior",
-            "bits_per_dim_uniform": "with the uniform prior in its place",
+            "bits_per_dim_uniform": "of both, with the uniform prior in its place",
+            "bits_per_dim_codes_uniform": "of the codes, with the uniform prior",
             "bits_per_dim_latents": "of continuous latents: their divergence from the prior",
-            "bits_per_dim_normal": "with the prior N(0, 1) in its place",
+            "bits_per_dim_normal": "of both, with the prior N(0, 1) in its place",
+            "bits_per_dim_latents_normal": "of the latents, with the prior N(0, 1)",
+            "bits_per_sample": "bits of all latents of an image, under the prior",
             "pixel_likelihood": "distribution of a pixel around its reconstruction",
             "codes_likelihood": "whether the prior's likelihood is exact or a bound",
             "nats_per_code": "nats a code",
-            "nats_per_code_": "the same by level",
+            "nats_per_code_": "the same by level; `_uniform` is that of a prior that knows nothing",
             "nats_per_value": "nats a value of continuous latents, of a density",
             "nats_per_value_": "the same by level",
         },
@@ -104,16 +118,33 @@ TOPICS = (
         "Images drawn from the prior, with the reference and its size beside each figure that needs one.",
         {
             "samples": "images",
-            "fid": "Fréchet distance to the reference",
+            "fid": "Fréchet distance of {fid_samples} samples to {fid_reference_images} images of {fid_reference}",
+            "fid_samples": "samples that it is over",
             "fid_reference": "the reference",
             "fid_reference_images": "its images",
-            "inception_score": "Inception Score",
+            "inception_score": "Inception Score of {fid_samples} samples",
             "inception_score_deviation": "its deviation over ten parts",
-            "precision": "samples that lie where the reference does",
-            "recall": "reference that lies where the samples do",
+            "precision": "of {precision_images} samples those that lie where as many images of {fid_reference} do",
+            "recall": "of {precision_images} images of {fid_reference} those that lie where as many samples do",
             "precision_images": "images of each set that both are over",
+            "features_sha256": "which network made the features",
             "hour_accuracy": "clocks that show the hour they were drawn for",
+            "samples_per_hour": "the fewest samples of an hour",
             "samples_unreadable": "samples that show no clock",
+        },
+    ),
+    Topic(
+        "Classification accuracy score",
+        "A classifier learns the classes from one set alone; what it names right of {cas_held_out_images} real, "
+        "held-out images (Ravuri & Vinyals 2019).",
+        {
+            "cas_samples": "learned from {cas_samples_images} samples",
+            "cas_samples_top5": "the class is among the five likeliest",
+            "cas_reconstructions": "learned from {cas_reconstructions_images} reconstructions of training images",
+            "cas_reconstructions_top5": "the class is among the five likeliest",
+            "cas_images": "learned from {cas_images_images} real training images: what can be had",
+            "cas_images_top5": "the class is among the five likeliest",
+            "cas_": "images",
         },
     ),
 )
@@ -124,9 +155,16 @@ BITS = {
     "code_bits_placed": "of it: codes that are rare at their place",
     "code_bits_positions": "what is left: each place for itself",
     "code_bits_learned": "learned prior: what neighbours tell, too",
-    "code_bits_mutual_information": "between these images and their codes",
+    "code_bits_mutual_information": "mutual information of images and codes",
+    "code_bits_kl_uniform": "aggregated posterior: KL to the uniform prior",
+    "code_bits_mutual_information_given_class": "mutual information where the class is known",
+    "code_bits_kl_learned": "aggregated posterior of a class: KL to the learned prior",
+    "image_bits_reconstruction": "reconstruction: pixels given the codes",
 }
-"""Where the bits of an image's codes go (`surgery`), drawn as bars."""
+"""The terms of the ELBO and where they go (`surgery`), drawn as bars."""
+
+SINGLE = ("name", "run")
+"""Keys that stand in the page's head."""
 
 
 def page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
@@ -134,10 +172,10 @@ def page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
 
     Args:
         report: as in `report.json`; keys that it lacks are left out.
-        pictures: shown in their order, at the end.
+        pictures: shown in their order, before the figures.
     """
     known = [_topic(topic, report) for topic in TOPICS]
-    parts = [*known, _bits(report), _seconds(report), *map(_figure, pictures)]
+    parts = [*map(_figure, pictures), *known, _charts(report), _bits(report), _rest(report), _seconds(report)]
     title = escape(f"{report.get('name', 'run')}: evaluation")
     body = "\n".join(part for part in parts if part)
     about = escape(str(report.get("run", "")))
@@ -148,8 +186,13 @@ def page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
 
 
 def _topic(topic: Topic, report: Mapping[str, Any]) -> str:
-    rows = [(name, report[name], meaning) for name, meaning in _rows(topic, report)]
-    return _section(topic.title, topic.about, _table(rows)) if rows else ""
+    rows = [(name, report[name], _filled(meaning, report)) for name, meaning in _rows(topic, report)]
+    return _section(topic.title, _filled(topic.about, report), _table(rows)) if rows else ""
+
+
+def _filled(meaning: str, report: Mapping[str, Any]) -> str:
+    """A meaning with the figures that it names; what the report lacks is a dash."""
+    return re.sub(r"{(\w+)}", lambda found: _text(report.get(found[1], "–")), meaning)
 
 
 def _rows(topic: Topic, report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -158,9 +201,34 @@ def _rows(topic: Topic, report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, meaning in topic.figures.items():
         fitting = [name for name in report if name.startswith(key)] if key.endswith("_") else [key]
         for name in fitting:
-            if name in report and name not in seen and not isinstance(report[name], (dict, list)):
+            if name in report and name not in seen and _is_single(report[name]):
                 seen.add(name)
                 yield name, meaning
+
+
+def _rest(report: Mapping[str, Any]) -> str:
+    """Figures that no topic knows: nothing that was measured is left out."""
+    shown = {name for topic in TOPICS for name, _ in _rows(topic, report)} | set(BITS) | set(SINGLE)
+    rows = [(name, value, "") for name, value in report.items() if name not in shown and _is_single(value)]
+    return _section("More", "What else was measured.", _table(rows)) if rows else ""
+
+
+def _is_single(value: Any) -> bool:
+    return not isinstance(value, (dict, list))
+
+
+def _charts(report: Mapping[str, Any]) -> str:
+    """How evenly the codes of each level are used, and how far apart they lie."""
+    use, apart = "code_shares_", "code_distances_"
+    levels = [key.removeprefix(use) for key in report if key.startswith(use)]
+    drawn = [
+        bars(report[use + level], f"{level}: share of the assignments", "most frequent codes", "rarest codes")
+        + bars(report[apart + level], f"{level}: distances of two codes", "0", "4 deviations or more")
+        for level in levels
+        if apart + level in report
+    ]
+    about = "Over the held-out images; distances in deviations of the codebook."
+    return _section("Use and distances of codes", about, "<br>".join(drawn)) if drawn else ""
 
 
 def _bits(report: Mapping[str, Any]) -> str:
@@ -173,7 +241,7 @@ def _bits(report: Mapping[str, Any]) -> str:
         f'<td><span class="bar" style="width:{max(0.0, value / most) * 20:.2f}rem"></span></td></tr>'
         for name, value in there.items()
     )
-    return _section("Where the bits of the codes go", "Bits an image (ELBO surgery).", f"<table>{rows}</table>")
+    return _section("Where the bits go", "Bits an image (ELBO surgery).", f"<table>{rows}</table>")
 
 
 def _seconds(report: Mapping[str, Any]) -> str:

@@ -2,13 +2,16 @@
 
 For an encoder that gives each image one grid of codes, the KL term of the bound is the code length E[-log p(z)]. Over N
 images it falls into the mutual information between image and codes, which is the entropy H(q) of the aggregated
-posterior q(z) (at most log N), and KL(q || p), what the prior has not learned of q. Position by position, without what
+posterior q(z) (at most log N), and KL(q || p), what the prior has not learned of q. A prior that is given the class is
+compared with q(z | class), class by class. Position by position, without what
 neighbours tell of each other, the same falls into entropies and KL divergences that can be counted directly.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,36 +56,33 @@ class Surgery:
     """Mutual information of code and position: that a place prefers some codes."""
     positions: float
     """Entropy left at the positions, each for itself: an upper bound of the aggregated posterior's entropy."""
-    learned: float | None
-    """Code length under the learned prior, E[-log2 p(z)]; None without one."""
     mutual_information: float
     """Between image and codes: the entropy of the grids that were seen, log2 N where all N differ."""
+    information_given_class: float
+    """The same where the class is known already: the mean over the classes of the entropy within each."""
 
     @property
-    def dependence(self) -> float | None:
-        """What the learned prior knows beyond each position's frequencies (and of the class, where it is given it)."""
-        return None if self.learned is None else self.positions - self.learned
-
-    @property
-    def gap_uniform(self) -> float:
+    def divergence_uniform(self) -> float:
         """KL of the aggregated posterior over these images to the uniform prior."""
         return self.uniform - self.mutual_information
 
-    @property
-    def gap_learned(self) -> float | None:
-        """KL of the aggregated posterior over these images to the learned prior. Of a prior that knows new images as
-        well as these it stays above 0, since N images are not all that there are.
+    def divergence(self, learned: float) -> float:
+        """KL of the aggregated posterior over these images, class by class, to a prior that is given the class.
+
+        Of a prior that knows new images as well as these it stays above 0, since N images are not all that there are.
+
+        Args:
+            learned: bits an image under that prior, a mean over the same images.
         """
-        return None if self.learned is None else self.learned - self.mutual_information
+        return learned - self.information_given_class
 
 
-def dissect(levels: list[PositionCounts], grids: dict[str, int], learned: float | None = None) -> Surgery:
+def dissect(levels: list[PositionCounts], grids: Mapping[tuple[int, str], int]) -> Surgery:
     """Take the code length apart.
 
     Args:
         levels: counts of each level, over all ranks.
-        grids: how often each set of grids occurred, by a hash of it, over all ranks.
-        learned: bits an image under the learned prior, a mean over the same images.
+        grids: how often each set of grids, by a hash of it, occurred with each class, over all ranks.
 
     Raises:
         ValueError: there are no images.
@@ -92,14 +92,23 @@ def dissect(levels: list[PositionCounts], grids: dict[str, int], learned: float 
     uniform = sum(len(level.counts) * math.log2(level.counts.shape[1]) for level in levels)
     overall = sum(len(level.counts) * entropy_bits(level.of_codes) for level in levels)
     positions = sum(_entropies(level.counts) for level in levels)
+    classes, codes = _sums(grids, 0), _sums(grids, 1)
     return Surgery(
         uniform=uniform,
         unused=uniform - overall,
         placed=overall - positions,
         positions=positions,
-        learned=learned,
-        mutual_information=entropy_bits(torch.tensor(list(grids.values()))),
+        mutual_information=entropy_bits(codes),
+        information_given_class=entropy_bits(torch.tensor(list(grids.values()))) - entropy_bits(classes),
     )
+
+
+def _sums(grids: Mapping[tuple[int, str], int], part: int) -> Tensor:
+    """Counts by one part of the keys."""
+    found: Counter[int | str] = Counter()
+    for key, count in grids.items():
+        found[key[part]] += count
+    return torch.tensor(list(found.values()))
 
 
 def _entropies(counts: Tensor) -> float:

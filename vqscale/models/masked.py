@@ -9,8 +9,7 @@ To draw, all masked codes are drawn at once, and those stay that the network is 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
 from vqscale.models.generate import Draws
 from vqscale.models.network import CodeNetwork, GridShape, nats
+from vqscale.models.pass_order import SCHEDULES
 from vqscale.models.steady import steady
 from vqscale.models.transformer_block import (
     Block,
@@ -35,12 +35,6 @@ from vqscale.models.transformer_block import (
 )
 from vqscale.models.transformer_body import turns_of
 
-SCHEDULES: Mapping[str, Callable[[float], float]] = {
-    "cosine": lambda done: math.cos(done * math.pi / 2),
-    "linear": lambda done: 1 - done,
-}
-"""Share of the codes that is still masked when a share of the passes is done."""
-
 
 class Masked(CodeNetwork):
     """One level.
@@ -51,7 +45,7 @@ class Masked(CodeNetwork):
         given: the coarser levels that it is conditioned on.
         layers, width, ...: size and architecture, explained at `Shape`.
         passes: forwards that a grid is drawn in.
-        schedule: key of `SCHEDULES`.
+        schedule: key of `pass_order.SCHEDULES`.
         choice_temperature: scale of the Gumbel noise on the log-probabilities by which codes are kept. It falls
             linearly to none in the last pass.
     """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vqscale.models.tokenizer import ImageTokenizer
+from vqscale.models.tokenizer import ImageTokenizer, silenced
 
 _LUMINANCE = (19_595, 38_470, 7_471)  # of 65,536; ITU-R 601-2, rounded as Pillow does for its mode L
 
@@ -39,6 +39,11 @@ class RawPixels(ImageTokenizer):
         """Images [B, 3, S, S] of values [B, S, S] a level: the inverse of `encode`, unless colours were made grey."""
         colours = [latents[0]] * 3 if self.grey else list(reversed(latents))
         return torch.stack(colours, dim=1).float() / 127.5 - 1
+
+    @torch.no_grad()
+    def decode_alone(self, latents: Sequence[Tensor], level: int) -> Tensor:
+        """Images [B, 3, S, S] of one colour, the others at their mean."""
+        return self.decode(silenced([own.float() for own in latents], level))
 
     def log_likelihood(self, images: Tensor, latents: Sequence[Tensor]) -> Tensor:
         """Log 1 = 0 for each image: its pixels are the codes."""

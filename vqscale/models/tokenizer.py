@@ -9,6 +9,12 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 
+def silenced(latents: Sequence[Tensor], level: int) -> list[Tensor]:
+    """Latents [..., H, W] of all levels, of which all but one are their mean over the cells."""
+    silent = [own.mean(dim=(-2, -1), keepdim=True).expand_as(own) for own in latents]
+    return [own if number == level else silent[number] for number, own in enumerate(latents)]
+
+
 class ImageTokenizer(nn.Module, ABC):
     """Encodes and decodes images; level 0 is the finest."""
 
@@ -32,6 +38,15 @@ class ImageTokenizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, latents: Sequence[Tensor]) -> Tensor:
         """Images [B, 3, S, S] of codes [B, H, W] or latents [B, C, H, W], level 0 first; without gradients."""
+
+    @abstractmethod
+    def decode_alone(self, latents: Sequence[Tensor], level: int) -> Tensor:
+        """What one level carries: images [B, 3, S, S] of its latents, every other level at its own mean.
+
+        Args:
+            latents: codes [B, H, W] or latents [B, C, H, W] of all levels, level 0 first.
+            level: the one that speaks.
+        """
 
     def log_likelihood(self, images: Tensor, latents: Sequence[Tensor]) -> Tensor:
         """Log p(x | z) fp32 [B] in nats of images [B, 3, S, S] of 256 grey levels, in [-1, 1]; without gradients.

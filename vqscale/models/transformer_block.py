@@ -137,8 +137,23 @@ class Block(nn.Module):
         if turns is not None:
             query, key = rotate(query, turns), rotate(key, turns)
         with torch.autocast("cpu", enabled=False) if wide else nullcontext():  # which would cast back to bf16
-            out = attend(query, key, value, causal=self.causal)
+            out = self.mix(query, key, value)
         return self.project(merge_heads(out))
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What each position takes from those that it sees."""
+        return attend(query, key, value, causal=self.causal)
+
+
+def initialise(network: nn.Module, layers: int) -> None:
+    """Whatever has two dimensions normal 0.02; projections into the residual stream smaller by depth.
+
+    As Radford et al. (2019) do. Kernels and vectors stay as they are.
+    """
+    for name, parameter in network.named_parameters():
+        if parameter.dim() == 2:
+            into_stream = name.endswith(("project.weight", "feed.2.weight"))
+            nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if into_stream else 0.02)
 
 
 def split_heads(x: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
 from vqscale.models.network import CodeNetwork, GridShape
-from vqscale.models.transformer_block import Block, Feed, Norm, Positions, Shape, make_norm, rotations
+from vqscale.models.transformer_block import Block, Feed, Norm, Positions, Shape, initialise, make_norm, rotations
 
 
 class TransformerBody(CodeNetwork):
@@ -69,7 +69,7 @@ class TransformerBody(CodeNetwork):
         turns = turns_of(grids, self.shape.head_width) if positions == "rotary" else None
         self.register_buffer("turns", turns, persistent=False)
         self.turns: Tensor | None
-        self._initialise(layers)
+        initialise(self, layers)
 
     def forward(self, given: Sequence[Tensor], codes: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
         """Logits [B, side², K] a level, of every code given those before it."""
@@ -114,13 +114,6 @@ class TransformerBody(CodeNetwork):
         if level:
             known = known + self.parents[level - 1](flat[level - 1][:, self.parent_cells(level)])
         return known
-
-    def _initialise(self, layers: int) -> None:
-        """Normal 0.02; the projections into the residual stream are scaled down by depth (Radford et al. 2019)."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                into_stream = name.endswith(("project.weight", "feed.2.weight"))
-                nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if into_stream else 0.02)
 
 
 def _parent_cells(coarse: int, fine: int) -> Tensor:

@@ -22,6 +22,7 @@ from vqscale.models.hierarchy import Hierarchy, contexts, encoders, upsamplers
 from vqscale.models.latents import draw
 from vqscale.models.likelihoods import PixelDistribution
 from vqscale.models.pixelcnn import GatedLayer
+from vqscale.models.tokenizer import silenced
 
 LEAST, MOST = -8.0, 4.0
 """Limits of a log scale: its square neither vanishes nor overflows beside the mean's."""
@@ -99,6 +100,11 @@ class VAE(Hierarchy):
         pixels depend on each other.
         """
         return self.pixels.images(self._outputs(latents), latents)
+
+    @torch.no_grad()
+    def decode_alone(self, latents: Sequence[Tensor], level: int) -> Tensor:
+        """Images [B, 3, S, S] of the latents of one level; as `ImageTokenizer`."""
+        return self.decode(silenced(latents, level))
 
     @torch.no_grad()
     def log_likelihood(self, images: Tensor, latents: Sequence[Tensor]) -> Tensor:

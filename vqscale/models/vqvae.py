@@ -22,6 +22,7 @@ from vqscale.models.codebooks import lloyd
 from vqscale.models.convnets import Widths, doubling, trunk, trunk_width
 from vqscale.models.hierarchy import Hierarchy, Treatment, contexts, encoders, upsamplers
 from vqscale.models.quantizer import Codebook, Donors, Quantized, SumOverRanks
+from vqscale.models.tokenizer import silenced
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,10 @@ class VQVAE(Hierarchy):
         return [self._book(level).codes for level in range(len(self.codebooks))]
 
     @torch.no_grad()
-    def decode_alone(self, codes: Sequence[Tensor], level: int) -> Tensor:
-        """What one level carries: images [B, 3, S, S] of its codes, every other level at the mean of its own vectors.
-
-        Args:
-            codes: grids [B, H, W] of all levels, level 0 first.
-            level: the one that speaks.
-        """
-        vectors = [self._book(number).lookup(grid) for number, grid in enumerate(codes)]
-        silent = [own.mean(dim=(0, 2, 3), keepdim=True).expand_as(own) for own in vectors]
-        return self._decode([own if number == level else silent[number] for number, own in enumerate(vectors)])
+    def decode_alone(self, latents: Sequence[Tensor], level: int) -> Tensor:
+        """Images [B, 3, S, S] of the codes of one level, every other one at the mean of its own vectors."""
+        vectors = [self._book(number).lookup(grid) for number, grid in enumerate(latents)]
+        return self._decode(silenced(vectors, level))
 
     def _decode(self, vectors: Sequence[Tensor]) -> Tensor:
         """Images of the vectors [B, dim, H, W] that codes stand for, level 0 first."""

@@ -15,6 +15,7 @@ from vqscale.config.vqvae2 import VQVAE2, Level
 from vqscale.data.manifest import CodeLevel
 from vqscale.models.aggregated import Aggregated
 from vqscale.models.autoregressive import AutoregressivePixels
+from vqscale.models.blockwise import Blockwise
 from vqscale.models.codebooks import GradientCodebook, UnitCodebook, UnitGradientCodebook
 from vqscale.models.convnets import Widths
 from vqscale.models.density import Normal
@@ -39,6 +40,7 @@ NETWORKS: Mapping[str, Callable[..., Network]] = {
     "pixelcnn": PixelCNN,
     "recurrent": Recurrent,
     "masked": Masked,
+    "blockwise": Blockwise,
     "uniform": Uniform,
     "normal": Normal,
     "realnvp": RealNVP,

@@ -11,12 +11,18 @@ Layout = dict[str, Charts]
 """Category → its charts."""
 
 _SPEED: Charts = {
-    "throughput": ["Multiline", [r"speed/.*_per_second"]],
-    "waiting": ["Multiline", ["speed/data_wait", "speed/all_reduce_s", "speed/all_reduce_exposed_s"]],
-    "compute": ["Multiline", ["speed/tflops", "speed/share_of_peak"]],
+    "images a second": ["Multiline", ["speed/images_per_second"]],
+    "tokens a second": ["Multiline", ["speed/tokens_per_second"]],
+    "share of the time that waits for data": ["Multiline", ["speed/data_wait"]],
+    "TFLOP/s of a device": ["Multiline", ["speed/tflops"]],
     "memory in GiB": ["Multiline", [r"memory/.*"]],
     "seconds of a save, and of them stalled": ["Multiline", [r"checkpoint/.*"]],
     "bad samples": ["Multiline", [r"data/bad.*"]],
+}
+_PEAK: Charts = {"share of the device's peak": ["Multiline", ["speed/share_of_peak"]]}
+_RANKS: Charts = {
+    "seconds a step in all-reduces, and of them exposed": ["Multiline", [r"speed/all_reduce.*"]],
+    "slowest rank's own time, over the median's": ["Multiline", ["speed/slowest_over_median"]],
 }
 _OPTIMIZER: Charts = {
     "learning rate": ["Multiline", ["optim/learning_rate"]],
@@ -24,15 +30,18 @@ _OPTIMIZER: Charts = {
 }
 
 
-def layout(stage: str, charts: Charts) -> Layout:
-    """The charts of a stage, what matters most first.
+def layout(stage: str, charts: Charts, world: int = 1, peak: bool = False) -> Layout:
+    """The charts of a stage, what matters most first; those that would stay empty are left out.
 
     Args:
         stage: name of the stage.
         charts: its own; may be empty.
+        world: number of ranks.
+        peak: whether the device's peak is known.
     """
+    speed = _SPEED | (_PEAK if peak else {}) | (_RANKS if world > 1 else {})
     first: Layout = {stage: charts} if charts else {}
-    return {**first, f"{stage}: optimizer": _OPTIMIZER, f"{stage}: speed": _SPEED}
+    return {**first, f"{stage}: optimizer": _OPTIMIZER, f"{stage}: speed": speed}
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:

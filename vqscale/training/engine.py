@@ -39,10 +39,13 @@ class Engine:
 
     Raises:
         UserError: the strategy needs what is not installed.
+        ValueError: the precision is still `auto`.
         RuntimeError: Accelerate gave another kind of parallelism than the one asked for.
     """
 
     def __init__(self, model: nn.Module, training: Training, ranks: Ranks, strategy: str = "ddp") -> None:
+        if training.precision == "auto":
+            raise ValueError("precision auto has to be settled before, as the plan of a run does")
         self.training, self.ranks, self.bare, self.strategy = training, ranks, model, strategy
         self.size = sum(parameter.numel() for parameter in model.parameters())
         """Weights of the network, over all ranks."""

@@ -54,7 +54,7 @@ class PriorTask(Task):
         self._held_out, self._draw = held_out, draw
         self._model: Prior = engine.bare  # type: ignore[assignment]
         self._unit = "value" if self._model.grids[0].continuous else "code"
-        self.parts = {f"{self._unit}s": self._model.length}
+        self.parts = {"tokens": self._model.length}
 
     def charts(self) -> Charts:
         """Nats a code, or a value, in training and on held-out latents."""

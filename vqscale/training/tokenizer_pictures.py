@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqscale.data.sheet import colour_codes, labelled_sheet, tile
+from vqscale.data.sheet import code_colours, colour_codes, labelled_sheet, tile
 from vqscale.models.pixels import to_uint8
-from vqscale.models.quantizer import Codebook, LevelFigures
+from vqscale.models.quantizer import Codebook
 from vqscale.models.vqvae import VQVAE
 from vqscale.training.tracking import Tracker
 
@@ -43,21 +43,23 @@ def draw_levels(tracker: Tracker, step: int, names: Sequence[str], network: VQVA
     whole = to_uint8(network.decode(shown))
     if len(names) > 1:
         tracker.picture(step, "images/levels", labelled_sheet({"all levels": whole} | dict(reversed(rows.items()))))
-    for name, grid in zip(names, codes, strict=True):
-        tracker.picture(step, f"codes/{name}", tile(colour_codes(grid.cpu().numpy(), whole.shape[1]), _COLUMNS))
-
-
-def draw_usage(tracker: Tracker, step: int, names: Sequence[str], levels: Sequence[LevelFigures]) -> None:
-    """How often the codes of each level were assigned in the last step, as a distribution over the codes."""
-    for name, figures in zip(names, levels, strict=False):
-        tracker.histogram(step, f"{name}/assignments", figures.counts.cpu().numpy())
-
-
-def draw_codebooks(
-    tracker: Tracker, step: int, names: Sequence[str], network: VQVAE, levels: Sequence[LevelFigures]
-) -> None:
-    """The codebooks for the projector, each code with its number and its assignments in the last step."""
     books: list[Codebook] = list(network.codebooks)  # type: ignore[arg-type]
-    for name, book, figures in zip(names, books, levels, strict=False):
-        labels = [[str(code), f"{int(count)}"] for code, count in enumerate(figures.counts.tolist())]
+    for name, grid, book in zip(names, codes, books, strict=True):
+        colours = code_colours(book.codes.cpu().numpy())
+        tracker.picture(
+            step, f"codes/{name}", tile(colour_codes(grid.cpu().numpy(), colours, whole.shape[1]), _COLUMNS)
+        )
+
+
+def draw_usage(tracker: Tracker, step: int, counts: Mapping[str, Tensor]) -> None:
+    """How often the codes of each level were assigned over the last steps, as a distribution over the codes."""
+    for name, of_codes in counts.items():
+        tracker.histogram(step, f"{name}/assignments", of_codes.cpu().numpy())
+
+
+def draw_codebooks(tracker: Tracker, step: int, network: VQVAE, counts: Mapping[str, Tensor]) -> None:
+    """The codebooks for the projector, each code with its number and its assignments over the last steps."""
+    books: list[Codebook] = list(network.codebooks)  # type: ignore[arg-type]
+    for (name, of_codes), book in zip(counts.items(), books, strict=True):
+        labels = [[str(code), str(count)] for code, count in enumerate(of_codes.tolist())]
         tracker.embedding(step, f"codebook_{name}", book.codes.cpu().numpy(), labels, ["code", "assignments"])

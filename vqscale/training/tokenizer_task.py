@@ -14,7 +14,7 @@ from vqscale.config.vqvae2 import VQVAE2
 from vqscale.models.losses import PIXEL_LOSSES
 from vqscale.models.lpips import LPIPS, load_lpips
 from vqscale.models.pixels import from_uint8
-from vqscale.models.quantizer import Codebook, Donors, LevelFigures, Quantized, Statistics, update_codebooks
+from vqscale.models.quantizer import Codebook, Donors, Quantized, Statistics, update_codebooks
 from vqscale.models.vqvae import VQVAE, Output
 from vqscale.seeds import mix
 from vqscale.training.adversary import Adversary
@@ -64,8 +64,8 @@ class TokenizerTask(ImageTask):
             where = "tokenizer.losses.perceptual.weights"
             self._perceptual = load_lpips(losses.perceptual.paths, where).to(device)
         self._adversary = Adversary(losses.adversarial, engine, seed) if losses.adversarial else None
+        self.parts = {"tokens": sum(level.grid**2 for level in settings.levels_of(fixed.shape[1]))}
         self._statistics: list[Statistics] = []
-        self._levels: list[LevelFigures] = []
         self._step = self._updates = 0
         self.warnings: dict[str, str] = {}
         """Level → what is wrong with it, since the last figures."""
@@ -79,6 +79,7 @@ class TokenizerTask(ImageTask):
         return {
             "loss": ["Multiline", [r"loss/.*"]],
             "held-out PSNR": ["Multiline", ["validation/psnr"]],
+            "error over the images' variance": ["Multiline", ["reconstruction/mse_over_variance"]],
             "share of codes used": every("used"),
             "perplexity": every("perplexity"),
             "dead codes": every("dead"),
@@ -117,8 +118,8 @@ class TokenizerTask(ImageTask):
         self._pixels.keep(self._step)
         if self._quantized:
             books: list[Codebook] = list(self._model.codebooks)  # type: ignore[arg-type]
-            self._levels = update_codebooks(books, self._statistics, self.engine.ranks.sum, self._updates, rate)
-            self._window.add(self._step, self._levels)
+            levels = update_codebooks(books, self._statistics, self.engine.ranks.sum, self._updates, rate)
+            self._window.add(self._step, levels)
         if self._adversary and self._adversary.active(self._step):
             self._adversary.step(rate)
         if self._averaged:
@@ -164,9 +165,10 @@ class TokenizerTask(ImageTask):
             draw_images(tracker, step, self._fixed, output.images)
             if self._quantized:
                 draw_levels(tracker, step, list(self._sizes), network, [level.codes for level in output.levels])
-        draw_usage(tracker, step, list(self._sizes), self._levels)
-        if step == self._settings.training.steps:
-            draw_codebooks(tracker, step, list(self._sizes), network, self._levels)
+        counts = self._window.counts()
+        draw_usage(tracker, step, counts)
+        if counts and step == self._settings.training.steps:
+            draw_codebooks(tracker, step, network, counts)
 
     def extra_state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside all pieces, the same on all ranks; one small all-reduce."""

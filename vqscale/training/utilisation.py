@@ -35,10 +35,15 @@ def named_peak(name: str) -> float | None:
 
 def describe(world: int, device: torch.device) -> str:
     """Ranks, device and its peak, in two lines."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     peak = peak_tflops(device)
     known = f"{peak:g} TFLOP/s in bf16" if peak else "n/a: no peak is known for this device"
     return f"{world} rank{'s' if world > 1 else ''}, each on {name}\nshare of peak: {'of ' if peak else ''}{known}"
+
+
+def _cpu() -> str:
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 @torch.no_grad()

@@ -44,6 +44,11 @@ class CodeWindow:
             self._sums[name][row] = torch.stack([filled, level.restarted.double(), distance, level.perplexity.double()])
             self._latest[name].copy_(level.perplexity / vectors.clamp(max=len(level.counts)))
 
+    def counts(self) -> dict[str, Tensor]:
+        """int64 [K] by level name: how often each code was assigned within the window; empty before the first step."""
+        found = {name: counts.sum(dim=0) for name, counts in self._counts.items()}
+        return found if all(bool(counts.any()) for counts in found.values()) else {}
+
     def latest(self) -> list[Tensor]:
         """fp32 scalar a level: the last batch's perplexity, as a share of the codes that it could use; 1 before any."""
         return list(self._latest.values())
