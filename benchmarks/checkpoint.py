@@ -24,7 +24,7 @@ from benchmarks.machine import threads
 from benchmarks.result import at_least, at_most
 from benchmarks.timing import Contender, Race
 from vqscale.checkpoint.folder import open_valid
-from vqscale.config.recipe import Training
+from vqscale.config.training import Training
 from vqscale.models.network import GridShape
 from vqscale.models.transformer import Transformer
 from vqscale.training.checkpoints.keeper import Checkpoints

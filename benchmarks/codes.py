@@ -34,6 +34,7 @@ from vqscale.export import TrainedTokenizer
 from vqscale.extraction import Extraction
 from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Donors
+from vqscale.models.vqvae import VQVAE
 from vqscale.training.build import build_tokenizer
 from vqscale.training.heap import keep_heap
 
@@ -93,10 +94,7 @@ def extraction(
     stored = loader_data.write_shards(files, bench.folder / "images", sizes.shards, sizes.per_shard)
     images = np.stack([decode(file, recipe.data.image_size) for file in files])
     tokenizer = untrained(recipe, images[:_FIRST], device)
-    levels = [
-        CodeLevel(name=level.name, grid=side, codes=level.codes)
-        for side, level in zip(recipe.grids, recipe.tokenizer.levels, strict=True)
-    ]
+    levels = list(recipe.levels)
     how = Extraction(tokenizer, levels, sizes.batch, recipe.extract.block, sizes.threads)
     source, folder = ImageSource(open_shards(stored.url), recipe.data.image_size), bench.folder / "codes"
 
@@ -140,10 +138,11 @@ def untrained(recipe: Recipe, images: NDArray[np.uint8], device: torch.device) -
     network = build_tokenizer(recipe.tokenizer)
     with torch.no_grad():
         donors = Donors(torch.arange(len(images)), len(images), 0)
+        assert isinstance(network, VQVAE)
         network.initialise_codebooks(from_uint8(images, torch.device("cpu")), donors, lambda tensor: tensor)
     network.to(device)
     network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    names = tuple(level.name for level in recipe.tokenizer.levels)
+    names = tuple(level.name for level in recipe.levels)
     return TrainedTokenizer(network, names, recipe.data.image_size, "bench", device, device.type == "cuda")
 
 

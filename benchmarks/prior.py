@@ -27,7 +27,8 @@ from benchmarks.quantizer_peers import find
 from benchmarks.result import at_least
 from benchmarks.timing import Contender, Race
 from vqscale.config.prior import TransformerNetwork
-from vqscale.config.recipe import Prior, Training
+from vqscale.config.recipe import Prior
+from vqscale.config.training import Training
 from vqscale.models.network import GridShape
 from vqscale.models.transformer import Transformer
 from vqscale.processor import has_bf16

@@ -24,7 +24,7 @@ from benchmarks.result import at_least
 from benchmarks.timing import Contender, Race
 from vqscale.config.prior import BlockwiseNetwork, MaskedNetwork, Network, TransformerNetwork, UniformNetwork
 from vqscale.config.recipe import Prior as Settings
-from vqscale.config.recipe import Training
+from vqscale.config.training import Training
 from vqscale.models.generate import Draws, Sampling, draw
 from vqscale.models.network import GridShape
 from vqscale.models.prior import Prior

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor
 
-from vqscale.config.recipe import Training
+from vqscale.config.training import Training
 from vqscale.models.convnets import Widths
 from vqscale.models.quantizer import Codebook
 from vqscale.models.vqvae import VQVAE, LevelShape

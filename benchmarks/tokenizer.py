@@ -29,6 +29,7 @@ from benchmarks.tokenizer_cost import Convolution, convolutions, search_flops
 from benchmarks.tokenizer_peers import PlainTrainer, PlainVQVAE2, Shape, normalised
 from vqscale.config.load import load_recipe
 from vqscale.config.recipe import Recipe
+from vqscale.config.vqvae2 import VQVAE2
 from vqscale.models.vqvae import VQVAE
 from vqscale.seeds import mix
 from vqscale.training.build import build_tokenizer
@@ -57,10 +58,17 @@ class Problem:
     """What all contenders train on."""
 
     recipe: Recipe
+    settings: VQVAE2
+    """The recipe's tokenizer."""
     sets: Sequence[Tensor]
     """uint8 [B, S, S, 3] each, on the device."""
     steps: int
     """Steps of a lap."""
+
+    @property
+    def grids(self) -> list[int]:
+        """Side of each level's grid, the finest first."""
+        return [level.grid for level in self.recipe.levels]
 
     @property
     def device(self) -> torch.device:
@@ -90,10 +98,14 @@ class Ours:
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         settings = recipe.tokenizer
-        self.network = build_tokenizer(settings)
+        network = build_tokenizer(settings)
+        assert isinstance(settings, VQVAE2)
+        assert isinstance(network, VQVAE)
+        self.network = network
         engine = Engine(self.network, settings.training, ranks)
         fixed = np.zeros((1, recipe.data.image_size, recipe.data.image_size, 3), np.uint8)
-        self._steps = Steps(TokenizerTask(engine, settings, recipe.seed, list, fixed))
+        names = [level.name for level in recipe.levels]
+        self._steps = Steps(TokenizerTask(engine, settings, names, recipe.seed, list, fixed))
         self._seed, self._step, self._rank = recipe.seed, 0, ranks.rank
 
     def step(self, images: Tensor) -> Tensor:
@@ -113,7 +125,7 @@ def run(bench: Bench) -> None:
         torch.manual_seed(0)
         problem = make_problem(bench.quick, ranks.device)
         ours = Ours(problem.recipe, ranks)
-        layers = layers_of(ours.network, problem.recipe)
+        layers = layers_of(ours.network, problem.settings, problem.recipe.data.image_size)
         describe(bench, problem, layers)
         ours.step(problem.sets[0])  # sets the first codes from its latents
         check_cost(bench, layers, problem.batch, lambda: ours.step(problem.sets[1]))
@@ -130,28 +142,28 @@ def make_problem(quick: bool, device: torch.device) -> Problem:
     batch = _QUICK_BATCH if quick else large
     changed = ("resources.processes=1", f"tokenizer.training.global_batch={batch}", *(SMALL if quick else ()))
     recipe = load_recipe(RECIPE, changed)
+    assert isinstance(recipe.tokenizer, VQVAE2)
     side, generator = recipe.data.image_size, torch.Generator().manual_seed(0)
     sets = []
     for _ in range(_SETS):
         coarse = torch.rand(batch, 3, side // 8, side // 8, generator=generator)
         images = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1).mul(255).byte()
         sets.append(images.permute(0, 2, 3, 1).contiguous().to(device))
-    return Problem(recipe, sets, _GPU_STEPS if device.type == "cuda" and not quick else 1)
+    return Problem(recipe, recipe.tokenizer, sets, _GPU_STEPS if device.type == "cuda" and not quick else 1)
 
 
-def layers_of(network: VQVAE, recipe: Recipe) -> list[Convolution]:
-    """The convolutions of the recipe's tokenizer."""
-    dims = [level.dim for level in recipe.tokenizer.levels]
-    return convolutions(network.shapes, dims, recipe.data.image_size)
+def layers_of(network: VQVAE, settings: VQVAE2, image_size: int) -> list[Convolution]:
+    """The convolutions of a tokenizer."""
+    return convolutions(network.shapes, [level.dim for level in settings.levels], image_size)
 
 
 def describe(bench: Bench, problem: Problem, layers: Sequence[Convolution]) -> None:
     """Sizes, choices and costs."""
-    recipe, levels = problem.recipe, problem.recipe.tokenizer.levels
-    sizes = [level.codes for level in levels], [level.dim for level in levels], recipe.grids
+    levels = problem.settings.levels
+    sizes = [level.codes for level in levels], [level.dim for level in levels], problem.grids
     bench.config |= {
         "recipe": "imagenet256" + (" made small" if bench.quick else ""),
-        "image_size": recipe.data.image_size,
+        "image_size": problem.recipe.data.image_size,
         "batch": problem.batch,
         "steps_a_lap": problem.steps,
         "device": problem.device.type,
@@ -173,7 +185,7 @@ def peers(bench: Bench, problem: Problem, ours: VQVAE) -> Iterator[Contender]:
     if isinstance(package, str):
         bench.skip("plain", package)
         return
-    settings = problem.recipe.tokenizer
+    settings = problem.settings
     level, commitment = settings.levels[0], settings.quantizer.commitment
     shape = Shape(settings.hidden, settings.residual_blocks, settings.residual_hidden, level.dim, level.codes)
     for name, half in (("plain", False), ("plain_bf16", True)):

@@ -45,20 +45,31 @@ SECTIONS = {
     "data": "Data",
     "data.clocks": "Clocks",
     "data.remote": "Remote",
-    "tokenizer": "Tokenizer",
+    "tokenizer: vqvae2": "VQVAE2",
     "tokenizer.levels.N": "Level",
     "tokenizer.quantizer": "Quantizer",
     "tokenizer.losses": "Losses",
     "tokenizer.losses.perceptual": "Perceptual",
     "tokenizer.losses.adversarial": "Adversarial",
     "tokenizer.training": "Training",
+    "tokenizer: vae": "GaussianVAE",
+    "tokenizer.levels.N: vae": "LatentLevel",
+    "tokenizer.likelihood: gaussian": "GaussianLikelihood",
+    "tokenizer.likelihood: mixture": "MixtureLikelihood",
+    "tokenizer.likelihood: autoregressive": "AutoregressiveLikelihood",
+    "tokenizer: pixels": "Pixels",
     "extract": "Extract",
     "prior": "Prior",
     "prior.networks.N: transformer": "TransformerNetwork",
     "prior.networks.N: pixelcnn": "PixelCNNNetwork",
+    "prior.networks.N: recurrent": "RecurrentNetwork",
     "prior.networks.N: masked": "MaskedNetwork",
     "prior.networks.N: blockwise": "BlockwiseNetwork",
     "prior.networks.N: uniform": "UniformNetwork",
+    "prior.networks.N: normal": "NormalNetwork",
+    "prior.networks.N: realnvp": "RealNVPNetwork",
+    "prior.networks.N: maf": "MAFNetwork",
+    "prior.networks.N: aggregated": "AggregatedNetwork",
     "prior.training": "Training",
     "sample": "Sample",
     "evaluate": "Evaluate",
@@ -101,7 +112,8 @@ def _table(section: dict[str, Any], name: str) -> str:
     required = section.get("required", [])
     for key, field in section["properties"].items():
         default = "" if key in required else _default(field["default"])
-        cells = (f"`{key}`", _type(field, f"{name}.{key}".strip(".")), default, " ".join(field["description"].split()))
+        path = f"{name.partition(': ')[0]}.{key}".strip(".")
+        cells = (f"`{key}`", _type(field, path), default, " ".join(field["description"].split()))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -113,7 +125,9 @@ def _type(field: dict[str, Any], name: str) -> str:
         kinds = [section for section in SECTIONS if section.startswith(f"{name}: ")]
         return "section: " + " or ".join(f"[{kind.partition(': ')[2]}](#{_anchor(kind)})" for kind in kinds)
     if "$ref" in field:
-        return f"[section](#{_anchor(name)})"
+        kind = field["$ref"].rpartition("/")[2]
+        found = (section for section, its in SECTIONS.items() if section.partition(": ")[0] == name and its == kind)
+        return f"[section](#{_anchor(next(found))})"
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field["type"] == "array":

@@ -21,7 +21,8 @@ from launcher.saves import earlier_runs, short_of_time
 from vqscale.config.inputs import check_inputs
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml, load_model, load_recipe
-from vqscale.config.recipe import TRAINED, Recipe, Shards, Tokenizer
+from vqscale.config.recipe import TRAINED, Recipe
+from vqscale.config.section import Places
 from vqscale.errors import UserError
 from vqscale.faults import VARIABLE, parse_faults
 
@@ -137,7 +138,7 @@ def absolute_paths(recipe: Recipe) -> Recipe:
     resources = recipe.resources.model_copy(update={"checkpoints": _absolute(recipe.resources.checkpoints)})
     changed = {"data": data.model_copy(update=places), "resources": resources}
     networks = {name: _absolute(getattr(recipe.evaluate, name)) for name in ("features", "lpips")}
-    changed |= {"tokenizer": _with_absolute_weights(recipe.tokenizer)}
+    changed |= {"tokenizer": recipe.tokenizer.relocated(_absolute)}
     return recipe.model_copy(update={**changed, "evaluate": recipe.evaluate.model_copy(update=networks)})
 
 
@@ -167,19 +168,10 @@ def select_stages(recipe: Recipe, text: str | None, layout: RunLayout | None = N
     return tuple(name for name in recipe.stages if name in asked)
 
 
-def _absolute(text: Shards) -> Shards:
+def _absolute(text: Places) -> Places:
     if not isinstance(text, str):
         return tuple(str(_absolute(one)) for one in text)
     return text if not text or "://" in text else str(Path(text).expanduser().absolute())
-
-
-def _with_absolute_weights(tokenizer: Tokenizer) -> Tokenizer:
-    """Stages run in another directory."""
-    losses = tokenizer.losses
-    if not losses.perceptual:
-        return tokenizer
-    perceptual = losses.perceptual.model_copy(update={"weights": _absolute(losses.perceptual.weights)})
-    return tokenizer.model_copy(update={"losses": losses.model_copy(update={"perceptual": perceptual})})
 
 
 def _variables(variables: Iterable[Variable], width: int) -> list[str]:

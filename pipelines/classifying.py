@@ -41,7 +41,7 @@ def measure_classifiers(
     count = min(wanted.images, source.manifest.samples, len(drawn.labels) if drawn else wanted.images)
     share: dict[str, Callable[[], Share]] = {
         "samples": lambda: _of_drawn(stage, count),
-        "reconstructions": lambda: _of_training(stage, source, count, lambda i: tokenizer.decode(tokenizer.encode(i))),
+        "reconstructions": lambda: _of_training(stage, source, count, tokenizer.rebuild),
         "images": lambda: _of_training(stage, source, count),
     }
     figures: dict[str, Any] = {}

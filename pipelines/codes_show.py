@@ -44,12 +44,12 @@ def show(options: argparse.Namespace) -> int:
 def _facts(shards: ShardSet) -> dict[str, Any]:
     """What there is to say, as plain values."""
     manifest = shards.manifest
-    plain = sum(2 * level.grid**2 for level in manifest.levels) * manifest.samples
+    plain = sum(level.bytes for level in manifest.levels) * manifest.samples
     return {
         **summary(manifest),
         "fingerprint": manifest.fingerprint,
         "levels": [level.model_dump() for level in manifest.levels],
-        "bytes_vs_uint16": manifest.bytes / plain if plain else None,
+        f"bytes_vs_{manifest.levels[0].dtype}": manifest.bytes / plain if plain else None,
         "first_keys": _first_keys(shards),
         "class_counts": class_counts(shards, partial(_count, shards)),
         "source": manifest.source,
@@ -57,14 +57,15 @@ def _facts(shards: ShardSet) -> dict[str, Any]:
 
 
 def _lines(shards: ShardSet, facts: dict[str, Any]) -> list[str]:
-    manifest, ratio = shards.manifest, facts["bytes_vs_uint16"]
+    manifest, dtype = shards.manifest, shards.manifest.levels[0].dtype
+    ratio = facts[f"bytes_vs_{dtype}"]
     return [
         f"format: {manifest.format}",
         *source_lines(manifest),
         f"skipped: {manifest.skipped}",
         f"tokenizer: {manifest.fingerprint}",
-        *(f"level {level.name}: {level.grid}×{level.grid} of {level.codes} codes" for level in manifest.levels),
-        *([f"size: {ratio:.3f} of the same codes as 16-bit integers"] if ratio else []),
+        *(f"level {level.name}: {level.shape}" for level in manifest.levels),
+        *([f"size: {ratio:.3f} of the same as {dtype}"] if ratio else []),
         *([f"first keys: {some(facts['first_keys'], _KEYS)}"] if facts["first_keys"] else []),
         *class_lines(facts["class_counts"], len(manifest.classes)),
     ]
@@ -95,4 +96,4 @@ def _sheet(shards: ShardSet, run: str, samples: int) -> bytes:
     if filled is None:
         raise UserError("holds no codes", where=shards.spec, mend="name shards that do")
     fields, _ = next(CodeSource(shards).read_shard(filled, samples))
-    return arranged(tokenizer.decode(fields), fields["label"], shards.manifest.classes)
+    return arranged(tokenizer.decode(tokenizer.centres(fields)), fields["label"], shards.manifest.classes)

@@ -124,6 +124,8 @@ def _recipe(layout: RunLayout, options: argparse.Namespace) -> Recipe:
 
 
 def _known(options: argparse.Namespace, tokenizer: TrainedTokenizer, recipe: Recipe) -> given.Given | None:
+    if not (options.from_codes or options.complete or options.details_of):
+        return None
     grids, levels = given.grids_of(recipe), levels_of(options)
     given.require_levels(levels, grids)
     if options.from_codes:
@@ -131,10 +133,8 @@ def _known(options: argparse.Namespace, tokenizer: TrainedTokenizer, recipe: Rec
     if options.complete:
         images = given.read_images(Path(options.complete), tokenizer.image_size)
         return given.completed(tokenizer, images, options.keep)
-    if options.details_of:
-        images = given.read_images(Path(options.details_of), tokenizer.image_size)
-        return given.from_images(tokenizer, images, levels, grids)
-    return None
+    images = given.read_images(Path(options.details_of), tokenizer.image_size)
+    return given.from_images(tokenizer, images, levels, grids)
 
 
 def _say(drawn: DrawnSet, seconds: float, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipelines.sources import image_source
 from pipelines.stage import Stage, run_stage
 from vqscale.config.layout import RunLayout
 from vqscale.data.images import decode_whole
+from vqscale.data.manifest import CodeLevel
 from vqscale.evaluation.page import Picture, page
 from vqscale.files import read_json, write_bytes, write_json
 from vqscale.training.dashboard import leaves
@@ -60,7 +62,7 @@ def assemble(stage: Stage, figures: dict[str, Any], seconds: float) -> dict[str,
     Likelihoods of codes that were measured here, in fp32, take the place of those that the prior's stage found.
     """
     done = {name: read_json(stage.layout.done(name)) or {} for name in stage.recipe.stages}
-    usage = {k: v for k, v in done["extract"].items() if k.startswith(("usage_", "perplexity_", "codes_differ_"))}
+    usage = {k: v for k, v in done["extract"].items() if k.startswith(("usage_", "perplexity_")) or "_differ_" in k}
     likelihood = {k: v for k, v in done["prior"].items() if k.startswith(("nats_", "bits_"))}
     times = {name: marker["seconds"] for name, marker in done.items() if "seconds" in marker}
     return {
@@ -70,9 +72,16 @@ def assemble(stage: Stage, figures: dict[str, Any], seconds: float) -> dict[str,
         **figures,
         **usage,
         "evaluate": stage.recipe.evaluate.model_dump(mode="json"),
-        "codes": {level.name: level.codes for level in stage.recipe.tokenizer.levels},
+        **_sizes(stage.recipe.levels),
         "seconds": times | {stage.name: round(seconds, 2)},
     }
+
+
+def _sizes(levels: Sequence[CodeLevel]) -> dict[str, dict[str, int]]:
+    """Codebook size of each level, or the channels of its latents."""
+    if levels[0].continuous:
+        return {"channels": {level.name: level.channels for level in levels}}
+    return {"codes": {level.name: level.codes for level in levels}}
 
 
 def _pictures(layout: RunLayout) -> list[Picture]:

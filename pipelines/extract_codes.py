@@ -27,7 +27,7 @@ from vqscale.data.code_records import (
 )
 from vqscale.data.crops import Crops
 from vqscale.data.image_source import ImageSource
-from vqscale.data.manifest import MANIFEST, CodeLevel, write_manifest
+from vqscale.data.manifest import MANIFEST, write_manifest
 from vqscale.events import EventLog
 from vqscale.export import TrainedTokenizer, load_tokenizer
 from vqscale.extraction import Extraction
@@ -50,8 +50,7 @@ def main(stage: Stage) -> dict[str, Any]:
         events.close()
     figures: dict[str, Any] = {"fingerprint": tokenizer.fingerprint}
     if tokenizer.bf16 and stage.ranks.first and not stage.layout.task:
-        how = extraction(stage, tokenizer, "validation")
-        figures["codes_differ_from_fp32"] = how.difference_from_fp32(sources["validation"])
+        figures |= extraction(stage, tokenizer, "validation").difference_from_fp32(sources["validation"])
     return figures
 
 
@@ -62,8 +61,7 @@ def finish(stage: Stage, parts: list[dict[str, Any]]) -> dict[str, Any]:
         UserError: more bad images than the recipe's error budget, or a shard that is not finished.
     """
     # Task 0 has compared precisions.
-    compared = ("fingerprint", "codes_differ_from_fp32")
-    figures: dict[str, Any] = {key: parts[0][key] for key in compared if key in parts[0]}
+    figures = dict(parts[0])
     for split in SPLITS:
         records = finish_split(stage, image_source(stage, split), split, figures["fingerprint"])
         figures |= {
@@ -71,7 +69,8 @@ def finish(stage: Stage, parts: list[dict[str, Any]]) -> dict[str, Any]:
             f"{split}_skipped": sum(record.skipped for record in records),
         }
         if split == "train":
-            used = {level.name: [record.usage[level.name] for record in records] for level in code_levels(stage)}
+            levels = [level.name for level in stage.recipe.levels if level.codes]
+            used = {name: [record.usage[name] for record in records] for name in levels}
             figures |= usage_figures({name: torch.tensor(counts).sum(dim=0) for name, counts in used.items()})
     return figures
 
@@ -110,7 +109,7 @@ def finish_split(stage: Stage, source: ImageSource, split: str, fingerprint: str
         _clear(folder, [MANIFEST])
     finished = manifest_from_records(
         records,
-        levels=code_levels(stage),
+        levels=stage.recipe.levels,
         classes=source.manifest.classes,
         image_size=stage.recipe.data.image_size,
         fingerprint=fingerprint,
@@ -134,16 +133,10 @@ def _clear(folder: str, names: Sequence[str]) -> None:
             clear_beside(place / name)
 
 
-def code_levels(stage: Stage) -> list[CodeLevel]:
-    """The levels of the recipe's code grids."""
-    levels = zip(stage.recipe.grids, stage.recipe.tokenizer.levels, strict=True)
-    return [CodeLevel(name=level.name, grid=side, codes=level.codes) for side, level in levels]
-
-
 def extraction(stage: Stage, tokenizer: TrainedTokenizer, split: str) -> Extraction:
     """How the recipe wants a split extracted; held-out images count once."""
     wanted, data = stage.recipe.extract, stage.recipe.data
-    return Extraction(tokenizer, code_levels(stage), wanted.batch, wanted.block, data.threads, views_of(stage, split))
+    return Extraction(tokenizer, stage.recipe.levels, wanted.batch, wanted.block, data.threads, views_of(stage, split))
 
 
 def crops_of(stage: Stage, split: str) -> Crops | None:

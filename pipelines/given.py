@@ -170,9 +170,15 @@ def read_images(path: Path, size: int) -> Pixels:
 
 
 def grids_of(recipe: Recipe) -> dict[str, tuple[int, int]]:
-    """Side of the grid and size of the codebook of each level, the finest first."""
-    levels = zip(recipe.grids, recipe.tokenizer.levels, strict=True)
-    return {level.name: (side, level.codes) for side, level in levels}
+    """Side of the grid and size of the codebook of each level, the finest first.
+
+    Raises:
+        UserError: there are no codes.
+    """
+    if recipe.levels[0].continuous:
+        what = f"a tokenizer of kind {recipe.tokenizer.kind} has continuous latents, no codes that could be given"
+        raise UserError(what, where="vqscale sample", mend="leave out --from-codes, --complete and --details-of")
+    return {level.name: (level.grid, level.codes) for level in recipe.levels}
 
 
 def require_levels(levels: Sequence[str], grids: Grids) -> None:

@@ -11,8 +11,9 @@ from pipelines.sources import image_source
 from pipelines.stage import Stage
 from vqscale.data.image_source import ImageSource
 from vqscale.evaluation.likelihood import PixelLikelihood, fit_pixels
+from vqscale.evaluation.likelihoods import Fitted, Own, Pixels
 from vqscale.evaluation.measures import Shown
-from vqscale.export import TrainedTokenizer
+from vqscale.export import Arrays, TrainedTokenizer
 
 FIT_IMAGES = 1_024
 """Training images that the pixels' distribution is fitted to, the first ones of the shards."""
@@ -23,8 +24,16 @@ def held_out(stage: Stage, tokenizer: TrainedTokenizer) -> Iterator[Shown]:
     source = image_source(stage, "validation")
     for batch in stage.read_once(source, source.shards.counts):
         images = batch.fields["image"]
-        codes, means = _through(tokenizer, images)
-        yield Shown(batch.index, batch.fields["label"], images, codes, means)
+        encoded, means = _through(tokenizer, images)
+        latents, density = tokenizer.draw(encoded, images)
+        yield Shown(batch.index, batch.fields["label"], images, encoded, latents, density, means)
+
+
+def pixels_given_latents(stage: Stage, tokenizer: TrainedTokenizer) -> Pixels:
+    """How likely pixels are given their latents: by the tokenizer itself, or by a distribution that is fitted."""
+    if tokenizer.network.likelihood:
+        return Own(tokenizer.network.likelihood, lambda shown: tokenizer.nats(shown.images, shown.latents))
+    return Fitted(fitted_pixels(stage, tokenizer))
 
 
 def fitted_pixels(stage: Stage, tokenizer: TrainedTokenizer) -> PixelLikelihood:
@@ -48,8 +57,6 @@ def first_images(source: ImageSource, batch: int, count: int) -> Iterator[NDArra
                 return
 
 
-def _through(
-    tokenizer: TrainedTokenizer, images: NDArray[np.uint8]
-) -> tuple[dict[str, NDArray[np.uint16]], NDArray[np.float32]]:
-    codes = tokenizer.encode(images)
-    return codes, tokenizer.decode_means(codes)
+def _through(tokenizer: TrainedTokenizer, images: NDArray[np.uint8]) -> tuple[Arrays, NDArray[np.float32]]:
+    encoded = tokenizer.encode(images)
+    return encoded, tokenizer.decode_means(tokenizer.centres(encoded))

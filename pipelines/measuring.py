@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from pipelines.classifying import measure_classifiers, shards_of
-from pipelines.held_out import fitted_pixels, held_out
+from pipelines.held_out import held_out, pixels_given_latents
 from pipelines.sources import image_source
 from pipelines.stage import Stage
 from vqscale.checkpoint.folder import steps
 from vqscale.data.drawn import RECORD, DrawnSet, open_drawn
 from vqscale.data.images import encode_png
+from vqscale.data.manifest import CodeLevel
 from vqscale.data.sheet import code_colours, colour_codes, labelled_sheet
 from vqscale.evaluation.features import FeatureNetwork, load_features
 from vqscale.evaluation.hours import HourCounts
+from vqscale.evaluation.latents import PosteriorStatistics
 from vqscale.evaluation.likelihood import LevelCodes
 from vqscale.evaluation.likelihoods import Likelihoods
 from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Measure, Shown, learned_figures
@@ -28,8 +29,6 @@ from vqscale.export import TrainedTokenizer, load_prior, load_tokenizer
 from vqscale.files import write_bytes
 from vqscale.models.lpips import load_lpips
 from vqscale.models.prior import Prior
-from vqscale.models.quantizer import Codebook
-from vqscale.training.build import grid_shapes
 from vqscale.training.checkpoints.fitting import require_prior_of
 
 SHEET_IMAGES = 12
@@ -71,7 +70,7 @@ def measure_held_out(
             measure.add(shown)
         seen(len(shown.images))
     figures = {name: value for measure in measures for name, value in measure.figures(stage.ranks).items()}
-    return figures | learned_figures(figures, 3 * stage.recipe.data.image_size**2)
+    return figures | learned_figures(figures, stage.recipe.dimensions)
 
 
 def _measures(
@@ -80,16 +79,21 @@ def _measures(
     """What the recipe wants measured; every one of them is shown all held-out images."""
     recipe, size, device = stage.recipe, stage.recipe.data.image_size, stage.ranks.device
     lpips = load_lpips(recipe.evaluate.lpips_paths, "evaluate.lpips").to(device) if recipe.evaluate.lpips else None
-    books: list[Tensor] = [book.codes for book in tokenizer.network.codebooks]  # type: ignore[misc]
-    shapes = dict(zip(tokenizer.levels[::-1], grid_shapes(recipe), strict=True))
-    codes = {name: LevelCodes(shape.length, shape.codes) for name, shape in shapes.items()}
-    levels = {name: (book, shapes[name].side) for name, book in zip(tokenizer.levels, books, strict=True)}
+    latents = {level.name: LevelCodes(level.values, level.codes) for level in reversed(recipe.levels)}
     measures: list[Measure] = [
         Reconstructions(size, clocks=bool(recipe.data.clocks), lpips=lpips),
-        Likelihoods(fitted_pixels(stage, tokenizer), codes, size, prior, device),
-        CodeStatistics(levels),
+        Likelihoods(pixels_given_latents(stage, tokenizer), latents, recipe.dimensions, prior, device),
+        _statistics(recipe.levels, tokenizer),
     ]
     return [*measures, FeatureDistance(network, size)] if network else measures
+
+
+def _statistics(levels: Sequence[CodeLevel], tokenizer: TrainedTokenizer) -> Measure:
+    """What is said of the latents: how codes are used, or how far posteriors are from N(0, 1)."""
+    if tokenizer.network.continuous:
+        return PosteriorStatistics(levels)
+    books = zip(levels, tokenizer.network.vectors(), strict=True)
+    return CodeStatistics({level.name: (book, level.grid) for level, book in books})
 
 
 def measure_samples(stage: Stage, network: FeatureNetwork | None) -> dict[str, Any]:
@@ -140,11 +144,12 @@ def _shares(stage: Stage, count: int) -> Iterator[range]:
 def _write_sheet(folder: Path, shown: Shown, tokenizer: TrainedTokenizer) -> None:
     """Some images, their reconstructions, what each level carries alone, and the code grids in colour."""
     names, size = tokenizer.levels[::-1], tokenizer.image_size
-    codes = {name: grids[:SHEET_IMAGES] for name, grids in shown.codes.items()}
+    encoded = {name: own[:SHEET_IMAGES] for name, own in shown.encoded.items()}
     rows = {"input": shown.images[:SHEET_IMAGES], "reconstruction": shown.pixels[:SHEET_IMAGES]}
     if len(names) > 1:
-        rows |= {f"{name} alone": tokenizer.decode_alone(codes, name) for name in names}
-    books: list[Codebook] = list(tokenizer.network.codebooks)  # type: ignore[arg-type]
-    for name, book in zip(names, reversed(books), strict=True):
-        rows[f"{name} codes"] = colour_codes(codes[name], code_colours(book.codes.cpu().numpy()), size)
+        latents = tokenizer.centres(encoded)
+        rows |= {f"{name} alone": tokenizer.decode_alone(latents, name) for name in names}
+    books = dict(zip(tokenizer.levels, tokenizer.network.vectors(), strict=False))  # none of continuous latents
+    for name in names[len(names) - len(books) :]:
+        rows[f"{name} codes"] = colour_codes(encoded[name], code_colours(books[name].cpu().numpy()), size)
     write_bytes(folder / RECONSTRUCTIONS, encode_png(labelled_sheet(rows)))

@@ -12,13 +12,17 @@ from pipelines.stage import Stage, run_stage
 from pipelines.training import train_stage
 from vqscale.checkpoint.manifest import CODES_OF
 from vqscale.config.inputs import check_levels
+from vqscale.data.code_source import CodeSource
 from vqscale.errors import UserError
 from vqscale.export import load_tokenizer
 from vqscale.sampling import preview
 from vqscale.training.build import build_prior, grid_shapes
 from vqscale.training.engine import Engine
+from vqscale.training.exemplars import show_exemplars
 from vqscale.training.prior_task import CodeFields, PriorTask
 from vqscale.training.transfer import tensors
+
+_BATCH = 256  # samples that are read at once before the training
 
 
 def main(stage: Stage) -> dict[str, Any]:
@@ -41,9 +45,10 @@ def main(stage: Stage) -> dict[str, Any]:
             yield tensors(batch.fields, ranks.device)
 
     torch.manual_seed(recipe.seed)
-    network = build_prior(recipe.prior, grid_shapes(recipe), len(source.manifest.classes))
+    network = build_prior(recipe.prior, grid_shapes(recipe.levels), len(source.manifest.classes))
+    levels = [level.name for level in recipe.levels][::-1]
+    show_exemplars(network, _one_after_the_other(source), levels)
     engine = Engine(network, recipe.prior.training, ranks, stage.resources.strategy)
-    levels = [level.name for level in recipe.tokenizer.levels][::-1]
     task = PriorTask(
         engine,
         recipe.prior,
@@ -54,6 +59,13 @@ def main(stage: Stage) -> dict[str, Any]:
     )
     training, origin = recipe.prior.training, {CODES_OF: fingerprint}
     return train_stage(stage, task, source, source.shards.counts, training, "images/s", origin)
+
+
+def _one_after_the_other(source: CodeSource) -> Iterator[CodeFields]:
+    """All samples of the shards in their order, in batches."""
+    for shard in range(len(source.shards.counts)):
+        for fields, _ in source.read_shard(shard, _BATCH):
+            yield tensors(fields, torch.device("cpu"))
 
 
 if __name__ == "__main__":

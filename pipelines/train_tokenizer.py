@@ -1,4 +1,4 @@
-"""Stage `tokenizer`: image shards to a trained VQ-VAE-2."""
+"""Stage `tokenizer`: image shards to a trained tokenizer."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import torch
 from pipelines.sources import image_source
 from pipelines.stage import Stage, run_stage
 from pipelines.training import train_stage
-from vqscale.training.build import build_tokenizer
-from vqscale.training.engine import Engine
-from vqscale.training.tokenizer_task import TokenizerTask
+from vqscale.training.tasks import tokenizer_task
 
 FIXED_IMAGES = 16
 
 
 def main(stage: Stage) -> dict[str, Any]:
     """Train the tokenizer; goes on from the newest checkpoint of the run."""
-    recipe, ranks = stage.recipe, stage.ranks
+    recipe = stage.recipe
     source, held_out = image_source(stage, "train"), image_source(stage, "validation")
 
     def read_held_out() -> Iterator[np.ndarray]:
@@ -28,10 +26,8 @@ def main(stage: Stage) -> dict[str, Any]:
             yield batch.fields["image"]
 
     torch.manual_seed(recipe.seed)
-    network = build_tokenizer(recipe.tokenizer)
-    engine = Engine(network, recipe.tokenizer.training, ranks, stage.resources.strategy)
     fixed = next(held_out.read_shard(0, FIXED_IMAGES, []))[0]["image"]
-    task = TokenizerTask(engine, recipe.tokenizer, recipe.seed, read_held_out, fixed)
+    task = tokenizer_task(recipe, stage.ranks, read_held_out, fixed)
     return train_stage(stage, task, source, source.shards.counts, recipe.tokenizer.training, "images/s")
 
 

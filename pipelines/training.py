@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.stage import Stage
 from vqscale.config.load import dump_yaml
-from vqscale.config.recipe import Training
+from vqscale.config.training import Training
 from vqscale.data.loader import Loader
 from vqscale.data.memory import aligned
 from vqscale.data.order import StreamOrder
@@ -125,8 +125,8 @@ class _Training:
         if events is None:
             return None
         tracker = Tracker(stage.layout.tensorboard / stage.name, events, start)
-        levels, peak = [level.name for level in stage.recipe.tokenizer.levels], peak_tflops(stage.ranks.device)
-        tracker.layout(layout(stage.name, levels, stage.ranks.world, peak is not None))
+        peak = peak_tflops(stage.ranks.device)
+        tracker.layout(layout(stage.name, self.task.charts(), stage.ranks.world, peak is not None))
         if not start:
             tracker.text("recipe", dump_yaml(stage.recipe))
             tracker.text("machine", describe(stage.ranks.world, stage.ranks.device), kind="text")

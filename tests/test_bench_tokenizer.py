@@ -53,7 +53,7 @@ def test_the_recipe_s_cost_is_the_one_that_is_known() -> None:
     layers = tokenizer.layers_of(build_tokenizer(recipe.tokenizer), recipe)
     # With rosinality's residual width: 7.53 GFLOP of convolutions, 0.34 of search.
     assert round(sum(layer.flops for layer in layers) / 1e9, 2) == 7.53
-    assert round(search_flops([512, 512], [64, 64], recipe.grids) / 1e9, 2) == 0.34
+    assert round(search_flops([512, 512], [64, 64], [level.grid for level in recipe.levels]) / 1e9, 2) == 0.34
 
 
 @pytest.mark.parametrize("transposed", [False, True])

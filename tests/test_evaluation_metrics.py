@@ -234,7 +234,8 @@ def shown(count: int, seed: int) -> Shown:
     images, others = pictures(count, 16, seed)
     codes = {"bottom": random.integers(0, 8, (count, 4, 4)), "top": random.integers(0, 4, (count, 2, 2))}
     grids = {name: grid.astype(np.uint16) for name, grid in codes.items()}
-    return Shown(np.arange(count), np.zeros(count, np.int64), images, grids, others.astype(np.float32))
+    density = np.zeros(count)
+    return Shown(np.arange(count), np.zeros(count, np.int64), images, grids, grids, density, others.astype(np.float32))
 
 
 BOOKS = {"bottom": (torch.arange(8.0)[:, None], 4), "top": (torch.arange(4.0)[:, None] ** 2, 2)}
@@ -242,10 +243,10 @@ BOOKS = {"bottom": (torch.arange(8.0)[:, None], 4), "top": (torch.arange(4.0)[:,
 
 def part_of(everything: Shown, rank: int, world: int) -> Shown:
     mine = slice(rank, None, world)
-    codes = {name: grid[mine] for name, grid in everything.codes.items()}
-    return Shown(
-        everything.numbers[mine], everything.labels[mine], everything.images[mine], codes, everything.means[mine]
-    )
+    codes = {name: grid[mine] for name, grid in everything.encoded.items()}
+    whole = everything.numbers, everything.labels, everything.images, everything.log_posterior, everything.means
+    numbers, labels, images, density, means = (array[mine] for array in whole)
+    return Shown(numbers, labels, images, codes, codes, density, means)
 
 
 def measured_on_ranks(network: Path) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vqscale.config.tokenizer import Adversarial
+from vqscale.config.vqvae2 import Adversarial
 from vqscale.errors import UserError
 from vqscale.models.convnets import Widths
 from vqscale.models.discriminator import PatchDiscriminator

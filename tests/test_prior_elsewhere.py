@@ -51,7 +51,9 @@ def test_the_recipe_has_one_stage_and_is_checked(pulled: Path, tmp_path: Path) -
     plan = make_plan(str(path), run=tmp_path / "run")
     assert [command.stage for command in plan.commands] == ["prior"]
     assert plan.warnings == ()
-    with pytest.raises(UserError, match=r"holds bottom 4×4 of 16, top 2×2 of 16, but the recipe has bottom 8×8"):
+    with pytest.raises(
+        UserError, match=r"holds bottom 4×4 of 16 codes, top 2×2 of 16 codes, but the recipe has bottom 8×8"
+    ):
         check_inputs(load_recipe(path, ["data.image_size=32"]))
     with pytest.raises(UserError, match="4 shards cannot feed 8 streams"):
         check_inputs(load_recipe(path, ["data.streams=8"]))

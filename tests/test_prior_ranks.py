@@ -35,13 +35,14 @@ def recipe(networks: list[dict[str, Any]], **overrides: Any) -> Recipe:
 RECIPES = {
     "transformer": recipe([SIZES]),
     "pixelcnn": recipe([{"kind": "pixelcnn", "layers": 2, "width": 16}]),
+    "recurrent": recipe([{"kind": "recurrent", "layers": 2, "width": 16}]),
     "masked": recipe([SIZES, {"kind": "masked", **SIZES}]),
     "blockwise": recipe([SIZES, {"kind": "blockwise", **SIZES}]),
     "uniform": recipe([{"kind": "uniform"}]),
     "dropout-and-muon": recipe([{**SIZES, "dropout": 0.2}], prior__training__optimizer="muon"),
 }
 """Dropout's masks follow from seed, step and rank alone; Muon is a second optimizer to be saved."""
-EQUAL_ON_ANY_RANKS = ("transformer", "pixelcnn", "masked", "blockwise")
+EQUAL_ON_ANY_RANKS = ("transformer", "pixelcnn", "recurrent", "masked", "blockwise")
 LEARNING = (*EQUAL_ON_ANY_RANKS, "dropout-and-muon")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.machine import ROOT
 from tests.recipes import tiny_recipe
+from tests.test_flows import SECTIONS as CONTINUOUS
 from vqscale.config.load import load_recipe
 from vqscale.config.prior import Network as Sections
 from vqscale.errors import UserError
@@ -26,6 +27,7 @@ CLASSES = 3
 SMALL: dict[str, dict[str, Any]] = {
     "transformer": {"layers": 2, "width": 16, "heads": 2},
     "pixelcnn": {"layers": 3, "width": 8},
+    "recurrent": {"layers": 2, "width": 8},
     "masked": {"layers": 2, "width": 16, "heads": 2, "passes": 3},
     "blockwise": {"layers": 2, "width": 16, "heads": 2, "passes": 3},
     "uniform": {},
@@ -63,7 +65,7 @@ def test_a_kind_is_one_section_and_one_network() -> None:
         (kind,) = get_args(section.model_fields["kind"].annotation)
         taken = set(inspect.signature(NETWORKS[kind]).parameters) - {"grids", "classes", "given"}
         assert taken == set(section.model_fields) - {"kind", "levels", "size"}
-        assert kind in SMALL
+        assert kind in (CONTINUOUS if section.continuous else SMALL)
 
 
 @every_kind
@@ -185,7 +187,7 @@ def test_sizes_have_the_weights_that_are_documented(size: str, millions: int) ->
         ROOT / "pipelines/recipes/imagenet256.yaml", [f"prior.networks=[{{kind: transformer, size: {size}}}]"]
     )
     with torch.device("meta"):
-        prior = build_prior(recipe.prior, grid_shapes(recipe), 1000)
+        prior = build_prior(recipe.prior, grid_shapes(recipe.levels), 1000)
         codes = [torch.zeros(2, grid.side, grid.side, dtype=torch.int64) for grid in prior.grids]
         logits = prior.networks[0]([], codes, torch.zeros(2, dtype=torch.int64))
     assert [tuple(level.shape) for level in logits] == [(2, 1024, 512), (2, 4096, 512)]

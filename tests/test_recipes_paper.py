@@ -23,7 +23,7 @@ def recipe(name: str) -> Recipe:
 @pytest.mark.parametrize("name", PAPERS)
 def test_grids_and_codebooks(name: str) -> None:
     found = recipe(name)
-    assert found.grids == PAPERS[name]
+    assert tuple(level.grid for level in found.levels) == PAPERS[name]
     assert {(level.codes, level.dim) for level in found.tokenizer.levels} == {(512, 64)}
     quantizer = found.tokenizer.quantizer
     assert (quantizer.decay, quantizer.commitment, quantizer.learning) == (0.99, 0.25, "ema")
@@ -48,7 +48,7 @@ def test_settings_of_the_vqvae2_paper(name: str) -> None:
     widths = tokenizer.hidden, tokenizer.residual_hidden, tokenizer.residual_blocks
     ours = (
         found.data.image_size,
-        found.grids,
+        tuple(level.grid for level in found.levels),
         tokenizer.quantizer.commitment,
         training.global_batch,
         *widths,

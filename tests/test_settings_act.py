@@ -10,10 +10,11 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from tests import test_tokenizer_task, test_training_settings
-from vqscale.config.recipe import Tokenizer
+from vqscale.config.vqvae2 import VQVAE2
 
 SHORT = {"q__": "quantizer.", "l__": "losses.", "t__": "training."}
 ELSEWHERE = {
+    "kind": "test_pixels.py::test_settings_of_other_kinds_are_refused",
     "levels.name": "test_end_to_end.py::test_the_report",
     "levels.downsample": "test_tokenizer_task.py::test_settings_reach_the_codebook_of_every_level",
     "levels.codes": "test_tokenizer_task.py::test_settings_reach_the_codebook_of_every_level",
@@ -75,11 +76,11 @@ def test_every_setting_of_the_tokenizer_is_seen_to_act() -> None:
         seen |= set(changed({key: None}))
     for _, change in test_tokenizer_task.test_every_setting_acts.pytestmark[0].args[1]:  # type: ignore[attr-defined]
         seen |= set(changed(change))
-    assert set(settings(Tokenizer)) - seen == set()
+    assert set(settings(VQVAE2)) - seen == set()
 
 
 def test_the_tests_that_are_named_exist() -> None:
     for named in ELSEWHERE.values():
         file, _, name = named.partition("::")
         assert f"def {name}(" in (Path(__file__).parent / file).read_text(), named
-    assert set(settings(Tokenizer)) >= set(ELSEWHERE) | REPORTS
+    assert set(settings(VQVAE2)) >= set(ELSEWHERE) | REPORTS

@@ -143,9 +143,11 @@ def test_operations_of_a_forward_equal_the_formula() -> None:
     assert counted == sum(layer.flops for layer in convolutions(network.shapes, dims, size))
 
 
-def test_attention_counts_on_a_cpu_too() -> None:
+def test_attention_and_recurrences_count_on_a_cpu_too() -> None:
     query = torch.zeros(1, 2, 16, 8)
     assert forward_flops(F.scaled_dot_product_attention, query, query, query, is_causal=True) == 2 * 2 * 2 * 16 * 16 * 8
+    for cell, gates in ((torch.nn.LSTM(8, 8), 4), (torch.nn.GRU(8, 8), 3)):
+        assert forward_flops(cell, torch.zeros(5, 2, 8)) == 5 * 2 * gates * 2 * 2 * 8 * 8
 
 
 def test_shares_of_a_peak() -> None:
@@ -169,8 +171,8 @@ def test_memory_is_what_the_kernel_says() -> None:
 def test_leaves_of_settings() -> None:
     tree = {"a": 1, "b": {"c": True, "d": None}, "e": [{"f": "x"}, {"f": "y"}]}
     assert dict(leaves(tree)) == {"a": 1, "b.c": True, "e.0.f": "x", "e.1.f": "y"}
-    assert list(layout("extract", ["top"])) == ["extract: optimizer", "extract: speed"]
-    more = set(layout("prior", [], world=2, peak=True)["prior: speed"]) - set(layout("prior", [])["prior: speed"])
+    assert list(layout("extract", {})) == ["extract: optimizer", "extract: speed"]
+    more = set(layout("prior", {}, world=2, peak=True)["prior: speed"]) - set(layout("prior", {})["prior: speed"])
     assert len(more) == 3, "the share of the peak, and two of the ranks"
 
 

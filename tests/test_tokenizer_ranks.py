@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests import training_helpers
 from tests.ranks import RanksFailedError, run_ranks
 from tests.recipes import tiny_recipe
 from tests.training_helpers import State, clock_run, many_streams, tokenizer_experiment
 from vqscale.config.recipe import Recipe
 from vqscale.models.losses import adaptive_weight
-from vqscale.training import adversary
+from vqscale.training import adversary, tasks
 from vqscale.training.build import build_tokenizer
 from vqscale.training.distributed import process_group
 from vqscale.training.tokenizer_task import TokenizerTask
@@ -60,7 +59,7 @@ def train(run: Path, settings: Recipe, folder: Path) -> Trained:
         return weight
 
     adversary.adaptive_weight = look  # type: ignore[assignment]
-    training_helpers.build_tokenizer = lambda tokenizer: network  # type: ignore[assignment]
+    tasks.build_tokenizer = lambda tokenizer: network  # type: ignore[assignment]
     with process_group("cpu", 60) as ranks:
         made = tokenizer_experiment(ranks, run, settings)
         assert isinstance(made.task, TokenizerTask)

@@ -24,7 +24,7 @@ from tests.training_helpers import (
     tokenizer_experiment,
 )
 from vqscale.checkpoint.folder import open_stored
-from vqscale.config.recipe import Training
+from vqscale.config.training import Training
 from vqscale.models.quantizer import Codebook
 from vqscale.training.checkpoints.reader import Checkpoint, newest
 from vqscale.training.distributed import Ranks

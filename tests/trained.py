@@ -15,6 +15,7 @@ from vqscale.data import clocks
 from vqscale.export import load_tokenizer
 from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Donors
+from vqscale.models.vqvae import VQVAE
 from vqscale.training.build import build_prior, build_tokenizer, grid_shapes
 
 
@@ -25,6 +26,7 @@ def save_tokenizer(run: Path, seed: int, step: int = 8) -> None:
     network = build_tokenizer(recipe.tokenizer)
     images, _ = clocks.draw(0, 64, recipe.data.image_size, seed)
     pixels, donors = from_uint8(images, torch.device("cpu")), Donors(torch.arange(64), 64, seed)
+    assert isinstance(network, VQVAE)
     network.initialise_codebooks(pixels, donors, lambda tensor: tensor)
     save_network(network, RunLayout(run).root / "checkpoints" / "tokenizer", step)
 
@@ -33,7 +35,7 @@ def save_prior(run: Path, seed: int = 0, step: int = 8) -> None:
     """A prior with random weights, large enough for the classes to matter."""
     torch.manual_seed(seed)
     recipe = RunLayout(run).read_recipe()
-    network = build_prior(recipe.prior, grid_shapes(recipe), 12)
+    network = build_prior(recipe.prior, grid_shapes(recipe.levels), 12)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(8)

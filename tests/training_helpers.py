@@ -18,20 +18,21 @@ from pipelines.outcome import leave_marker
 from pipelines.stage import Finish, Stage
 from tests.recipes import tiny_recipe, write_recipe
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import Recipe, Training
+from vqscale.config.recipe import Recipe
+from vqscale.config.training import Training
 from vqscale.data.code_records import CodeRecord, manifest_from_records, read_records, write_record
 from vqscale.data.code_source import CodeSource
 from vqscale.data.codes import CodeBlock, write_code_shard
 from vqscale.data.image_source import ImageSource
 from vqscale.data.loader import Loader
-from vqscale.data.manifest import CodeLevel, Manifest, read_manifest, write_manifest
+from vqscale.data.manifest import Manifest, read_manifest, write_manifest
 from vqscale.data.order import StreamOrder
 from vqscale.data.reader import EvaluationReader
 from vqscale.data.shards import open_shards
 from vqscale.data.source import Source
 from vqscale.faults import NO_FAULTS, Faults
 from vqscale.quarantine import Quarantine
-from vqscale.training.build import build_prior, build_tokenizer, grid_shapes
+from vqscale.training.build import build_prior, grid_shapes
 from vqscale.training.checkpoints.keeper import Checkpoints
 from vqscale.training.data_watch import DataWatch
 from vqscale.training.distributed import Ranks, process_group
@@ -40,7 +41,7 @@ from vqscale.training.loop import Loop
 from vqscale.training.pieces import Piece, assemble, whole
 from vqscale.training.prior_task import PriorTask
 from vqscale.training.task import Task
-from vqscale.training.tokenizer_task import TokenizerTask
+from vqscale.training.tasks import tokenizer_task
 from vqscale.training.transfer import DeviceBatch, DeviceBatches, tensors
 from vqscale.training.vigil import vigil
 from vqscale.training.watchdog import Watchdog
@@ -245,8 +246,7 @@ def tokenizer_experiment(ranks: Ranks, run: Path, recipe: Recipe, weights: int =
             yield batch.fields["image"]
 
     torch.manual_seed(weights)
-    engine = Engine(build_tokenizer(recipe.tokenizer), recipe.tokenizer.training, ranks, recipe.resources.strategy)
-    task = TokenizerTask(engine, recipe.tokenizer, recipe.seed, read_held_out, next(read_held_out(0, 1))[:4])
+    task = tokenizer_task(recipe, ranks, read_held_out, next(read_held_out(0, 1))[:4])
     return Experiment(ranks, recipe, task, ImageSource(open_shards(train_url), size), manifest.counts)
 
 
@@ -261,7 +261,7 @@ def prior_experiment(ranks: Ranks, codes: Path, recipe: Recipe, weights: int = 0
             yield tensors(batch.fields, ranks.device)
 
     torch.manual_seed(weights)
-    network = build_prior(recipe.prior, grid_shapes(recipe), len(manifest.classes))
+    network = build_prior(recipe.prior, grid_shapes(recipe.levels), len(manifest.classes))
     engine = Engine(network, recipe.prior.training, ranks, recipe.resources.strategy)
     task = PriorTask(engine, recipe.prior, ["top", "bottom"], recipe.seed, read_held_out)
     return Experiment(ranks, recipe, task, source, manifest.counts)
@@ -313,16 +313,13 @@ def save_network(network: torch.nn.Module, folder: Path, step: int) -> None:
 def code_shards(folder: Path, shards: int = 12, samples: int = 20, seed: int = 0, fingerprint: str = "") -> Manifest:
     """Code shards of the tiny recipe's shapes; a sample's codes follow from its class, with some noise."""
     recipe, rng = tiny_recipe(), np.random.default_rng(seed)
-    levels = [
-        CodeLevel(name=level.name, grid=side, codes=level.codes)
-        for side, level in zip(recipe.grids, recipe.tokenizer.levels, strict=True)
-    ]
+    levels = list(recipe.levels)
     names = []
     for number in range(shards):
         labels = rng.integers(0, 12, samples)
         codes = {
-            level.name: (labels[:, None, None] + rng.integers(0, 3, (samples, side, side))) % level.codes
-            for side, level in zip(recipe.grids, recipe.tokenizer.levels, strict=True)
+            level.name: (labels[:, None, None] + rng.integers(0, 3, (samples, level.grid, level.grid))) % level.codes
+            for level in levels
         }
         keys = [f"{number}-{i}" for i in range(samples)]
         shard = write_code_shard(f"{folder}/s{number:02d}.tar", [CodeBlock(codes, labels, keys)], levels, fingerprint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from vqscale.config.exported import Exported
@@ -18,6 +18,7 @@ _FIGURES = {
     "lpips": ("LPIPS of reconstructions", _HELD_OUT),
     "rfid": ("rFID", "{rfid_images} images of {rfid_reference}"),
     "nats_per_code": ("nats a code", _HELD_OUT),
+    "nats_per_value": ("nats a latent value", _HELD_OUT),
     "bits_per_dim": ("bits per dimension (a bound)", _HELD_OUT),
     "fid": ("FID of samples", "{fid_samples} samples, {fid_reference_images} images of {fid_reference}"),
     "inception_score": ("Inception Score of samples", "{fid_samples} samples"),
@@ -50,32 +51,24 @@ def card(
 
 
 def _head(exported: Exported) -> str:
-    levels = ", ".join(
-        f"{level.name} (1/{total} of the side, {level.codes} codes of {level.dim} channels)"
-        for level, total in zip(exported.tokenizer.levels, _totals(exported), strict=True)
-    )
+    tokenizer, levels = exported.tokenizer, ", ".join(map(str, exported.levels))
     kinds = [network.kind for network in exported.prior.networks] if exported.prior else []
-    prior = f" With a prior over the codes ({', '.join(kinds)})." if kinds else " Without a prior."
+    prior = f" With a prior over the latents ({', '.join(kinds)})." if kinds else " Without a prior."
+    tags = "".join(f"- {tag}\n" for tag in (*tokenizer.tags, "image-tokenizer"))
     return (
-        "---\nlibrary_name: vqscale\ntags:\n- vq-vae-2\n- image-tokenizer\n---\n\n"
-        f"# {exported.name}\n\nA hierarchical VQ-VAE for RGB images of {exported.image_size} x {exported.image_size} "
+        f"---\nlibrary_name: vqscale\ntags:\n{tags}---\n\n"
+        f"# {exported.name}\n\n{tokenizer.title} for RGB images of {exported.image_size} x {exported.image_size} "
         f"pixels. Levels, from fine to coarse: {levels}.{prior}"
     )
 
 
-def _totals(exported: Exported) -> Iterator[int]:
-    total = 1
-    for level in exported.tokenizer.levels:
-        total *= level.downsample
-        yield total
-
-
 def _use(exported: Exported) -> str:
+    name = "posteriors" if exported.levels[0].continuous else "codes"
     lines = [
         "from vqscale import load_tokenizer",
         f'tokenizer = load_tokenizer("{_PLACE}")',
-        f"codes = tokenizer.encode(images)  # uint8 [n, {exported.image_size}, {exported.image_size}, 3]",
-        "images = tokenizer.decode(codes)",
+        f"{name} = tokenizer.encode(images)  # uint8 [n, {exported.image_size}, {exported.image_size}, 3]",
+        f"images = tokenizer.decode({'tokenizer.centres(posteriors)' if name == 'posteriors' else name})",
     ]
     return "## Use\n\n```py\n" + "\n".join(lines) + f"\n```\n\n`{_PLACE}` is this folder or its URL."
 
@@ -109,9 +102,10 @@ def _training(exported: Exported, recipe: Recipe, markers: Mapping[str, Mapping[
 
 
 def _figures(exported: Exported, report: Mapping[str, Any]) -> str:
-    names = [level.name for level in exported.tokenizer.levels]
-    usage = {f"usage_{name}": (f"codes of level {name} in use", "training images") for name in names}
-    known = {name: texts for name, texts in {**_FIGURES, **usage}.items() if name in report}
+    names = [level.name for level in exported.levels]
+    levels = {f"usage_{name}": (f"codes of level {name} in use", "training images") for name in names}
+    levels |= {f"active_{name}": (f"active units of level {name}", _HELD_OUT) for name in names}
+    known = {name: texts for name, texts in {**_FIGURES, **levels}.items() if name in report}
     if not known:
         return "## Figures\n\nThe run was not evaluated."
     rows = [f"| {text} | {_text(report[name])} | {_filled(over, report)} |" for name, (text, over) in known.items()]

@@ -18,7 +18,7 @@ from vqscale.data.code_records import PLAIN, CodeRecord, Views
 from vqscale.data.codes import CodeBlock, write_code_shard
 from vqscale.data.image_source import ImageSource
 from vqscale.data.manifest import CodeLevel
-from vqscale.export import TrainedTokenizer
+from vqscale.export import Arrays, TrainedTokenizer
 
 _COMPARED = 256  # images whose codes are compared with those of fp32
 
@@ -61,8 +61,13 @@ class Extraction:
             for last in writing:
                 yield last.result()
 
-    def difference_from_fp32(self, source: ImageSource) -> float:
-        """Share of the codes of the first 256 images that would be others if the networks ran in fp32."""
+    def difference_from_fp32(self, source: ImageSource) -> dict[str, float]:
+        """What would be different of the first 256 images if the networks ran in fp32.
+
+        Returns:
+            `codes_differ_from_fp32`, the share of the codes that would be others; or `posteriors_differ_from_fp32`, the
+            mean distance between means in standard deviations.
+        """
         held: list[NDArray[np.uint8]] = []
         for part in self._parts(source, range(len(source.manifest.shards))):
             held.append(part.fields["image"])
@@ -73,7 +78,11 @@ class Extraction:
             self._encode(images),
             replace(self, tokenizer=replace(self.tokenizer, bf16=False))._encode(images),
         )
-        return sum(int((ours[name] != theirs[name]).sum()) for name in ours) / sum(map(np.size, ours.values()))
+        if self.tokenizer.network.continuous:
+            apart = [_deviations(ours[name], theirs[name]) for name in ours]
+            return {"posteriors_differ_from_fp32": float(np.concatenate(apart).mean())}
+        different = sum(int((ours[name] != theirs[name]).sum()) for name in ours)
+        return {"codes_differ_from_fp32": different / sum(map(np.size, ours.values()))}
 
     def _parts(self, source: ImageSource, shards: Sequence[int]) -> Iterator[ShardPart]:
         return read_ahead(source, source.manifest.counts, shards, batch=self.batch, threads=self.threads)
@@ -81,14 +90,14 @@ class Extraction:
     def _encode_shard(self, parts: Iterable[ShardPart], count: BadCount) -> _Encoded:
         """All codes of one shard, whose compression and writing can then go on beside the next one's encoding."""
         bad: list[BadPick] = []
-        usage = {level.name: np.zeros(level.codes, np.int64) for level in self.levels}
+        usage = {level.name: np.zeros(level.codes, np.int64) for level in self.levels if level.codes}
         blocks = []
         for part in parts:
             bad.extend(part.bad)
             count.add(part.read, part.bad)
             blocks.append(self._encode_part(part))
-            for name, codes in blocks[-1].codes.items():
-                usage[name] += np.bincount(codes.ravel(), minlength=len(usage[name]))
+            for name, counts in usage.items():
+                counts += np.bincount(blocks[-1].codes[name].ravel(), minlength=len(counts))
         return _Encoded(blocks, bad, usage)
 
     def _write(self, url: str, encoded: _Encoded) -> CodeRecord:
@@ -110,11 +119,17 @@ class Extraction:
         codes = self._encode(images.reshape(-1, *images.shape[-3:]))
         return CodeBlock(codes, part.fields["label"].repeat(len(endings)), keys)
 
-    def _encode(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.uint16]]:
+    def _encode(self, images: NDArray[np.uint8]) -> Arrays:
         starts = range(0, len(images), self.batch)
         parts = [self.tokenizer.encode(images[start : start + self.batch]) for start in starts]
         names = self.tokenizer.levels if parts else ()
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _deviations(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """How far apart the means of posteriors [n, 2C, side, side] are, in units of the second ones' deviations."""
+    (mean, _), (other, log_std) = (np.split(own, 2, axis=1) for own in (ours, theirs))
+    return (np.abs(mean - other) / np.exp(log_std)).ravel()
 
 
 class _Encoded(NamedTuple):

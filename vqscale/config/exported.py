@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from vqscale.config.recipe import Prior, Tokenizer
+from vqscale.config.recipe import Prior
 from vqscale.config.section import Positive, Section
+from vqscale.config.tokenizers import Tokenizer
+from vqscale.data.manifest import CodeLevel
 
 CONFIG, TOKENIZER, PRIOR, CARD = "config.json", "tokenizer.safetensors", "prior.safetensors", "README.md"
 """Files of an exported folder."""
@@ -43,3 +45,8 @@ class Exported(Section):
     """Name → what it has to be."""
     made_by: dict[str, Any]
     """Run, code and versions that it comes from."""
+
+    @property
+    def levels(self) -> tuple[CodeLevel, ...]:
+        """The tokenizer's latents of one image, from the finest level to the coarsest."""
+        return self.tokenizer.levels_of(self.image_size)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from vqscale.config.recipe import Clocks, Recipe, Shards
+from vqscale.config.recipe import Clocks, Recipe
+from vqscale.config.section import Places
 from vqscale.data.manifest import CODES, IMAGES, Manifest, check_streams
 from vqscale.data.shards import ShardSet, check_shards, open_shards
 from vqscale.errors import UserError
@@ -72,7 +73,7 @@ def check_codes(recipe: Recipe, train_at: str, validation_at: str) -> str | None
     return ours.fingerprint
 
 
-def check_images(shards: Shards) -> None:
+def check_images(shards: Places) -> None:
     """Whether image shards are there, by their manifest and the sizes of the files.
 
     Raises:
@@ -90,13 +91,9 @@ def check_levels(recipe: Recipe, shards: ShardSet) -> None:
     manifest = shards.manifest
     if manifest.format != CODES:
         raise UserError(f"holds {manifest.format}, not codes", where=shards.spec, mend="name a folder of code shards")
-    wanted = [
-        (level.name, side, level.codes) for side, level in zip(recipe.grids, recipe.tokenizer.levels, strict=True)
-    ]
-    held = [(level.name, level.grid, level.codes) for level in manifest.levels]
-    if held != wanted:
-        theirs, ours = (", ".join(f"{n} {g}×{g} of {k}" for n, g, k in levels) for levels in (held, wanted))
-        mend = "give data.image_size and tokenizer.levels of the recipe that made them"
+    if manifest.levels != recipe.levels:
+        theirs, ours = (", ".join(map(str, levels)) for levels in (manifest.levels, recipe.levels))
+        mend = "give data.image_size and tokenizer of the recipe that made them"
         raise UserError(f"holds {theirs}, but the recipe has {ours}", where=shards.spec, mend=mend)
 
 
@@ -113,18 +110,13 @@ def require_room(recipe: Recipe, shards: ShardSet) -> None:
 
 
 def _check_weights(recipe: Recipe) -> None:
-    perceptual = recipe.tokenizer.losses.perceptual
-    if perceptual:
-        for path in perceptual.paths:
+    for key, paths in recipe.tokenizer.weights.items():
+        for path in paths:
             if not Path(path).is_file():
-                raise UserError(
-                    f"no file {path}",
-                    where="tokenizer.losses.perceptual.weights",
-                    mend="name a file with the weights of VGG16 and LPIPS",
-                )
+                raise UserError(f"no file {path}", where=key, mend="name a file with the weights of VGG16 and LPIPS")
 
 
-def _read(spec: Shards) -> ShardSet:
+def _read(spec: Places) -> ShardSet:
     shards = open_shards(spec)
     if shards.manifest.format != IMAGES:
         raise UserError(

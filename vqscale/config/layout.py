@@ -39,7 +39,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqscale.config.load import load_recipe
-from vqscale.config.recipe import Recipe, Shards
+from vqscale.config.recipe import Recipe
+from vqscale.config.section import Places
 from vqscale.files import read_json
 
 
@@ -201,7 +202,7 @@ class RunLayout:
         """The bad samples that a stage met, one JSON object a line."""
         return self.stage(stage) / "quarantine.jsonl"
 
-    def shards(self, recipe: Recipe, split: str) -> Shards:
+    def shards(self, recipe: Recipe, split: str) -> Places:
         """Image shards of a split: the recipe's own, or those packed in this run."""
         if recipe.data.clocks:
             return str(self.root / "shards" / split)

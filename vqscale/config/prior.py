@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -17,6 +17,8 @@ class NetworkSection(Section):
     """Whether one network of this kind models several levels as one sequence; else each level gets its own."""
     matrices: ClassVar[bool] = False
     """Whether it has hidden matrices, which `optimizer: muon` is for."""
+    continuous: ClassVar[bool] = False
+    """Whether it models continuous latents; else codes."""
     kind: str
     """Kind of network."""
     levels: Positive | None = None
@@ -120,6 +122,21 @@ class PixelCNNNetwork(NetworkSection):
     """Dropout inside the layers."""
 
 
+class RecurrentNetwork(NetworkSection):
+    """Recurrent network over the codes in raster order: the cost of drawing a code does not depend on its place."""
+
+    kind: Literal["recurrent"]
+    """Recurrent network."""
+    layers: Positive = 2
+    """Recurrent layers."""
+    width: Positive = 256
+    """Channels, and size of the states."""
+    cell: Literal["lstm", "gru"] = "lstm"
+    """LSTM, or GRU, which has three quarters of the weights."""
+    dropout: Fraction = 0.0
+    """Dropout inside the layers."""
+
+
 class MaskedNetwork(Attending):
     """Masked prediction (MaskGIT, Chang et al. 2022): a grid is drawn in a few passes; its nats are an upper bound."""
 
@@ -153,6 +170,53 @@ class UniformNetwork(NetworkSection):
     """Uniform."""
 
 
+class NormalNetwork(NetworkSection):
+    """Standard normal latents: nothing is trained. The prior of a plain VAE, and the baseline of the flows."""
+
+    continuous: ClassVar[bool] = True
+    kind: Literal["normal"]
+    """Standard normal."""
+
+
+class RealNVPNetwork(NetworkSection):
+    """RealNVP (Dinh et al. 2017): affine couplings over continuous latents; density and drawing take one forward."""
+
+    continuous: ClassVar[bool] = True
+    kind: Literal["realnvp"]
+    """RealNVP."""
+    couplings: Positive = 8
+    """Affine couplings; 4 of them have met every kind of part (checkerboard and channels, both halves)."""
+    width: Positive = 64
+    """Channels of their networks."""
+
+
+class MAFNetwork(NetworkSection):
+    """Masked autoregressive flow (Papamakarios et al. 2017): a density of one forward, drawing value by value."""
+
+    continuous: ClassVar[bool] = True
+    kind: Literal["maf"]
+    """Masked autoregressive flow."""
+    maps: Positive = 4
+    """Autoregressive maps; every second one reads the values backwards."""
+    layers: Positive = 2
+    """Gated layers in the network of each map. A cell sees half a kernel further with each."""
+    width: Positive = 64
+    """Channels of their networks."""
+    kernel: Literal[3, 5, 7] = 3
+    """Side of their kernels, half of which is cut away."""
+
+
+class AggregatedNetwork(NetworkSection):
+    """The aggregated posterior over some training images: the best prior for them, which overfits."""
+
+    joint: ClassVar[bool] = True
+    continuous: ClassVar[bool] = True
+    kind: Literal["aggregated"]
+    """Aggregated posterior."""
+    images: Positive = 1000
+    """Training images whose posteriors are kept, the first of the first shards."""
+
+
 def _kind(value: Any) -> Any:
     """A union over a field would know no default."""
     return value.get("kind", "transformer") if isinstance(value, dict) else getattr(value, "kind", value)
@@ -161,12 +225,23 @@ def _kind(value: Any) -> Any:
 Network = Annotated[
     Annotated[TransformerNetwork, Tag("transformer")]
     | Annotated[PixelCNNNetwork, Tag("pixelcnn")]
+    | Annotated[RecurrentNetwork, Tag("recurrent")]
     | Annotated[MaskedNetwork, Tag("masked")]
     | Annotated[BlockwiseNetwork, Tag("blockwise")]
-    | Annotated[UniformNetwork, Tag("uniform")],
+    | Annotated[UniformNetwork, Tag("uniform")]
+    | Annotated[NormalNetwork, Tag("normal")]
+    | Annotated[RealNVPNetwork, Tag("realnvp")]
+    | Annotated[MAFNetwork, Tag("maf")]
+    | Annotated[AggregatedNetwork, Tag("aggregated")],
     Discriminator(_kind),
 ]
 """One network of the prior, by its `kind`."""
+
+
+def kinds_for(*, continuous: bool) -> list[str]:
+    """The kinds of network that model continuous latents, or codes."""
+    tagged = [get_args(each) for each in get_args(get_args(Network)[0])]
+    return [tag.tag for section, tag in tagged if section.continuous == continuous]
 
 
 def spans(networks: Sequence[NetworkSection], levels: int) -> list[int]:
@@ -180,7 +255,7 @@ def spans(networks: Sequence[NetworkSection], levels: int) -> list[int]:
         wanted[-1] = max(1, levels - sum(wanted[:-1]))
     if sum(wanted) != levels:
         raise ValueError(
-            f"prior.networks model {sum(wanted)} levels, tokenizer.levels has {levels}; "
+            f"prior.networks model {sum(wanted)} levels, the tokenizer has {levels}; "
             f"change prior.networks.*.levels, or the number of networks"
         )
     return wanted

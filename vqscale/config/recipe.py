@@ -6,19 +6,17 @@ field is its description there.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from vqscale.config.classifier import Classifier
-from vqscale.config.prior import Network, spans
+from vqscale.config.prior import Network, kinds_for, spans
 from vqscale.config.resources import Resources
-from vqscale.config.section import Decay, Fraction, Positive, Section
-from vqscale.config.tokenizer import Level, Losses, Quantizer, grid_sides
-
-Shards = str | tuple[str, ...]
-"""Where shards are: one place or several."""
+from vqscale.config.section import Fraction, Places, Positive, Section
+from vqscale.config.tokenizers import Tokenizer
+from vqscale.config.training import Training
+from vqscale.data.manifest import CodeLevel
 
 STAGES = ("generate", "pack", "tokenizer", "extract", "prior", "sample", "evaluate")
 """All stages, in the order in which data flows through them."""
@@ -60,10 +58,10 @@ class Data(Section):
 
     image_size: Positive
     """Side of the square images in pixels. Stored images of another size are cropped and resized to it."""
-    train: Shards = ""
+    train: Places = ""
     """Training shards: a folder with a `manifest.json`, a manifest, a pattern such as `s3://bucket/train-{000..099}.tar`,
     or a list of these. Empty when `clocks` is set."""
-    validation: Shards = ""
+    validation: Places = ""
     """Held-out shards, named like `train`; empty when `clocks` is set."""
     codes: str = ""
     """Folder or URL with code shards in `train` and `validation`, as `vqscale codes pull` leaves them. The prior is
@@ -103,104 +101,6 @@ class Data(Section):
             raise ValueError("has both `codes` and images; remove `codes`, or `train`, `validation` and `clocks`")
         if not (self.codes or self.clocks or (self.train and self.validation)):
             raise ValueError("names no data: set `train` and `validation`, or `clocks`, or `codes`")
-        return self
-
-
-class Training(Section):
-    """How one stage is optimised; the tokenizer and the prior share it."""
-
-    steps: Positive
-    """Optimizer steps."""
-    global_batch: Positive
-    """Samples of one step over all ranks."""
-    micro_batch: Positive | None = None
-    """Samples that a rank forwards at once; null takes all of its share of `global_batch`. Gradients and codebook
-    statistics of a step's micro-batches add up, so that only memory and speed depend on it."""
-    learning_rate: Annotated[float, Field(gt=0)]
-    """Peak learning rate."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` orthogonalises the updates of the transformer's hidden matrices (AdamW keeps the rest)."""
-    warmup: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear warm-up from zero."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate after the warm-up, down to `final_learning_rate`."""
-    final_learning_rate: Fraction = 0.0
-    """Learning rate at the last step, as a fraction of the peak (unused by `constant`)."""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay on matrices and kernels; vectors, norms and embeddings are not decayed."""
-    clip: Annotated[float, Field(ge=0)] = 1.0
-    """Gradient norm is clipped to this; 0 switches clipping off (the norm is still logged)."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """`bf16` runs the networks under autocast; weights, codebooks and the code search stay fp32. `auto` is bf16 on GPUs
-    and on processors of this machine that have units for it, else fp32: settled when the run is made, and recorded."""
-    checkpoint_activations: bool = False
-    """Keep no activations inside encoders, decoders and transformer blocks, and compute them again in the backward."""
-    compile: bool = False
-    """Compile encoders, decoders and transformer blocks with torch.compile; the code search is left as it is."""
-    max_skipped: Annotated[int, Field(ge=0)] = 10
-    """Steps in a row that may be skipped because their gradient is not finite, before the run stops."""
-    log_every: Positive = 10
-    """Steps between two lines of figures in the events and TensorBoard."""
-    picture_every: Positive = 250
-    """Steps between two sets of pictures in TensorBoard."""
-    validate_every: Positive = 250
-    """Steps between two passes over held-out data."""
-    checkpoint_every: Positive = 250
-    """Steps between two checkpoints; the last step always writes one."""
-    keep: Positive = 2
-    """Checkpoints that are kept; older ones are removed after a newer one is committed."""
-    checkpoint_async: bool = True
-    """Write checkpoints in the background; training waits only while each rank copies its share into memory."""
-    hash_every: Positive = 50
-    """Steps between two comparisons of the codebooks' hash across ranks (tokenizer only)."""
-
-
-class Tokenizer(Section):
-    """VQ-VAE-2 (Razavi, van den Oord, Vinyals 2019)."""
-
-    levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=4)]
-    """From the image upwards: the first is the finest (bottom), the last the coarsest (top)."""
-    hidden: Annotated[int, Field(ge=2)] = 128
-    """Channels of the convolutions; a level may have its own, as of the next two."""
-    residual_blocks: Positive = 2
-    """Residual blocks of each encoder and decoder."""
-    residual_hidden: Positive = 64
-    """Channels inside a residual block."""
-    quantizer: Quantizer = Quantizer()
-    """The codebooks of all levels."""
-    losses: Losses = Losses()
-    """What the reconstructions are judged by."""
-    ema_decay: Decay = 0.0
-    """Decay of a running average of the weights (less at the beginning, as `quantizer.decay`), which validation,
-    pictures, extraction and export then use in their place; 0 is none."""
-    training: Training
-    """Optimisation."""
-
-    @model_validator(mode="after")
-    def _quantizes_at_last(self) -> Self:
-        early, steps = self.quantizer.continuous_steps, self.training.steps
-        if early >= steps:
-            raise ValueError(f"quantizer.continuous_steps {early} leave none of training.steps {steps}; use fewer")
-        adversarial = self.losses.adversarial
-        if adversarial and adversarial.start >= steps:
-            raise ValueError(
-                f"losses.adversarial.start {adversarial.start} leaves none of training.steps {steps}; start earlier"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _kernels_take_adamw(self) -> Self:
-        if self.training.optimizer == "muon":
-            raise ValueError("training.optimizer muon is for the prior's matrices; use adamw")
-        return self
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        names = [level.name for level in self.levels]
-        if len(set(names)) < len(names):
-            raise ValueError(f"levels carry the same name twice ({', '.join(names)}); give each its own")
         return self
 
 
@@ -330,26 +230,35 @@ class Recipe(Section):
         return STAGES if self.data.clocks else STAGES[2:]
 
     @property
-    def grids(self) -> tuple[int, ...]:
-        """Side of each level's code grid, from the finest level to the coarsest."""
-        return grid_sides(self.tokenizer.levels, self.data.image_size)
+    def levels(self) -> tuple[CodeLevel, ...]:
+        """The tokenizer's latents of one image, from the finest level to the coarsest."""
+        return self.tokenizer.levels_of(self.data.image_size)
+
+    @property
+    def dimensions(self) -> int:
+        """Values of an image, over which likelihoods are taken."""
+        return self.tokenizer.colours * self.data.image_size**2
 
     @model_validator(mode="after")
-    def _grids_divide(self) -> Self:
-        total = math.prod(level.downsample for level in self.tokenizer.levels)
-        size = self.data.image_size
-        if size % total:
-            below = size // total * total
-            near = [str(n) for n in (below, below + total) if n > 0]
-            raise ValueError(
-                f"data.image_size {size} is not divisible by {total}, the product of "
-                f"tokenizer.levels.*.downsample; use {' or '.join(near)}"
-            )
+    def _images_can_be_encoded(self) -> Self:
+        self.tokenizer.check_images(self.data.image_size)
         return self
 
     @model_validator(mode="after")
     def _networks_share_the_levels(self) -> Self:
-        spans(self.prior.networks, len(self.tokenizer.levels))
+        spans(self.prior.networks, len(self.levels))
+        return self
+
+    @model_validator(mode="after")
+    def _networks_model_such_latents(self) -> Self:
+        continuous = self.levels[0].continuous
+        for number, network in enumerate(self.prior.networks):
+            if network.continuous != continuous:
+                latents = "continuous latents" if continuous else "codes"
+                raise ValueError(
+                    f"prior.networks.{number}.kind {network.kind} does not model {latents}, which tokenizer.kind "
+                    f"{self.tokenizer.kind} has; use {', '.join(kinds_for(continuous=continuous))}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -376,19 +285,6 @@ class Recipe(Section):
                 raise ValueError("extract.crops: clocks are drawn at data.image_size, with no room for crops; use 1")
             if self.data.decoder == "cuda":
                 raise ValueError("extract.crops are cut on the CPU, data.decoder is cuda; use cpu")
-        return self
-
-    @model_validator(mode="after")
-    def _losses_see_the_images(self) -> Self:
-        losses, size = self.tokenizer.losses, self.data.image_size
-        terms = {"adversarial": losses.adversarial, "perceptual": losses.perceptual}
-        for name, term in terms.items():
-            if term and size < term.smallest_image:
-                mend = "use fewer layers" if name == "adversarial" else "leave it out"
-                raise ValueError(
-                    f"tokenizer.losses.{name} needs images of {term.smallest_image} pixels, data.image_size is {size}; "
-                    f"{mend}"
-                )
         return self
 
     @model_validator(mode="after")

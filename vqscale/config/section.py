@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -9,6 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Places = str | tuple[str, ...]
+"""One file, folder or URL, or several."""
+
+
+def kind_or(default: str) -> Callable[[Any], Any]:
+    """Finds the kind of a section in a union of several; where none is given, `default` is meant.
+
+    A union over a field would know no default.
+    """
+    return lambda value: value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", default)
 
 
 class Section(BaseModel):

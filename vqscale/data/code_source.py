@@ -20,7 +20,8 @@ from vqscale.storage.store import Store
 class CodeSource:
     """Code shards.
 
-    Fields: for each level its name, uint16 [side, side], and `label` int64 (-1 for none).
+    Fields: for each level its name, uint16 [side, side], or of continuous latents float32 [2C, side, side], means and
+    log deviations of their posteriors; and `label` int64 (-1 for none).
 
     Args:
         shards: the shards.
@@ -34,7 +35,7 @@ class CodeSource:
                 f"holds {manifest.format}, not codes", where=shards.spec, mend="name a folder of code shards"
             )
         self.shards, self.manifest, self.store = shards, manifest, store or Store()
-        self.spec = {level.name: Spec((level.grid, level.grid), np.dtype(np.uint16)) for level in manifest.levels}
+        self.spec = {level.name: Spec(level.sample, np.dtype(level.dtype)) for level in manifest.levels}
         self.spec["label"] = Spec((), np.dtype(np.int64))
 
     def name(self, shard: int) -> str:

@@ -2,7 +2,8 @@
 
 The first member, `__index__`, says in JSON what the shard holds and where each block's members lie. A block holds up
 to `extract.block` samples, and its members are zstd frames with a checksum: for each level `00000.LEVEL.zst`
-(`code_planes.pack_codes`), `00000.label.zst` (int32 [n], little-endian) and `00000.keys.zst` (a list of the samples'
+(`code_planes.pack_codes`; of continuous latents the posteriors, float32 [n, 2C, side, side], little-endian),
+`00000.label.zst` (int32 [n], little-endian) and `00000.keys.zst` (a list of the samples'
 keys, JSON).
 """
 
@@ -40,7 +41,7 @@ class CodeBlock:
     """Code grids of some consecutive samples."""
 
     codes: dict[str, NDArray[Any]]
-    """Level name → integers [n, side, side] from 0 to 65,535."""
+    """Level name → integers [n, side, side] from 0 to 65,535, or posteriors float32 [n, 2C, side, side]."""
     labels: NDArray[Any]
     """Integers [n]; -1 for none."""
     keys: Sequence[str]
@@ -140,7 +141,7 @@ class OpenCodes:
         self._begin = first.offset + -(-first.size // tar.BLOCK) * tar.BLOCK
 
     def read(self, out: Fields, row: int) -> None:
-        """Unpack all samples into the rows from `row` on: each level's uint16 [rows, side, side], `label` int64 [rows].
+        """Unpack all samples into the rows from `row` on: each level's [rows, *sample], `label` int64 [rows].
 
         Raises:
             UserError: the shard is damaged.
@@ -154,7 +155,7 @@ class OpenCodes:
         for level in self.index.levels:
             content = self._content(block, level.name, 2 * out[level.name].nbytes)
             try:
-                unpack_codes(content, level.codes, out[level.name])
+                _unpack(content, level, out[level.name])
             except ValueError as error:
                 raise self._damaged(error) from None
         self._read_labels(block, out[_LABELS])
@@ -211,7 +212,7 @@ def read_code_shard(url: str | Path) -> Fields:
     """All of a code shard.
 
     Returns:
-        Level name → uint16 [n, side, side], and `label` int64 [n].
+        Level name → uint16 [n, side, side], or posteriors float32 [n, 2C, side, side]; and `label` int64 [n].
 
     Raises:
         UserError: it is absent, damaged, or no code shard.
@@ -237,8 +238,8 @@ def check_index(index: CodeIndex, manifest: Manifest, samples: int, where: str) 
 
 
 def empty_fields(levels: Sequence[CodeLevel], samples: int) -> Fields:
-    """Memory for so many samples: each level's uint16 [samples, side, side], and `label` int64 [samples]."""
-    fields: Fields = {level.name: aligned((samples, level.grid, level.grid), np.uint16) for level in levels}
+    """Memory for so many samples: each level's [samples, *sample], and `label` int64 [samples]."""
+    fields: Fields = {level.name: aligned((samples, *level.sample), level.dtype) for level in levels}
     return {**fields, _LABELS: np.empty(samples, np.int64)}
 
 
@@ -253,10 +254,33 @@ def _contents(block: CodeBlock, levels: Sequence[CodeLevel], where: str) -> dict
     found = {}
     for level in levels:
         codes = block.codes[level.name]
-        if codes.shape != (count, level.grid, level.grid) or len(block.labels) != count:
+        if codes.shape != (count, *level.sample) or len(block.labels) != count:
             raise wrong(where, f"codes of {level.name}, labels and keys of a block differ in number or shape")
-        if count and (codes.min() < 0 or codes.max() >= level.codes):
-            raise wrong(where, f"codes of {level.name} lie outside 0 to {level.codes - 1:,}")
-        found[level.name] = pack_codes(codes, level.codes)
+        found[level.name] = _pack(codes, level, where)
     found[_LABELS] = np.ascontiguousarray(block.labels, "<i4").tobytes()
     return {**found, _KEYS: json.dumps(list(block.keys)).encode()}
+
+
+def _pack(latents: NDArray[Any], level: CodeLevel, where: str) -> bytes:
+    """A block's latents of one level before compression."""
+    if level.continuous:
+        if not np.isfinite(latents).all():
+            raise wrong(where, f"posteriors of {level.name} are not finite")
+        return np.ascontiguousarray(latents, "<f4").tobytes()
+    if latents.size and (latents.min() < 0 or latents.max() >= level.codes):
+        raise wrong(where, f"codes of {level.name} lie outside 0 to {level.codes - 1:,}")
+    return pack_codes(latents, level.codes)
+
+
+def _unpack(content: bytes, level: CodeLevel, out: NDArray[Any]) -> None:
+    """The inverse, into contiguous memory.
+
+    Raises:
+        ValueError: there are more or fewer bytes than `out` has latents.
+    """
+    if not level.continuous:
+        unpack_codes(content, level.codes, out)
+    elif len(content) != out.nbytes:
+        raise ValueError(f"{len(content)} bytes do not hold {out.size} numbers")
+    else:
+        out.reshape(-1)[:] = np.frombuffer(content, "<f4")

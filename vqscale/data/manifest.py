@@ -11,9 +11,18 @@ import heapq
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from vqscale import storage
 from vqscale.errors import UserError
@@ -53,14 +62,61 @@ class Shard(_Record):
 
 
 class CodeLevel(_Record):
-    """One level of the code grids."""
+    """One level of a tokenizer's latents: a grid of codes, or of continuous latents whose posteriors are kept."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     """Name of the level, such as `bottom`."""
     grid: Annotated[int, Field(ge=1)]
     """Side of the grid."""
-    codes: Annotated[int, Field(ge=2, le=65_536)]
-    """Codebook size."""
+    codes: Annotated[int, Field(ge=0, le=65_536)] = 0
+    """Codebook size; 0 where the latents are continuous."""
+    channels: Count = 0
+    """Channels C of continuous latents; 0 where there are codes."""
+
+    @property
+    def continuous(self) -> bool:
+        """Whether there are posteriors in the place of codes."""
+        return not self.codes
+
+    @property
+    def sample(self) -> tuple[int, ...]:
+        """Shape of a sample: codes [grid, grid]; of posteriors [2C, grid, grid], means, then log deviations."""
+        return (2 * self.channels, self.grid, self.grid) if self.continuous else (self.grid, self.grid)
+
+    @property
+    def dtype(self) -> str:
+        """Of the arrays that hold samples, by its name in numpy."""
+        return "float32" if self.continuous else "uint16"
+
+    @property
+    def values(self) -> int:
+        """Latents of a sample."""
+        return self.grid**2 * max(1, self.channels)
+
+    @property
+    def bytes(self) -> int:
+        """Of a sample in such an array."""
+        return 2 * self.grid**2 if self.codes else 8 * self.values
+
+    @property
+    def shape(self) -> str:
+        """The level's shape in words."""
+        return f"{self.grid}×{self.grid} of {self.channels or self.codes} {'channels' if self.channels else 'codes'}"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.shape}"
+
+    @model_validator(mode="after")
+    def _codes_or_channels(self) -> Self:
+        if self.codes == 1 or bool(self.codes) == bool(self.channels):
+            raise ValueError(f"level {self.name!r} has {self.codes} codes and {self.channels} channels")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_codes_lack(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Of codes what has always been written of them."""
+        tree: dict[str, Any] = plain(self)
+        return tree if self.channels else {name: value for name, value in tree.items() if name != "channels"}
 
 
 class Manifest(_Record):

@@ -11,29 +11,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from vqscale.evaluation.metrics import Doubles
-
-Family = Literal["logistic", "gaussian"]
+from vqscale.models.likelihoods import Family, log_probability
 
 _FIT_PIXELS = 256  # of each image that the scales are fitted to
 _NARROWEST, _WIDEST, _PRECISION = 1e-3, 1e3, 1e-4  # of a scale in grey levels, and of its logarithm
 
 
 class LevelCodes(NamedTuple):
-    """The codes of an image at one level."""
+    """The latents of an image at one level: codes, or continuous ones."""
 
     length: int
-    """How many."""
+    """How many numbers."""
     size: int
-    """Of the codebook."""
+    """Of the codebook; 0 where they are continuous."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +47,6 @@ class PixelLikelihood:
         values, centres = (torch.from_numpy(np.asarray(array, np.float64)) for array in (images, means))
         found = -log_probability(self.family, values, centres, torch.tensor(self.scale, dtype=torch.float64))
         return found.flatten(1).sum(1).numpy()
-
-
-def log_probability(family: Family, values: Tensor, means: Tensor, scale: Tensor) -> Tensor:
-    """Log of the probability of grey levels 0 to 255; float64 of any shapes that broadcast.
-
-    The levels 0 and 255 hold the tails, so that the 256 probabilities add up to one.
-    """
-    low = torch.where(values <= 0, -math.inf, (values - 0.5 - means) / scale)
-    high = torch.where(values >= 255, math.inf, (values + 0.5 - means) / scale)
-    # Both distributions are symmetric; in the left tail differences are exact.
-    flipped = low + high > 0
-    low, high = torch.where(flipped, -high, low), torch.where(flipped, -low, high)
-    log_cumulative = F.logsigmoid if family == "logistic" else torch.special.log_ndtr
-    upper, lower = log_cumulative(high), log_cumulative(low)
-    return upper + torch.log(-torch.expm1(lower - upper))
 
 
 def fit_pixels(family: Family, images: NDArray[np.uint8], means: NDArray[np.floating[Any]]) -> PixelLikelihood:
@@ -116,28 +99,55 @@ def uniform_figures(pixel_nats: Doubles, codes: Mapping[str, LevelCodes], dimens
     }
 
 
-def prior_figures(
-    pixel_nats: Doubles, code_nats: Mapping[str, Doubles], codes: Mapping[str, LevelCodes], dimensions: int
-) -> dict[str, float]:
-    """Nats a code and level, and bits per dimension with their standard error over the images.
+def normal_figures(pixel_nats: Doubles, normal_nats: Doubles, dimensions: int) -> dict[str, float]:
+    """Bits per dimension with the prior N(0, 1): the baseline of continuous latents, for which no prior is needed.
 
     Args:
-        pixel_nats: -log p(x | z_q) [N] of each image.
-        code_nats: level name → -log p(z_q) [N] of each image's codes at that level, given the coarser ones.
-        codes: level name → its codes.
+        pixel_nats: -log p(x | z) [N] of each image.
+        normal_nats: log q(z | x) - log N(z; 0, 1) [N] of each image.
         dimensions: values of an image.
     """
     bit = dimensions * math.log(2)
-    prior = sum(code_nats.values(), np.zeros_like(pixel_nats))
+    pixels, latents = float(pixel_nats.mean()) / bit, float(normal_nats.mean()) / bit
+    return {
+        "bits_per_dim_pixels": pixels,
+        "bits_per_dim_latents_normal": latents,
+        "bits_per_dim_normal": pixels + latents,
+    }
+
+
+def prior_figures(
+    pixel_nats: Doubles,
+    code_nats: Mapping[str, Doubles],
+    codes: Mapping[str, LevelCodes],
+    dimensions: int,
+    log_posterior: Doubles | None = None,
+) -> dict[str, float]:
+    """Nats a code (or value) and level, and bits per dimension with their standard error over the images.
+
+    Continuous latents have densities. What they cost is log q(z | x) - log p(z), whose mean is the divergence of the
+    posterior from the prior; with log p(x | z) it makes the evidence lower bound (Kingma & Welling 2014, equation 3).
+
+    Args:
+        pixel_nats: -log p(x | z) [N] of each image.
+        code_nats: level name → -log p(z) [N] of each image's latents at that level, given the coarser ones.
+        codes: level name → its latents.
+        dimensions: values of an image.
+        log_posterior: log q(z | x) [N], where latents are continuous.
+    """
+    bit = dimensions * math.log(2)
+    unit, what = ("code", "codes") if log_posterior is None else ("value", "latents")
+    own = sum(code_nats.values(), np.zeros_like(pixel_nats))
+    prior = own if log_posterior is None else own + log_posterior
     total = pixel_nats + prior
     length = sum(level.length for level in codes.values())
     return {
-        "nats_per_code": float(prior.mean()) / length,
-        **{f"nats_per_code_{name}": float(nats.mean()) / codes[name].length for name, nats in code_nats.items()},
+        f"nats_per_{unit}": float(own.mean()) / length,
+        **{f"nats_per_{unit}_{name}": float(nats.mean()) / codes[name].length for name, nats in code_nats.items()},
         "bits_per_sample": float(prior.mean()) / math.log(2),
         "bits_per_dim": float(total.mean()) / bit,
         "bits_per_dim_error": standard_error(total) / bit,
-        "bits_per_dim_codes": float(prior.mean()) / bit,
+        f"bits_per_dim_{what}": float(prior.mean()) / bit,
     }
 
 

@@ -2,67 +2,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vqscale.data.labels import NO_LABEL
-from vqscale.evaluation.likelihood import LevelCodes, PixelLikelihood, prior_figures, uniform_figures
+from vqscale.evaluation.likelihood import LevelCodes, PixelLikelihood, normal_figures, prior_figures, uniform_figures
 from vqscale.evaluation.measures import Shown, Together
 from vqscale.evaluation.metrics import Doubles
+from vqscale.models.density import normal_nats
 from vqscale.models.prior import Prior
 
 
+class Pixels(Protocol):
+    """p(x | z), as it is measured."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the report says of it."""
+
+    def nats(self, shown: Shown) -> Doubles:
+        """-log p(x | z) [n] of some images."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A distribution that was stated, and fitted to the reconstructions of training images."""
+
+    likelihood: PixelLikelihood
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Its family and scales."""
+        scale = [round(scale, 4) for scale in self.likelihood.scale]
+        return {"pixel_likelihood": self.likelihood.family, "pixel_scale": scale}
+
+    def nats(self, shown: Shown) -> Doubles:
+        """Every value by itself, given its reconstruction."""
+        return self.likelihood.nats(shown.images, shown.means)
+
+
+@dataclass(frozen=True)
+class Own:
+    """The likelihood that a tokenizer has itself."""
+
+    name: str
+    measured: Callable[[Shown], Doubles]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Its name."""
+        return {"pixel_likelihood": self.name}
+
+    def nats(self, shown: Shown) -> Doubles:
+        """As the tokenizer measures it."""
+        return self.measured(shown)
+
+
 class Likelihoods:
-    """-log p(x | z_q) and -log p(z_q) of every image, with its class given where it has one.
+    """-log p(x | z) and -log p(z) of every image, with its class given where it has one; and log q(z | x), 0 for codes.
 
     Args:
-        pixels: the distribution of pixels around the reconstruction.
-        levels: name → the codes of an image, the coarsest level first.
-        size: side of the images in pixels.
+        pixels: the distribution of pixels given the latents.
+        levels: name → the latents of an image, the coarsest level first.
+        dimensions: values of an image.
         prior: in evaluation mode, and computes in fp32; without one, only the uniform baseline is measured.
         device: of the prior.
     """
 
     def __init__(
         self,
-        pixels: PixelLikelihood,
+        pixels: Pixels,
         levels: Mapping[str, LevelCodes],
-        size: int,
+        dimensions: int,
         prior: Prior | None,
         device: torch.device,
     ) -> None:
         self._pixels, self._levels, self._prior, self._device = pixels, dict(levels), prior, device
-        self._dimensions = 3 * size**2
-        self._found: list[Doubles] = [np.empty((0, 2 + (len(self._levels) if prior else 0)))]
+        self._dimensions = dimensions
+        self._continuous = not any(level.size for level in levels.values())
+        self._found: list[Doubles] = [np.empty((0, 4 + (len(self._levels) if prior else 0)))]
 
     def add(self, shown: Shown) -> None:
         """Count some images."""
         code_nats = self._code_nats(self._prior, shown) if self._prior else []
-        pixel_nats = self._pixels.nats(shown.images, shown.means)
-        self._found.append(np.stack([shown.numbers, pixel_nats, *code_nats], axis=1))
+        known = [shown.numbers, self._pixels.nats(shown), shown.log_posterior, self._normal_nats(shown)]
+        self._found.append(np.stack([*known, *code_nats], axis=1))
 
     @torch.no_grad()
     def _code_nats(self, prior: Prior, shown: Shown) -> list[Doubles]:
         """A value an image for each level, the coarsest first."""
-        codes = [torch.from_numpy(shown.codes[name].astype(np.int64)).to(self._device) for name in self._levels]
+        latents = [tensor.to(self._device) for tensor in self._latents(shown)]
         labels = torch.from_numpy(shown.labels).to(self._device)
         classes = torch.where(labels == NO_LABEL, prior.no_class, labels).clamp(max=prior.no_class)
-        return [nats.double().cpu().numpy() for nats in prior(codes, classes)]
+        return [nats.double().cpu().numpy() for nats in prior(latents, classes)]
+
+    def _normal_nats(self, shown: Shown) -> Doubles:
+        """Log q(z | x) - log N(z; 0, 1) [n] of continuous latents; 0 of codes."""
+        if not self._continuous:
+            return np.zeros(len(shown.numbers))
+        nats = [normal_nats(own.double()).flatten(1).sum(1) for own in self._latents(shown)]
+        return shown.log_posterior + torch.stack(nats).sum(0).numpy()
+
+    def _latents(self, shown: Shown) -> list[Tensor]:
+        """Codes int64 or latents fp32 of each level, the coarsest first."""
+        dtype = np.float32 if self._continuous else np.int64
+        return [torch.from_numpy(shown.latents[name].astype(dtype)) for name in self._levels]
 
     def figures(self, ranks: Together) -> dict[str, Any]:
         """Over all ranks; collective. The images are taken in their order, whoever measured them."""
         found = np.concatenate(ranks.gather(np.concatenate(self._found)))
-        _, pixels, *columns = found[np.argsort(found[:, 0])].T
-        figures: dict[str, Any] = {
-            "pixel_likelihood": self._pixels.family,
-            "pixel_scale": [round(scale, 4) for scale in self._pixels.scale],
-            **uniform_figures(pixels, self._levels, self._dimensions),
-        }
+        _, pixels, posterior, normal, *columns = found[np.argsort(found[:, 0])].T
+        figures: dict[str, Any] = dict(self._pixels.facts)
+        if self._continuous:
+            figures |= normal_figures(pixels, normal, self._dimensions)
+        else:
+            figures |= uniform_figures(pixels, self._levels, self._dimensions)
         if self._prior:
             code_nats = dict(zip(self._levels, columns, strict=True))
-            figures |= prior_figures(pixels, code_nats, self._levels, self._dimensions)
+            known = posterior if self._continuous else None
+            figures |= prior_figures(pixels, code_nats, self._levels, self._dimensions, known)
             figures["codes_likelihood"] = "exact" if self._prior.exact else "bound"
         return figures

@@ -20,6 +20,7 @@ from torch import Tensor
 from vqscale.evaluation.codebook import CodebookReport, report_codebook
 from vqscale.evaluation.distributions import FrechetDistance
 from vqscale.evaluation.features import FeatureNetwork
+from vqscale.evaluation.metrics import Doubles
 from vqscale.evaluation.surgery import PositionCounts, Surgery, dissect
 
 
@@ -47,10 +48,14 @@ class Shown:
     """[n], negative where there is none."""
     images: NDArray[np.uint8]
     """[n, S, S, 3]."""
-    codes: dict[str, NDArray[np.uint16]]
-    """Grids [n, side, side] by level name."""
+    encoded: dict[str, NDArray[Any]]
+    """By level name: codes uint16 [n, side, side], or posteriors float32 [n, 2C, side, side]."""
+    latents: dict[str, NDArray[Any]]
+    """What was drawn of them: the codes, or latents float32 [n, C, side, side]."""
+    log_posterior: Doubles
+    """log q(z | x) [n] of what was drawn, in nats; 0 for codes."""
     means: NDArray[np.float32]
-    """Reconstructions [n, S, S, 3] in grey levels, not rounded."""
+    """Reconstructions [n, S, S, 3] in grey levels, not rounded: of the codes, or of the posteriors' means."""
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
@@ -83,8 +88,8 @@ class CodeStatistics:
     def add(self, shown: Shown) -> None:
         """Count the codes of some images."""
         for name, counts in self._counts.items():
-            counts.add(torch.from_numpy(shown.codes[name].astype(np.int64)))
-        for label, *grids in zip(shown.labels.tolist(), *(shown.codes[name] for name in self._levels), strict=True):
+            counts.add(torch.from_numpy(shown.encoded[name].astype(np.int64)))
+        for label, *grids in zip(shown.labels.tolist(), *(shown.encoded[name] for name in self._levels), strict=True):
             self._grids[label, hashlib.sha256(b"".join(grid.tobytes() for grid in grids)).hexdigest()] += 1
 
     def figures(self, ranks: Together) -> dict[str, Any]:

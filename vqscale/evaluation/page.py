@@ -83,8 +83,17 @@ TOPICS = (
         },
     ),
     Topic(
+        "Gaussian latents",
+        "By level, over the held-out images.",
+        {
+            "kl_": "divergence of the posterior from N(0, 1), nats an image",
+            "active_": "share of the units whose mean differs from image to image",
+            "posteriors_differ_from_fp32": "distance that bf16 moves means, in standard deviations",
+        },
+    ),
+    Topic(
         "Likelihood",
-        "Bits that suffice to write a held-out image down: its codes, then its pixels given the codes.",
+        "Bits that suffice to write a held-out image down: its latents, then its pixels given them.",
         {
             "bits_per_dim": "of pixels and codes together",
             "bits_per_dim_error": "standard error over images",
@@ -92,11 +101,16 @@ TOPICS = (
             "bits_per_dim_codes": "of the codes, under the prior",
             "bits_per_dim_uniform": "of both, with the uniform prior in its place",
             "bits_per_dim_codes_uniform": "of the codes, with the uniform prior",
-            "bits_per_sample": "bits of all codes of an image, under the prior",
+            "bits_per_dim_latents": "of continuous latents: their divergence from the prior",
+            "bits_per_dim_normal": "of both, with the prior N(0, 1) in its place",
+            "bits_per_dim_latents_normal": "of the latents, with the prior N(0, 1)",
+            "bits_per_sample": "bits of all latents of an image, under the prior",
             "pixel_likelihood": "distribution of a pixel around its reconstruction",
             "codes_likelihood": "whether the prior's likelihood is exact or a bound",
             "nats_per_code": "nats a code",
             "nats_per_code_": "the same by level; `_uniform` is that of a prior that knows nothing",
+            "nats_per_value": "nats a value of continuous latents, of a density",
+            "nats_per_value_": "the same by level",
         },
     ),
     Topic(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
 from vqscale.models.generate import Draws
-from vqscale.models.network import GridShape, Network
+from vqscale.models.network import CodeNetwork, GridShape
 from vqscale.models.pass_order import make_passes
 from vqscale.models.steady import steady
 from vqscale.models.transformer_block import (
@@ -62,7 +62,7 @@ class PassBlock(Block):
         return torch.cat(mixed, dim=2)
 
 
-class Blockwise(Network):
+class Blockwise(CodeNetwork):
     """One level.
 
     Args:

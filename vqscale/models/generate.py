@@ -55,6 +55,11 @@ class Draws:
         numbers = [torch.rand(count, generator=generator, dtype=torch.float64) for generator in self._generators]
         return torch.stack(numbers).to(self._device)
 
+    def normals(self, count: int) -> Tensor:
+        """The next numbers of each sample from the standard normal distribution: float64 [B, count]."""
+        numbers = [torch.randn(count, generator=generator, dtype=torch.float64) for generator in self._generators]
+        return torch.stack(numbers).to(self._device)
+
     @property
     def guided(self) -> bool:
         """Whether logits without the class are needed too."""

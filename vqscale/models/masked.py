@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
 from vqscale.models.generate import Draws
-from vqscale.models.network import GridShape, Network, nats
+from vqscale.models.network import CodeNetwork, GridShape, nats
 from vqscale.models.pass_order import SCHEDULES
 from vqscale.models.steady import steady
 from vqscale.models.transformer_block import (
@@ -36,7 +36,7 @@ from vqscale.models.transformer_block import (
 from vqscale.models.transformer_body import turns_of
 
 
-class Masked(Network):
+class Masked(CodeNetwork):
     """One level.
 
     Args:

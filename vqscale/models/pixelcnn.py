@@ -12,6 +12,7 @@ stack tells it by one row down. Then all layers are alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
 from vqscale.models.generate import Draws
-from vqscale.models.network import GridShape, Network
+from vqscale.models.network import CodeNetwork, GridShape
 from vqscale.models.steady import steady
 
 
@@ -50,7 +51,7 @@ class GatedLayer(nn.Module):
         return gate(below, 1), horizontal + self.project(self.dropout(gate(row, 1)))
 
 
-class PixelCNN(Network):
+class PixelCNN(CodeNetwork):
     """One level.
 
     Args:
@@ -128,6 +129,22 @@ def _one_down(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
 
 
+class Stacks(Protocol):
+    """What cells are drawn by."""
+
+    @property
+    def tokens(self) -> nn.Module:
+        """From what stands in cells [B, ...] to [B, ..., width]."""
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Gated layers."""
+
+    @property
+    def head(self) -> nn.Sequential:
+        """From the horizontal stack to what is said of a cell: two convolutions of one cell, each behind a ReLU."""
+
+
 class PixelSteps:
     """A PixelCNN while codes are drawn, cell by cell in raster order. What it gives a row does not depend on others.
 
@@ -136,20 +153,20 @@ class PixelSteps:
         context: what is known of each cell beforehand, [B, width, side, side].
     """
 
-    def __init__(self, network: PixelCNN, context: Tensor) -> None:
+    def __init__(self, network: Stacks, context: Tensor) -> None:
         cells = context.permute(0, 2, 3, 1)
         self._tokens, self._blank = network.tokens, torch.zeros_like(cells[:, 0])
         self._layers = [LayerSteps(layer, cells) for layer in network.layers if isinstance(layer, GatedLayer)]
         self._head = [steady(part) for part in network.head if isinstance(part, nn.Conv2d)]
 
     def begin_row(self, y: int, above: Tensor) -> None:
-        """Take in the codes int64 [B, side] of the row above; of the first row anything."""
+        """Take in the row above, codes int64 [B, side] or what else stands there; of the first row anything."""
         vertical = self._tokens(above) if y else self._blank
         for layer in self._layers:
             vertical = layer.begin_row(y, vertical)
 
     def logits(self, x: int, left: Tensor) -> Tensor:
-        """Logits [B, K] of cell x of this row, given the code int64 [B] to its left; in the first column anything."""
+        """Logits [B, K] of cell x of this row, given what stands to its left [B]; in the first column anything."""
         cell = self._tokens(left) if x else self._blank[:, 0]
         for layer in self._layers:
             cell = layer.step(x, cell)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vqscale.models.generate import Draws, Sampling
-from vqscale.models.network import Network
+from vqscale.models.network import Network, unknown
 
 
 class Prior(nn.Module):
@@ -27,10 +27,12 @@ class Prior(nn.Module):
         self.classes, self.no_class = networks[0].classes, networks[0].no_class
         self.grids = tuple(grid for network in networks for grid in network.grids)
         """All levels, the coarsest first."""
-        self.length = sum(grid.length for grid in self.grids)
-        """Codes of a sample."""
+        self.length = sum(grid.values for grid in self.grids)
+        """Codes of a sample, or values of continuous latents."""
         self.chances = sum(network.chances for network in networks)
         """Uniform numbers that `forward` takes for each sample."""
+        self.wanted = max(network.wanted for network in networks)
+        """Training images that it has to `see` once before all else."""
         self.exact = all(network.exact for network in networks)
         """Whether `forward` is the likelihood; else it estimates an upper bound of its nats."""
         self.units = tuple(dict.fromkeys(unit for network in networks for unit in network.units))
@@ -55,22 +57,26 @@ class Prior(nn.Module):
             found += network.nats(codes[:first], codes[first:last], classes, part, smoothing)
         return found
 
+    def see(self, first: int, posteriors: Sequence[Tensor], classes: Tensor) -> None:
+        """Show some of the `wanted` images to every network; `posteriors` of all levels, the coarsest first."""
+        for network in self._networks():
+            network.see(first, posteriors[: len(network.given) + len(network.grids)], classes)
+
     @torch.no_grad()
     def generate(
         self, classes: Tensor, seeds: Sequence[int], sampling: Sampling, known: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
-        """Draw one set of code grids a class entry: int64 [B, side, side] a level, the coarsest first.
+        """Draw one set of latents a class entry, a level, the coarsest first.
 
         Args:
             classes: int64 [B].
             seeds: one a sample. All randomness of a sample comes from its seed, so it depends neither on the batch
                 nor on the number of ranks.
             sampling: temperature, truncation, guidance.
-            known: int64 [B, side, side] a level, the coarsest first: codes that stay as they are; negative where one
-                is drawn. None draws all.
+            known: what stays as it is, a level, the coarsest first, as for `Network.sample`. None draws all.
         """
         if known is None:
-            known = [torch.full((len(classes), grid.side, grid.side), -1, device=classes.device) for grid in self.grids]
+            known = [unknown(grid, len(classes), classes.device) for grid in self.grids]
         draws = Draws(sampling, seeds, classes.device)
         grids: list[Tensor] = []
         for network in self._networks():

@@ -24,7 +24,12 @@ def steady(layer: nn.Linear | nn.Conv2d) -> Linear:
 
     A convolution becomes a function of windows, flattened as its kernels are: [..., channels · rows · columns].
     """
-    weight, bias = layer.weight.detach().flatten(1), None if layer.bias is None else layer.bias.detach()
+    return steady_matrix(layer.weight.flatten(1), layer.bias)
+
+
+def steady_matrix(weight: Tensor, bias: Tensor | None) -> Linear:
+    """As `steady`, of a matrix [out, in] and what is added, [out]."""
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
@@ -35,6 +40,18 @@ def steady(layer: nn.Linear | nn.Conv2d) -> Linear:
         return out[: len(rows)].unflatten(0, x.shape[:-1])
 
     return apply
+
+
+def steady_convolution(layer: nn.Conv2d) -> Linear:
+    """A convolution with stride 1 as a function of [B, in, H, W] whose samples do not depend on the batch."""
+    apply, kernel, padding = steady(layer), layer.kernel_size, layer.padding
+    assert not isinstance(padding, str)
+
+    def convolve(x: Tensor) -> Tensor:
+        windows = F.unfold(x, kernel, padding=padding).transpose(1, 2)
+        return apply(windows).transpose(1, 2).unflatten(2, (x.shape[2], x.shape[3]))
+
+    return convolve
 
 
 def _two(rows: Tensor) -> Tensor:

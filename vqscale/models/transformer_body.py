@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
-from vqscale.models.network import GridShape, Network
+from vqscale.models.network import CodeNetwork, GridShape
 from vqscale.models.transformer_block import Block, Feed, Norm, Positions, Shape, initialise, make_norm, rotations
 
 
-class TransformerBody(Network):
+class TransformerBody(CodeNetwork):
     """One sequence over its levels; levels that are given come in through a `Conditioner`.
 
     Args:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vqscale.models.generate import Draws
-from vqscale.models.network import Network
+from vqscale.models.network import CodeNetwork
 
 
-class Uniform(Network):
+class Uniform(CodeNetwork):
     """log K nats a code, whatever the class."""
 
     def forward(self, given: Sequence[Tensor], codes: Sequence[Tensor], classes: Tensor) -> list[Tensor]:

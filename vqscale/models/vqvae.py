@@ -1,15 +1,8 @@
 """VQ-VAE-2: a hierarchical vector-quantized autoencoder (Razavi, van den Oord, Vinyals 2019, section 3.1).
 
-Levels are numbered from the image upwards: level 0 is the finest (bottom). Encoding goes up, quantizing comes down:
-
-    image → E_0 → E_1 → … → E_top
-                             quantize top → C_top → … → quantize level 0
-    decoder(level 0, U_1(level 1, U_2(level 2, …))) → image
-
-`C_l` turns the codes of level l and the context from above it into the context of level l-1, on its grid. A level
-is quantized from its encoder's output and that context, as in algorithm 1 of the paper: the lower level is left the
-details that the upper ones do not hold. `U_l` is a transposed convolution that brings the codes of level l and all
-above it to the grid of level l-1, since the decoder sees all levels.
+Levels are numbered from the image upwards: level 0 is the finest (bottom). Encoding goes up, quantizing comes down
+(`vqscale/models/hierarchy.py`). A level is quantized from its encoder's output and the context from above it, as in
+algorithm 1 of the paper.
 
 The paper does not say how codes enter the encoder below and the decoder. With two levels, C and U are those of
 github.com/rosinality/vq-vae-2-pytorch, and so is the number of parameters. With more, the same rule goes on upwards.
@@ -17,7 +10,7 @@ github.com/rosinality/vq-vae-2-pytorch, and so is the number of parameters. With
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqscale.models.codebooks import lloyd
-from vqscale.models.convnets import Stack, Widths, decoder, doubling, encoder, trunk, trunk_width, upsampler
+from vqscale.models.convnets import Widths, doubling, trunk, trunk_width
+from vqscale.models.hierarchy import Hierarchy, Treatment, contexts, encoders, upsamplers
 from vqscale.models.quantizer import Codebook, Donors, Quantized, SumOverRanks
-
-Treatment = Callable[[int, Tensor], Tensor]
-"""What becomes of a level's latents before they go on: (level, latents) → latents."""
+from vqscale.models.tokenizer import silenced
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,7 @@ class Output(NamedTuple):
     """What the last layer, `VQVAE.to_pixels`, made the images from."""
 
 
-class VQVAE(nn.Module):
+class VQVAE(Hierarchy):
     """The tokenizer.
 
     Args:
@@ -69,38 +61,25 @@ class VQVAE(nn.Module):
         channels: channels of the images.
     """
 
-    units = (Stack,)
-    """Modules that a strategy shards, recomputes and compiles each as one; none lies inside another."""
-
     def __init__(self, codebooks: Sequence[Codebook], shapes: Sequence[LevelShape], channels: int = 3) -> None:
         super().__init__()
         inner = [codebook.codes.shape[1] for codebook in codebooks]
         dims = [shape.dim or own for shape, own in zip(shapes, inner, strict=True)]
         hidden = [shape.widths.hidden for shape in shapes]
         above = [*dims[1:], 0]  # channels of the context that a level is given
+        sizes = [(shape.factor, shape.widths) for shape in shapes]
         self.shapes = tuple(shapes)
         self.codebooks = nn.ModuleList(codebooks)
-        self.encoders = nn.ModuleList(
-            encoder(below, shape.factor, shape.widths)
-            for below, shape in zip([channels, *hidden], shapes, strict=False)
-        )
+        self.encoders = encoders(channels, sizes)
         self.before_quantizing = nn.ModuleList(
             nn.Conv2d(own + context, dim, 1) for own, context, dim in zip(hidden, above, inner, strict=True)
         )
         self.lifts = nn.ModuleList(
             nn.Conv2d(own, dim, 1) if own != dim else nn.Identity() for own, dim in zip(inner, dims, strict=True)
         )
-        # Item l of these belongs to level l + 1: it makes something for level l.
-        self.contexts = nn.ModuleList(
-            decoder(dims[level] + above[level], dims[level], shapes[level].factor, shapes[level].widths)
-            for level in range(1, len(shapes))
-        )
-        self.upsamplers = nn.ModuleList(
-            upsampler(sum(dims[level:]), shapes[level].factor) for level in range(1, len(shapes))
-        )
-        first = shapes[0]
-        self.decoder = trunk(sum(dims), first.factor, first.widths)
-        self.to_pixels = doubling(trunk_width(first.factor, first.widths), channels)
+        self.contexts, self.upsamplers = contexts(dims, sizes), upsamplers(dims, sizes)
+        self.decoder = trunk(sum(dims), *sizes[0])
+        self.to_pixels = doubling(trunk_width(*sizes[0]), channels)
 
     def forward(self, images: Tensor, donors: Donors | None = None, *, quantized: bool = True) -> Output:
         """Reconstruct images.
@@ -112,13 +91,13 @@ class VQVAE(nn.Module):
         """
         levels: list[Quantized] = []
         treat = self._quantizer(levels, donors) if quantized else _pass
-        features = self._features(self._come_down(images, treat))
+        features = self.features(self._latents(images, treat))
         return Output(self.to_pixels(features), levels, features)
 
     def quantize(self, images: Tensor, donors: Donors | None = None) -> list[Quantized]:
         """Encode and quantize, level 0 first."""
         levels: list[Quantized] = []
-        self._come_down(images, self._quantizer(levels, donors))
+        self._latents(images, self._quantizer(levels, donors))
         return levels
 
     @torch.no_grad()
@@ -127,26 +106,24 @@ class VQVAE(nn.Module):
         return [level.codes for level in self.quantize(images)]
 
     @torch.no_grad()
-    def decode(self, codes: Sequence[Tensor]) -> Tensor:
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
         """Images [B, 3, S, S] of code grids [B, H, W], level 0 first."""
-        return self._decode([self._book(level).lookup(grid) for level, grid in enumerate(codes)])
+        return self._decode([self._book(level).lookup(grid) for level, grid in enumerate(latents)])
+
+    def vectors(self) -> list[Tensor]:
+        """The codebooks, fp32 [K, D] a level."""
+        return [self._book(level).codes for level in range(len(self.codebooks))]
 
     @torch.no_grad()
-    def decode_alone(self, codes: Sequence[Tensor], level: int) -> Tensor:
-        """What one level carries: images [B, 3, S, S] of its codes, every other level at the mean of its own vectors.
-
-        Args:
-            codes: grids [B, H, W] of all levels, level 0 first.
-            level: the one that speaks.
-        """
-        vectors = [self._book(number).lookup(grid) for number, grid in enumerate(codes)]
-        silent = [own.mean(dim=(0, 2, 3), keepdim=True).expand_as(own) for own in vectors]
-        return self._decode([own if number == level else silent[number] for number, own in enumerate(vectors)])
+    def decode_alone(self, latents: Sequence[Tensor], level: int) -> Tensor:
+        """Images [B, 3, S, S] of the codes of one level, every other one at the mean of its own vectors."""
+        vectors = [self._book(number).lookup(grid) for number, grid in enumerate(latents)]
+        return self._decode(silenced(vectors, level))
 
     def _decode(self, vectors: Sequence[Tensor]) -> Tensor:
         """Images of the vectors [B, dim, H, W] that codes stand for, level 0 first."""
         lifted = [self.lifts[level](own) for level, own in enumerate(vectors)]
-        images: Tensor = self.to_pixels(self._features(lifted))
+        images: Tensor = self.to_pixels(self.features(lifted))
         return images
 
     @torch.no_grad()
@@ -178,7 +155,7 @@ class VQVAE(nn.Module):
             lloyd(book, latents, donors, level, kmeans_iterations, sum_over_ranks)
             return book(latents).latents
 
-        self._come_down(images, initialise)
+        self._latents(images, initialise)
 
     def _book(self, level: int) -> Codebook:
         book = self.codebooks[level]
@@ -194,35 +171,18 @@ class VQVAE(nn.Module):
 
         return quantize
 
-    def _come_down(self, images: Tensor, treat: Treatment) -> list[Tensor]:
-        """Encode, then treat each level's latents from the top down; what comes of them, as the networks see it."""
-        hidden = []
-        for encode in self.encoders:
-            images = encode(images)
-            hidden.append(images)
-        levels: list[Tensor] = []
-        context: Tensor | None = None
-        for level in reversed(range(len(hidden))):
-            latents = self.before_quantizing[level](_joined(hidden[level], context))
+    def _latents(self, images: Tensor, treat: Treatment) -> list[Tensor]:
+        """Encode, and treat each level's latents from the top down; as the networks see them, level 0 first."""
+
+        def lifted(level: int, known: Tensor) -> Tensor:
+            latents = self.before_quantizing[level](known)
             if self.shapes[level].unit:
                 latents = F.normalize(latents.float(), dim=1)
-            levels.insert(0, self.lifts[level](treat(level, latents)))
-            if level:
-                context = self.contexts[level - 1](_joined(levels[0], context))
-        return levels
+            found: Tensor = self.lifts[level](treat(level, latents))
+            return found
 
-    def _features(self, levels: Sequence[Tensor]) -> Tensor:
-        """What the last layer makes the images from: [B, C, S/2, S/2]."""
-        above: Tensor | None = None
-        for level in reversed(range(1, len(levels))):
-            above = self.upsamplers[level - 1](_joined(levels[level], above))
-        features: Tensor = self.decoder(_joined(levels[0], above))
-        return features
+        return self.come_down(images, lifted)
 
 
 def _pass(level: int, latents: Tensor) -> Tensor:
     return latents
-
-
-def _joined(own: Tensor, above: Tensor | None) -> Tensor:
-    return own if above is None else torch.cat([own, above], dim=1)

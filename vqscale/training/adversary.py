@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vqscale.config.tokenizer import Adversarial
+from vqscale.config.vqvae2 import Adversarial
 from vqscale.errors import UserError
 from vqscale.models.discriminator import PatchDiscriminator
 from vqscale.models.losses import adaptive_weight, carry, discriminator_loss, generator_loss, kernel_gradient

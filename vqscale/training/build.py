@@ -5,41 +5,86 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vqscale.config.pixels import Pixels
 from vqscale.config.prior import spans
-from vqscale.config.recipe import Prior, Recipe, Tokenizer
-from vqscale.config.tokenizer import Level, grid_sides
+from vqscale.config.recipe import Prior
+from vqscale.config.tokenizer import HierarchySection, LevelSection
+from vqscale.config.tokenizers import Tokenizer
+from vqscale.config.vae import GaussianVAE
+from vqscale.config.vqvae2 import VQVAE2, Level
+from vqscale.data.manifest import CodeLevel
+from vqscale.models.aggregated import Aggregated
+from vqscale.models.autoregressive import AutoregressivePixels
 from vqscale.models.blockwise import Blockwise
 from vqscale.models.codebooks import GradientCodebook, UnitCodebook, UnitGradientCodebook
 from vqscale.models.convnets import Widths
+from vqscale.models.density import Normal
+from vqscale.models.likelihoods import GaussianPixels, MixturePixels, PixelDistribution
+from vqscale.models.maf import MAF
 from vqscale.models.masked import Masked
 from vqscale.models.network import GridShape, Network
 from vqscale.models.pixelcnn import PixelCNN
 from vqscale.models.prior import Prior as PriorNetwork
 from vqscale.models.quantizer import Codebook
+from vqscale.models.raw_pixels import RawPixels
+from vqscale.models.realnvp import RealNVP
+from vqscale.models.recurrent import Recurrent
+from vqscale.models.tokenizer import ImageTokenizer
 from vqscale.models.transformer import Transformer
 from vqscale.models.uniform import Uniform
+from vqscale.models.vae import VAE, GaussianLevel
 from vqscale.models.vqvae import VQVAE, LevelShape
 
 NETWORKS: Mapping[str, Callable[..., Network]] = {
     "transformer": Transformer,
     "pixelcnn": PixelCNN,
+    "recurrent": Recurrent,
     "masked": Masked,
     "blockwise": Blockwise,
     "uniform": Uniform,
+    "normal": Normal,
+    "realnvp": RealNVP,
+    "maf": MAF,
+    "aggregated": Aggregated,
 }
 """The network of each kind (`prior.networks.N.kind`). It takes its grids, the number of classes, the given levels,
 and the settings of its section by their names."""
 
 
-def build_tokenizer(settings: Tokenizer) -> VQVAE:
+def build_tokenizer(settings: Tokenizer) -> ImageTokenizer:
     """The tokenizer with fresh weights from torch's generator."""
+    return TOKENIZERS[settings.kind](settings)
+
+
+def _vqvae(settings: VQVAE2) -> VQVAE:
     return VQVAE(
         [_codebook(settings, level) for level in settings.levels],
         [_shape(settings, level) for level in settings.levels],
     )
 
 
-def _codebook(settings: Tokenizer, level: Level) -> Codebook:
+def _pixels(settings: Pixels) -> RawPixels:
+    return RawPixels(grey=settings.channels == "grey")
+
+
+def _vae(settings: GaussianVAE) -> VAE:
+    levels = [GaussianLevel(level.channels, level.downsample, _widths(settings, level)) for level in settings.levels]
+    likelihood = settings.likelihood
+    return VAE(levels, PIXELS[likelihood.kind](**likelihood.model_dump(exclude={"kind"})))
+
+
+PIXELS: Mapping[str, Callable[..., PixelDistribution]] = {
+    "gaussian": GaussianPixels,
+    "mixture": MixturePixels,
+    "autoregressive": AutoregressivePixels,
+}
+"""The distribution of pixels of each kind (`tokenizer.likelihood.kind`); it takes the settings by their names."""
+
+TOKENIZERS: Mapping[str, Callable[[Any], ImageTokenizer]] = {"vqvae2": _vqvae, "vae": _vae, "pixels": _pixels}
+"""Makes the network of each kind of tokenizer (`tokenizer.kind`) from its section."""
+
+
+def _codebook(settings: VQVAE2, level: Level) -> Codebook:
     quantizer = settings.quantizer
     unit = quantizer.distance == "cosine"
     options: dict[str, Any] = {
@@ -54,17 +99,20 @@ def _codebook(settings: Tokenizer, level: Level) -> Codebook:
     return (UnitCodebook if unit else Codebook)(size, dim, **options)
 
 
-def _shape(settings: Tokenizer, level: Level) -> LevelShape:
-    widths = Widths(
+def _shape(settings: VQVAE2, level: Level) -> LevelShape:
+    return LevelShape(
+        level.downsample,
+        _widths(settings, level),
+        dim=level.dim if level.project else None,
+        unit=settings.quantizer.distance == "cosine",
+    )
+
+
+def _widths(settings: HierarchySection, level: LevelSection) -> Widths:
+    return Widths(
         level.hidden or settings.hidden,
         level.residual_blocks or settings.residual_blocks,
         level.residual_hidden or settings.residual_hidden,
-    )
-    return LevelShape(
-        level.downsample,
-        widths,
-        dim=level.dim if level.project else None,
-        unit=settings.quantizer.distance == "cosine",
     )
 
 
@@ -81,12 +129,6 @@ def build_prior(settings: Prior, grids: Sequence[GridShape], classes: int) -> Pr
     return PriorNetwork(networks, settings.label_smoothing)
 
 
-def grid_shapes(recipe: Recipe) -> list[GridShape]:
-    """The recipe's code grids as the prior orders them, the coarsest level first."""
-    return shapes_of(recipe.tokenizer, recipe.data.image_size)
-
-
-def shapes_of(settings: Tokenizer, image_size: int) -> list[GridShape]:
-    """A tokenizer's code grids of images of so many pixels a side, the coarsest level first."""
-    sides = grid_sides(settings.levels, image_size)
-    return [GridShape(side, level.codes) for side, level in zip(sides, settings.levels, strict=True)][::-1]
+def grid_shapes(levels: Sequence[CodeLevel]) -> list[GridShape]:
+    """A tokenizer's levels (the finest first) as the prior orders them, the coarsest first."""
+    return [GridShape(level.grid, level.codes, level.channels) for level in levels][::-1]

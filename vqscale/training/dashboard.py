@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-Layout = dict[str, dict[str, list[Any]]]
-"""Category → chart → kind and the tags (regular expressions) on it, as TensorBoard's custom scalars have it."""
+Charts = dict[str, list[Any]]
+"""Chart → kind and the tags (regular expressions) on it, as TensorBoard's custom scalars have it."""
+Layout = dict[str, Charts]
+"""Category → its charts."""
 
-_SPEED: dict[str, list[Any]] = {
+_SPEED: Charts = {
     "images a second": ["Multiline", ["speed/images_per_second"]],
     "tokens a second": ["Multiline", ["speed/tokens_per_second"]],
     "share of the time that waits for data": ["Multiline", ["speed/data_wait"]],
@@ -17,51 +19,29 @@ _SPEED: dict[str, list[Any]] = {
     "seconds of a save, and of them stalled": ["Multiline", [r"checkpoint/.*"]],
     "bad samples": ["Multiline", [r"data/bad.*"]],
 }
-_PEAK: dict[str, list[Any]] = {"share of the device's peak": ["Multiline", ["speed/share_of_peak"]]}
-_RANKS: dict[str, list[Any]] = {
+_PEAK: Charts = {"share of the device's peak": ["Multiline", ["speed/share_of_peak"]]}
+_RANKS: Charts = {
     "seconds a step in all-reduces, and of them exposed": ["Multiline", [r"speed/all_reduce.*"]],
     "slowest rank's own time, over the median's": ["Multiline", ["speed/slowest_over_median"]],
 }
-_OPTIMIZER: dict[str, list[Any]] = {
+_OPTIMIZER: Charts = {
     "learning rate": ["Multiline", ["optim/learning_rate"]],
     "gradient norm": ["Multiline", ["optim/gradient_norm"]],
 }
 
 
-def layout(stage: str, levels: Sequence[str], world: int = 1, peak: bool = False) -> Layout:
+def layout(stage: str, charts: Charts, world: int = 1, peak: bool = False) -> Layout:
     """The charts of a stage, what matters most first; those that would stay empty are left out.
 
     Args:
-        stage: `tokenizer` or `prior`; any other has the speed alone.
-        levels: level names.
+        stage: name of the stage.
+        charts: its own; may be empty.
         world: number of ranks.
         peak: whether the device's peak is known.
     """
     speed = _SPEED | (_PEAK if peak else {}) | (_RANKS if world > 1 else {})
-    first: dict[str, Layout] = {"tokenizer": {stage: _tokenizer(levels)}, "prior": {stage: _prior(levels)}}
-    return {**first.get(stage, {}), f"{stage}: optimizer": _OPTIMIZER, f"{stage}: speed": speed}
-
-
-def _tokenizer(levels: Sequence[str]) -> dict[str, list[Any]]:
-    def every(figure: str) -> list[Any]:
-        return ["Multiline", [f"{name}/{figure}" for name in levels]]
-
-    return {
-        "loss": ["Multiline", [r"loss/.*"]],
-        "held-out PSNR": ["Multiline", ["validation/psnr"]],
-        "error over the images' variance": ["Multiline", ["reconstruction/mse_over_variance"]],
-        "share of codes used": every("used"),
-        "perplexity": every("perplexity"),
-        "dead codes": every("dead"),
-        "codes restarted a step": every("restarted"),
-    }
-
-
-def _prior(levels: Sequence[str]) -> dict[str, list[Any]]:
-    return {
-        "nats a code, training": ["Multiline", [r"loss/.*"]],
-        "nats a code, held out": ["Multiline", [r"validation/nats.*"]],
-    }
+    first: Layout = {stage: charts} if charts else {}
+    return {**first, f"{stage}: optimizer": _OPTIMIZER, f"{stage}: speed": speed}
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:

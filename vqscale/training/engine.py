@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqscale.config.recipe import Training
+from vqscale.config.training import Training
 from vqscale.training.distributed import Ranks
 from vqscale.training.optimizers import learning_rate
 from vqscale.training.pieces import MODEL, Piece, assemble

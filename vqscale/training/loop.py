@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from vqscale.config.recipe import Training
+from vqscale.config.training import Training
 from vqscale.seeds import mix
 from vqscale.training.checkpoints.keeper import Checkpoints
 from vqscale.training.data_watch import Counted, DataWatch

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vqscale.config.recipe import Training
+from vqscale.config.training import Training
 from vqscale.errors import UserError
 from vqscale.training.units import units
 

@@ -1,4 +1,4 @@
-"""Stage two as a task of the loop: predict codes from the codes before them and the class."""
+"""Stage two as a task of the loop: how likely latents are, given the class."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from vqscale.config.recipe import Prior as Settings
+from vqscale.models.latents import draw, values_of
+from vqscale.models.network import unknown
+from vqscale.models.noise import normals_of
 from vqscale.models.prior import Prior
 from vqscale.seeds import mix
+from vqscale.training.dashboard import Charts
 from vqscale.training.engine import Engine
 from vqscale.training.task import Task
 from vqscale.training.tracking import Tracker
@@ -19,18 +23,21 @@ from vqscale.training.transfer import DeviceBatch
 from vqscale.training.utilisation import forward_flops
 
 CodeFields = Mapping[str, Tensor]
-"""Code grids by level name, and `label`, on the device."""
+"""Codes or posteriors by level name, and `label`, on the device."""
 
 
 class PriorTask(Task):
-    """Maximum likelihood of code grids; with class dropout for classifier-free guidance (Ho & Salimans 2022).
+    """Maximum likelihood of latents; with class dropout for classifier-free guidance (Ho & Salimans 2022).
+
+    Continuous latents are drawn anew from their posteriors in each step, by seed, step and place in the global batch;
+    those of held-out images by the posteriors' own values, so that their figures repeat.
 
     Args:
         engine: over a `Prior`.
         settings: the recipe's prior.
         levels: level names, the coarsest first.
         seed: the run's seed.
-        held_out: makes an iteration over this rank's share of the held-out codes.
+        held_out: makes an iteration over this rank's share of the held-out latents.
         draw: draws a few samples as a picture; None leaves them out.
     """
 
@@ -46,36 +53,52 @@ class PriorTask(Task):
         self.engine, self._settings, self._levels, self._seed = engine, settings, list(levels), seed
         self._held_out, self._draw = held_out, draw
         self._model: Prior = engine.bare  # type: ignore[assignment]
+        self._unit = "value" if self._model.grids[0].continuous else "code"
         self.parts = {"tokens": self._model.length}
 
+    def charts(self) -> Charts:
+        """Nats a code, or a value, in training and on held-out latents."""
+        return {
+            f"nats a {self._unit}, training": ["Multiline", [r"loss/.*"]],
+            f"nats a {self._unit}, held out": ["Multiline", [r"validation/nats.*"]],
+        }
+
     def sample_flops(self) -> int:
-        """Of all networks, for the codes of one sample."""
+        """Of all networks, for the latents of one sample."""
         device = self.engine.ranks.device
-        codes = [torch.zeros(1, grid.side, grid.side, dtype=torch.int64, device=device) for grid in self._model.grids]
+        latents = [torch.zeros_like(unknown(grid, 1, device)) for grid in self._model.grids]
         with self.engine.evaluated() as network:
-            return forward_flops(network, codes, torch.zeros(1, dtype=torch.int64, device=device))
+            return forward_flops(network, latents, torch.zeros(1, dtype=torch.int64, device=device))
 
     def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:
-        """Cross-entropy in nats a code: over all codes (`total`) and by level."""
+        """Cross-entropy in nats a code, or a value: over all of them (`total`) and by level."""
         classes = self._drop(self._classes(batch.fields), batch)
         chance = self._chance(batch, "network", self._model.chances)
-        return self._nats(self.engine.model, batch.fields, classes, chance)
+        latents = draw(self._encoded(batch.fields), self._normals(batch)).latents
+        return self._nats(self.engine.model, latents, classes, chance)
 
     def validate(self) -> dict[str, float]:
-        """Nats a code on held-out codes, and bits of a whole sample, with the class given."""
-        sums = torch.zeros(1 + len(self._levels), dtype=torch.float64)
+        """Nats a code, or a value, of held-out latents, and bits of a whole sample, with the class given.
+
+        A continuous sample costs log q(z | x) - log p(z), which is what is counted for its bits.
+        """
+        sums = torch.zeros(2 + len(self._levels), dtype=torch.float64)
         count = 0
         with self.engine.evaluated() as network:
             for fields in self.watched(self._held_out()):
-                losses = self._nats(network, fields, self._classes(fields))
+                encoded = self._encoded(fields)
+                drawn = draw(encoded, normals_of(encoded[0].cpu().numpy(), self._values).to(encoded[0].device))
+                losses = self._nats(network, drawn.latents, self._classes(fields))
                 size = len(fields["label"])
-                sums += size * torch.stack([value.double().cpu() for value in losses.values()])
+                measured = [*losses.values(), drawn.log_density.mean()]
+                sums += size * torch.stack([value.double().cpu() for value in measured])
                 count += size
         sums = torch.cat([sums, torch.tensor([count], dtype=torch.float64)]).to(self.engine.ranks.device)
         *values, total = self.engine.ranks.sum(sums).tolist()
-        names = ["nats_per_code", *(f"nats_per_code_{name}" for name in self._levels)]
-        figures = dict(zip(names, (value / total for value in values), strict=True))
-        figures["bits_per_sample"] = figures["nats_per_code"] * self._model.length / math.log(2)
+        *nats, posterior = (value / total for value in values)
+        name = f"nats_per_{self._unit}"
+        figures = dict(zip([name, *(f"{name}_{level}" for level in self._levels)], nats, strict=True))
+        figures["bits_per_sample"] = (figures[name] * self._model.length + posterior) / math.log(2)
         return figures
 
     def pictures(self, step: int, tracker: Tracker | None) -> None:
@@ -86,14 +109,20 @@ class PriorTask(Task):
                     tracker.picture(step, "samples", self._draw(network))  # type: ignore[arg-type]
 
     def _nats(
-        self, network: torch.nn.Module, fields: CodeFields, classes: Tensor, chance: Tensor | None = None
+        self, network: torch.nn.Module, latents: list[Tensor], classes: Tensor, chance: Tensor | None = None
     ) -> dict[str, Tensor]:
-        codes = [fields[name].long() for name in self._levels]
         with self.engine.autocast():
-            sums = [level.mean() for level in network(codes, classes, chance)]
+            sums = [level.mean() for level in network(latents, classes, chance)]
         total = torch.stack(sums).sum() / self._model.length
-        sizes = [grid.length for grid in self._model.grids]
+        sizes = [grid.values for grid in self._model.grids]
         return {"total": total, **{name: n / size for name, n, size in zip(self._levels, sums, sizes, strict=True)}}
+
+    def _encoded(self, fields: CodeFields) -> list[Tensor]:
+        return [fields[name] for name in self._levels]
+
+    @property
+    def _values(self) -> int:
+        return values_of(self._model.grids)
 
     def _classes(self, fields: CodeFields) -> Tensor:
         labels = fields["label"]
@@ -106,6 +135,16 @@ class PriorTask(Task):
 
     def _chance(self, batch: DeviceBatch, purpose: str, count: int) -> Tensor:
         """Uniform numbers fp32 [B, count] that depend on seed, step, purpose and the samples' global indices alone."""
-        generator = torch.Generator().manual_seed(mix(self._seed, batch.step, purpose))
-        numbers = torch.rand(self._settings.training.global_batch, count, generator=generator)
+        numbers = torch.rand(
+            self._settings.training.global_batch, count, generator=self._generator(batch.step, purpose)
+        )
         return numbers.to(batch.index.device)[batch.index]
+
+    def _normals(self, batch: DeviceBatch) -> Tensor:
+        """As `_chance`, from the standard normal distribution: what latents are drawn with, [B, values]."""
+        shape = (self._settings.training.global_batch, self._values)
+        numbers = torch.randn(shape, generator=self._generator(batch.step, "posterior"))
+        return numbers.to(batch.index.device)[batch.index]
+
+    def _generator(self, step: int, purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(mix(self._seed, step, purpose))

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-from vqscale.config.recipe import Training
+from vqscale.config.training import Training
 from vqscale.training.distributed import Ranks
 from vqscale.training.optimizers import fresh_state, make_optimizers
 from vqscale.training.pieces import MODEL, OPTIMIZER, Piece

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from vqscale.training.dashboard import Charts
 from vqscale.training.engine import Engine
 from vqscale.training.pieces import Piece
 from vqscale.training.tracking import Tracker
@@ -32,6 +33,10 @@ class Task(ABC):
             if self.alive:
                 self.alive()
             yield batch
+
+    def charts(self) -> Charts:
+        """What TensorBoard opens on: the charts that matter most."""
+        return {}
 
     def before_step(self, batch: DeviceBatch) -> None:
         """Called before each step's forwards, with all of this rank's samples."""

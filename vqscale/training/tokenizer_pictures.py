@@ -11,16 +11,21 @@ from torch import Tensor
 from vqscale.data.sheet import code_colours, colour_codes, labelled_sheet, tile
 from vqscale.models.pixels import to_uint8
 from vqscale.models.quantizer import Codebook
-from vqscale.models.vqvae import VQVAE, Output
+from vqscale.models.vqvae import VQVAE
 from vqscale.training.tracking import Tracker
 
 _COLUMNS = 8
 
 
-def draw_images(tracker: Tracker, step: int, images: NDArray[np.uint8], output: Output) -> None:
-    """Images uint8 [n, S, S, 3], each beside its reconstruction."""
-    pairs = np.stack([images, to_uint8(output.images)], axis=1)
+def draw_images(tracker: Tracker, step: int, images: NDArray[np.uint8], rebuilt: Tensor) -> None:
+    """Images uint8 [n, S, S, 3], each beside its reconstruction, [n, 3, S, S] in [-1, 1]."""
+    pairs = np.stack([images, to_uint8(rebuilt)], axis=1)
     tracker.picture(step, "images/input_and_reconstruction", tile(pairs.reshape(-1, *pairs.shape[2:]), _COLUMNS))
+
+
+def draw_prior(tracker: Tracker, step: int, images: Tensor) -> None:
+    """What the tokenizer makes of latents from its own prior, [n, 3, S, S] in [-1, 1]."""
+    tracker.picture(step, "images/from_the_prior", tile(to_uint8(images), _COLUMNS))
 
 
 def draw_levels(tracker: Tracker, step: int, names: Sequence[str], network: VQVAE, codes: Sequence[Tensor]) -> None:

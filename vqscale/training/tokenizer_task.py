@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vqscale.config.recipe import Tokenizer
-from vqscale.config.tokenizer import grid_sides
-from vqscale.errors import UserError
+from vqscale.config.vqvae2 import VQVAE2
 from vqscale.models.losses import PIXEL_LOSSES
 from vqscale.models.lpips import LPIPS, load_lpips
 from vqscale.models.pixels import from_uint8
@@ -19,46 +18,42 @@ from vqscale.models.quantizer import Codebook, Donors, Quantized, Statistics, up
 from vqscale.models.vqvae import VQVAE, Output
 from vqscale.seeds import mix
 from vqscale.training.adversary import Adversary
-from vqscale.training.averaging import AveragedWeights
+from vqscale.training.dashboard import Charts
 from vqscale.training.engine import Engine
 from vqscale.training.guards import compare_codebooks
+from vqscale.training.image_task import ImageTask, squared_errors
 from vqscale.training.optimizers import learning_rate
-from vqscale.training.pieces import Piece
-from vqscale.training.task import Task
 from vqscale.training.tokenizer_pictures import draw_codebooks, draw_images, draw_levels, draw_usage
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatch
-from vqscale.training.utilisation import forward_flops
 from vqscale.training.windows import CodeWindow, PixelWindow
 
 
-class TokenizerTask(Task):
+class TokenizerTask(ImageTask):
     """VQ-VAE-2 training (Razavi et al. 2019, equation 2, with the codebook term replaced by EMA, if not asked for).
-
-    With `ema_decay`, validation and pictures use the averaged weights and the plain codebooks, as extraction and export
-    do (`averaging.AveragedWeights`).
 
     Args:
         engine: over a `VQVAE`.
         settings: the recipe's tokenizer.
-        seed: the run's seed.
-        held_out: makes an iteration over this rank's share of the held-out images, uint8 [B, S, S, 3].
-        fixed: images uint8 [n, S, S, 3] that are drawn into TensorBoard again and again.
+        levels, seed, held_out, fixed: as for `ImageTask`.
 
     Raises:
         UserError: weights of the perceptual term are missing, or settings do not fit the strategy.
     """
 
+    beside = "`ema_decay` or `losses.adversarial`"
+
     def __init__(
         self,
         engine: Engine,
-        settings: Tokenizer,
+        settings: VQVAE2,
+        levels: Sequence[str],
         seed: int,
-        held_out: Callable[[], Iterable[np.ndarray]],
-        fixed: np.ndarray,
+        held_out: Callable[[], Iterable[NDArray[np.uint8]]],
+        fixed: NDArray[np.uint8],
     ) -> None:
-        self.engine, self._settings, self._seed = engine, settings, seed
-        self._held_out, self._fixed = held_out, fixed
+        super().__init__(engine, settings, levels, seed, held_out, fixed)
+        self._settings = settings
         self._model: VQVAE = engine.bare  # type: ignore[assignment]
         device, losses = engine.ranks.device, settings.losses
         self._sizes = {level.name: level.codes for level in settings.levels}
@@ -69,19 +64,32 @@ class TokenizerTask(Task):
             where = "tokenizer.losses.perceptual.weights"
             self._perceptual = load_lpips(losses.perceptual.paths, where).to(device)
         self._adversary = Adversary(losses.adversarial, engine, seed) if losses.adversarial else None
-        grids = grid_sides(settings.levels, fixed.shape[1])
-        self.parts = {"tokens": sum(side**2 for side in grids)}
-        self._averaged = AveragedWeights(engine.weights, settings.ema_decay) if settings.ema_decay else None
+        self.parts = {"tokens": sum(level.grid**2 for level in settings.levels_of(fixed.shape[1]))}
         self._statistics: list[Statistics] = []
         self._step = self._updates = 0
-        self._ready = False  # whether what goes beside the network belongs to its step
         self.warnings: dict[str, str] = {}
         """Level → what is wrong with it, since the last figures."""
+
+    def charts(self) -> Charts:
+        """Losses, and how each level's codes are used."""
+
+        def every(figure: str) -> list[Any]:
+            return ["Multiline", [f"{name}/{figure}" for name in self._names]]
+
+        return {
+            "loss": ["Multiline", [r"loss/.*"]],
+            "held-out PSNR": ["Multiline", ["validation/psnr"]],
+            "error over the images' variance": ["Multiline", ["reconstruction/mse_over_variance"]],
+            "share of codes used": every("used"),
+            "perplexity": every("perplexity"),
+            "dead codes": every("dead"),
+            "codes restarted a step": every("restarted"),
+        }
 
     def before_step(self, batch: DeviceBatch) -> None:
         """Forget what an unfinished step left; at the first quantized step, set the first codes from its latents."""
         self._ready |= batch.step == 0
-        self._require_state()
+        self.require_state()
         self._step, self._statistics = batch.step, []
         self._pixels.forget()
         self._updates = batch.step - self._settings.quantizer.continuous_steps
@@ -134,43 +142,33 @@ class TokenizerTask(Task):
         if self._adversary:
             self._adversary.check(step)
 
-    def sample_flops(self) -> int:
-        """Of the convolutions of encoders and decoders, for one image; the search and the other losses are left out."""
-        with self.engine.evaluated() as network:
-            return forward_flops(network, from_uint8(self._fixed[:1], self.engine.ranks.device))
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Error and PSNR of images in [0, 1]; LPIPS if it is trained on."""
+        return ("mse", "psnr", "lpips") if self._perceptual else ("mse", "psnr")
 
-    def validate(self) -> dict[str, float]:
-        """PSNR and MSE (images in [0, 1]) over the held-out images, a mean over images; LPIPS if it is trained on."""
-        names = ["mse", "psnr", *(["lpips"] if self._perceptual else [])]
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64)
-        with self._judged() as network:
-            for images in self.watched(self._held_out()):
-                measured = self._measure(network, from_uint8(images, self.engine.ranks.device))
-                sums += torch.stack([*(values.sum() for values in measured), torch.tensor(len(images)).double()])
-        *values, count = self.engine.ranks.sum(sums.to(self.engine.ranks.device)).tolist()
-        return {name: value / count for name, value in zip(names, values, strict=True)}
+    def measure(self, network: VQVAE, images: NDArray[np.uint8]) -> list[Tensor]:
+        """Error, PSNR and LPIPS of each image's reconstruction."""
+        pixels = from_uint8(images, self.engine.ranks.device)
+        with self.engine.autocast():
+            rebuilt = network(pixels, quantized=self._quantized).images.float().clamp(-1, 1)
+        measured = squared_errors(rebuilt, pixels)
+        if self._perceptual:
+            with self.engine.autocast():
+                measured.append(self._perceptual(rebuilt, pixels).double().cpu())
+        return measured
 
-    @torch.no_grad()
-    def pictures(self, step: int, tracker: Tracker | None) -> None:
+    def draw(self, network: VQVAE, step: int, tracker: Tracker) -> None:
         """The fixed images beside their reconstructions, what each level carries, and how often codes are used."""
-        with self._judged() as network:
-            if tracker:
-                self._draw(network, step, tracker)
-
-    def _draw(self, network: VQVAE, step: int, tracker: Tracker) -> None:
         with self.engine.autocast():
             output: Output = network(from_uint8(self._fixed, self.engine.ranks.device), quantized=self._quantized)
-            draw_images(tracker, step, self._fixed, output)
+            draw_images(tracker, step, self._fixed, output.images)
             if self._quantized:
                 draw_levels(tracker, step, list(self._sizes), network, [level.codes for level in output.levels])
         counts = self._window.counts()
         draw_usage(tracker, step, counts)
         if counts and step == self._settings.training.steps:
             draw_codebooks(tracker, step, network, counts)
-
-    def pieces(self) -> list[Piece]:
-        """The averaged weights."""
-        return self._averaged.pieces() if self._averaged else []
 
     def extra_state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside all pieces, the same on all ranks; one small all-reduce."""
@@ -195,14 +193,10 @@ class TokenizerTask(Task):
         """Whether the current step quantizes; the first ones may let the latents pass."""
         return self._updates >= 0
 
-    def _require_state(self) -> None:
-        """Average and discriminator of another step than the network's would go wrong in silence."""
-        if not self._ready and (self._averaged or self._adversary):
-            raise UserError(
-                "resumed without the state of `ema_decay` or `losses.adversarial`",
-                where="tokenizer",
-                mend="resume from a checkpoint that was trained with these settings",
-            )
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a state beside the network's."""
+        return super().keeps or self._adversary is not None
 
     def _initialise_codebooks(self, batch: DeviceBatch) -> None:
         quantizer = self._settings.quantizer
@@ -249,25 +243,6 @@ class TokenizerTask(Task):
                 figures["perceptual"] = self._perceptual(rebuilt, images).mean()
             total = total + losses.perceptual.weight * figures["perceptual"]
         return total, figures
-
-    def _measure(self, network: VQVAE, pixels: Tensor) -> list[Tensor]:
-        """fp64 [B] on the CPU: error, PSNR and LPIPS of each image's reconstruction."""
-        with self.engine.autocast():
-            rebuilt = network(pixels, quantized=self._quantized).images.float().clamp(-1, 1)
-        mse = ((rebuilt - pixels) / 2).square().flatten(1).mean(dim=1).double().cpu()
-        measured = [mse, -10 * mse.clamp(min=1e-10).log10()]
-        if self._perceptual:
-            with self.engine.autocast():
-                measured.append(self._perceptual(rebuilt, pixels).double().cpu())
-        return measured
-
-    @contextmanager
-    def _judged(self) -> Iterator[VQVAE]:
-        """The network to judge, whole, in evaluation: with the averaged weights if there are any; collective."""
-        self._require_state()
-        averaged = self._averaged.applied() if self._averaged else nullcontext()
-        with averaged, self.engine.evaluated() as network:
-            yield network  # type: ignore[misc]
 
     def _watch(self, levels: Mapping[str, Mapping[str, float]]) -> None:
         """Warn, once each time it begins, of a level that collapses."""

@@ -21,7 +21,7 @@ class DeviceBatch:
 
     step: int
     fields: dict[str, Tensor]
-    """`image` uint8 [B, S, S, 3], or codes uint16 [B, side, side] by level; `label` int64 [B]."""
+    """`image` uint8 [B, S, S, 3], or codes uint16 [B, side, side] or posteriors by level; `label` int64 [B]."""
     index: Tensor
     """int64 [B]: place of each sample in the global batch."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from resource import getpagesize
 from typing import Any
@@ -52,7 +53,7 @@ def forward_flops(network: Callable[..., Any], *inputs: Any, **options: Any) -> 
     The search for the nearest codes is not among them: on the CPU it writes into memory of its own, which torch does
     not count, and on a GPU it is a kernel of ours.
     """
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         network(*inputs, **options)
     return int(counter.get_total_flops())
 
@@ -62,7 +63,16 @@ def _attention(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> 
     return int(sdpa_flop_count(query, key, value))
 
 
-_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+def _recurrence(x: Any, matrices: Sequence[Any]) -> int:
+    """Of a recurrence over a sequence [T, B, in]: each step of a sample meets every matrix once."""
+    return int(2 * x[0] * x[1] * sum(math.prod(shape) for shape in matrices))
+
+
+_UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten.mkldnn_rnn_layer: lambda x, *rest, **_: _recurrence(x, rest[:2]),
+    torch.ops.aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrence(x, [w for w in weights if len(w) == 2]),
+}
 """What torch's counter leaves out. A causal mask is not subtracted, as on a GPU."""
 
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor, nn
 
-from vqscale.config.recipe import Training
+from vqscale.config.training import Training
 from vqscale.errors import UserError
 from vqscale.training.distributed import Ranks
 from vqscale.training.optimizers import fresh_state, make_optimizers

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from vqscale.config.recipe import Training
+from vqscale.config.training import Training
 from vqscale.training.pieces import Piece
 
 

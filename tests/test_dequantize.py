@@ -1,0 +1,103 @@
+"""Dequantization: noise and its density, and the two bounds beside a probability that is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqscale.models.density import normal_nats
+from vqscale.models.dequantize import HALF_RANGE, Dequantizer, UniformNoise, VariationalNoise, dequantized_nats
+
+
+def moved(channels: int = 1, side: int = 2, scale: float = 0.2) -> VariationalNoise:
+    torch.manual_seed(0)
+    noise = VariationalNoise(channels, side, couplings=4, width=8).double()
+    for parameter in noise.parameters():
+        torch.nn.init.normal_(parameter, std=scale)
+    return noise
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(256, (count, 1, 2, 2), generator=torch.Generator().manual_seed(seed)).double()
+
+
+@torch.no_grad()
+def test_variational_noise_begins_as_uniform_noise() -> None:
+    torch.manual_seed(0)
+    levels, normals = images(5), torch.randn(5, 1, 2, 2, dtype=torch.float64)
+    plain, learned = UniformNoise(), VariationalNoise(1, 2, couplings=4, width=8).double()
+    (u, nats), (v, others) = plain(levels, normals), learned(levels, normals)
+    torch.testing.assert_close(u, v)
+    torch.testing.assert_close(nats, others)
+    assert not nats.any()
+    assert 0 <= u.min() <= u.max() <= 1
+
+
+def test_the_density_of_the_noise_is_that_of_its_jacobian() -> None:
+    noise, levels = moved(), images(1)
+    normals = torch.randn(1, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    u, nats = noise(levels, normals)
+    assert nats.abs().item() > 1e-2
+    jacobian = torch.autograd.functional.jacobian(lambda values: noise(levels, values)[0], normals).view(4, 4)
+    expected = normal_nats(normals).sum() + torch.linalg.slogdet(jacobian).logabsdet
+    torch.testing.assert_close(nats[0], expected)
+    assert 0 <= u.min() <= u.max() <= 1
+
+
+@torch.no_grad()
+def test_the_noise_has_a_density_of_mass_one() -> None:
+    """E_q[1 / q] is the volume where q is: 1, whatever it learned."""
+    noise, generator = moved(scale=0.1), torch.Generator().manual_seed(0)
+    normals = torch.randn(5_000, 1, 2, 2, dtype=torch.float64, generator=generator)
+    _, nats = noise(images(1).expand(5_000, -1, -1, -1), normals)
+    weights = nats.exp()
+    error = weights.std().item() / math.sqrt(len(weights))
+    assert error < 0.1
+    assert weights.mean().item() == pytest.approx(1, abs=4 * error)
+
+
+class Narrow:
+    """A normal density narrower than a grey level, of which the bins' probabilities are known."""
+
+    mean, scale = 100.5, 0.15
+
+    def nats(self, values: Tensor) -> Tensor:
+        """Of values in [-1, 1]."""
+        return (normal_nats(((values + 1) * HALF_RANGE - self.mean) / self.scale)).flatten(1).sum(1) + values[
+            0
+        ].numel() * math.log(self.scale / HALF_RANGE)
+
+    def truth(self, levels: Tensor) -> Tensor:
+        """-log P(x) [B]."""
+        high, low = ((levels + edge - self.mean) / self.scale for edge in (1, 0))
+        return -torch.log(torch.special.ndtr(high) - torch.special.ndtr(low)).flatten(1).sum(1)
+
+
+def bound(noise: Dequantizer, levels: Tensor, seed: int) -> tuple[float, float]:
+    """Mean nats over the images, and the standard error."""
+    normals = torch.randn(levels.shape, dtype=levels.dtype, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        found = dequantized_nats(noise, Narrow().nats, levels, normals)
+    return found.mean().item(), found.std().item() / math.sqrt(len(found))
+
+
+def test_learned_noise_closes_the_gap_that_uniform_noise_leaves() -> None:
+    """P is known: uniform noise leaves a gap, which is a KL divergence, and learned noise closes most of it."""
+    torch.manual_seed(0)
+    levels = (Narrow.mean + Narrow.scale * torch.randn(1000, 1, 2, 2, dtype=torch.float64)).floor()
+    truth = Narrow().truth(levels).mean().item()
+    learned = VariationalNoise(1, 2, couplings=4, width=8).double()
+    optimizer = torch.optim.Adam(learned.parameters(), lr=1e-2)
+    for _ in range(100):
+        batch = levels[torch.randint(len(levels), (64,))]
+        loss = dequantized_nats(learned, Narrow().nats, batch, torch.randn_like(batch)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    (uniform, error), (variational, other) = bound(UniformNoise(), levels, 1), bound(learned, levels, 1)
+    assert uniform - truth > 10 * error, "there is something to be won"
+    assert variational > truth - 4 * other, "it is a bound"
+    assert variational - truth < (uniform - truth) / 4

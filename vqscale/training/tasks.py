@@ -1,0 +1,44 @@
+"""The task of each kind of tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqscale.config.recipe import Recipe
+from vqscale.training.build import build_tokenizer
+from vqscale.training.distributed import Ranks
+from vqscale.training.engine import Engine
+from vqscale.training.image_task import ImageTask
+from vqscale.training.pixels_task import PixelsTask
+from vqscale.training.tokenizer_task import TokenizerTask
+from vqscale.training.vae_task import VAETask
+
+TASKS: Mapping[str, Callable[..., ImageTask]] = {"vqvae2": TokenizerTask, "vae": VAETask, "pixels": PixelsTask}
+"""How a tokenizer of each kind (`tokenizer.kind`) is trained; arguments as for `ImageTask`."""
+
+
+def tokenizer_task(
+    recipe: Recipe,
+    ranks: Ranks,
+    held_out: Callable[[], Iterable[NDArray[np.uint8]]],
+    fixed: NDArray[np.uint8],
+) -> ImageTask:
+    """The recipe's tokenizer, with fresh weights from torch's generator, to be trained on these ranks; collective.
+
+    Args:
+        recipe: the settings.
+        ranks: this rank.
+        held_out: makes an iteration over this rank's share of the held-out images, uint8 [B, S, S, 3].
+        fixed: images uint8 [n, S, S, 3] that are drawn into TensorBoard again and again.
+
+    Raises:
+        UserError: weights of a loss are missing, or settings do not fit the strategy.
+    """
+    settings = recipe.tokenizer
+    strategy = recipe.resources.of("tokenizer").strategy
+    engine = Engine(build_tokenizer(settings), settings.training, ranks, strategy)
+    names = [level.name for level in recipe.levels]
+    return TASKS[settings.kind](engine, settings, names, recipe.seed, held_out, fixed)
