@@ -21,9 +21,11 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
-# Peers of the benchmarks, and what draws their pictures.
+# Peers of the benchmarks, and what draws their pictures. litdata brings a torchvision, which does not load beside the
+# CPU's build of torch; torchmetrics would try, so that one that does not load is taken out again. litdata runs without.
 $(VENV)/.ready-bench: $(VENV)/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
 	touch $@
 
 quickstart: setup  ## clock faces to sampled clocks on this machine, in about five minutes
