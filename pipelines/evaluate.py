@@ -17,7 +17,7 @@ from vqscale.data.images import decode_whole
 from vqscale.data.manifest import CodeLevel
 from vqscale.evaluation.page import Picture, page
 from vqscale.files import read_json, write_bytes, write_json
-from vqscale.training.dashboard import leaves
+from vqscale.training.dashboard import hyperparameters
 from vqscale.training.tracking import Tracker
 
 
@@ -37,10 +37,10 @@ def main(stage: Stage) -> dict[str, Any]:
     if events:
         write_report(layout.root, layout, assemble(stage, figures, time.time() - began))
         tracker = Tracker(layout.tensorboard / stage.name, events)
-        tracker.scalars(0, numbers)
+        tracker.scalars(0, {f"report/{name}": value for name, value in numbers.items()})
         for picture in _pictures(layout):
             tracker.picture(0, f"report/{picture.name}", decode_whole(picture.png, 1))
-        tracker.outcome(dict(leaves(stage.recipe.model_dump(mode="json"))), numbers)
+        tracker.outcome(hyperparameters(stage.recipe.model_dump(mode="json"), {"processes": stage.ranks.world}))
         tracker.close()
     return numbers
 

@@ -17,7 +17,7 @@ from vqscale.data.source import Source
 from vqscale.files import read_json
 from vqscale.quarantine import Quarantine
 from vqscale.training.checkpoints.keeper import Checkpoints
-from vqscale.training.dashboard import layout, leaves
+from vqscale.training.dashboard import hyperparameters, layout
 from vqscale.training.data_watch import DataWatch
 from vqscale.training.guards import DivergedError
 from vqscale.training.loop import Loop
@@ -115,7 +115,7 @@ class _Training:
             )
             figures = loop.run(start)
             if tracker:
-                tracker.outcome(self._settings(), {f"validation/{name}": value for name, value in figures.items()})
+                tracker.outcome(self._settings())
         facts = {"steps": self.task.engine.steps, "parameters": self.task.engine.size, "bad_samples": watch.total}
         return {**facts, **figures}
 
@@ -139,11 +139,8 @@ class _Training:
         return Tracer(where.trace_request(name), where.traces(name)) if self.stage.ranks.first else None
 
     def _settings(self) -> dict[str, bool | float | str]:
-        """What is most often varied, by name, for the table of hyperparameters."""
-        recipe = self.stage.recipe
-        own = getattr(recipe, self.stage.name).model_dump(mode="json")
         runs_on = {"processes": self.stage.ranks.world, "strategy": self.task.engine.strategy}
-        return dict(leaves({**own, "seed": recipe.seed, "resources": runs_on}))
+        return hyperparameters(self.stage.recipe.model_dump(mode="json"), runs_on)
 
     def _loader(self, start: int) -> Loader:
         recipe, ranks, data = self.stage.recipe, self.stage.ranks, self.stage.recipe.data

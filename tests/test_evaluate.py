@@ -125,7 +125,7 @@ def test_report_and_tensorboard_have_them(trained: Path, figures: dict[str, Any]
     assert report["nats_per_code"] == pytest.approx(figures["nats_per_code"], rel=1e-9), "measured here, not before"
     events = EventAccumulator(str(run / "tensorboard" / "evaluate"))
     events.Reload()
-    assert events.Scalars("bits_per_dim")[0].value == pytest.approx(report["bits_per_dim"], rel=1e-6)
+    assert events.Scalars("report/bits_per_dim")[0].value == pytest.approx(report["bits_per_dim"], rel=1e-6)
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert settings["tokenizer.levels.0.codes"].number_value == 16

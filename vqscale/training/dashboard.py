@@ -44,6 +44,31 @@ def layout(stage: str, charts: Charts, world: int = 1, peak: bool = False) -> La
     return {**first, f"{stage}: optimizer": _OPTIMIZER, f"{stage}: speed": speed}
 
 
+_TRAINING = ("learning_rate", "global_batch", "steps")
+_VARIED = tuple(f"{stage}.training.{name}" for stage in ("tokenizer", "prior") for name in _TRAINING)
+"""What is most often varied, so that TensorBoard's table begins with it."""
+
+METRICS = (
+    *("report/psnr", "report/bits_per_dim", "report/fid", "report/rfid", "report/cas_samples", "report/hour_accuracy"),
+    *("validation/psnr", "validation/mse", "validation/nats_per_code", "validation/bits_per_sample"),
+)
+"""Final figures in the table of hyperparameters; a stage has its own of them.
+
+The same for all stages, as the settings are: TensorBoard takes the columns of all rows from one of them.
+"""
+
+
+def hyperparameters(recipe: Mapping[str, Any], resources: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """A run's settings by dotted name, those that are most often varied first.
+
+    Args:
+        recipe: plain values of all settings.
+        resources: what the stage really runs on, in the place of the recipe's.
+    """
+    found = dict(leaves({**recipe, "resources": {**recipe["resources"], **resources}}))
+    return {name: found[name] for name in _VARIED if name in found} | found
+
+
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
     """The single settings of a tree by dotted name; what is unset is left out."""
     for key, value in tree.items():

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqscale.events import EventLog
-from vqscale.training.dashboard import Layout
+from vqscale.training.dashboard import METRICS, Layout
 
 
 class Tracker:
@@ -35,12 +35,13 @@ class Tracker:
         """The charts that TensorBoard's custom scalars open on."""
         self._writer.add_custom_scalars(layout)
 
-    def outcome(self, settings: Mapping[str, bool | float | str], figures: Mapping[str, float]) -> None:
+    def outcome(self, settings: Mapping[str, bool | float | str]) -> None:
         """Settings beside what came of them, for TensorBoard's table of hyperparameters."""
         from torch.utils.tensorboard.summary import hparams
 
-        # Not by `add_hparams`, which opens a run of its own; the figures are those that the curves end with.
-        for summary in hparams(dict(settings), dict(figures)):
+        # Not by `add_hparams`, which opens a run of its own; the figures are those that the curves end with, so their
+        # values here are not looked at.
+        for summary in hparams(dict(settings), dict.fromkeys(METRICS, 0.0)):
             self._writer._get_file_writer().add_summary(summary)
 
     def figures(self, step: int, figures: Mapping[str, float], *, rate: float | None = None) -> None:
