@@ -15,6 +15,7 @@ import torch
 
 from tests.recipes import tiny_recipe
 from tests.training_helpers import Experiment, clock_run, one_process, tokenizer_experiment
+from vqscale.models.quantizer import LevelFigures
 from vqscale.training import tokenizer_task
 from vqscale.training.distributed import Ranks
 
@@ -79,7 +80,17 @@ def test_without_the_warm_up_of_the_decay_restarts_come_too_late(
     assert max(top(last_lines(alone, run, tmp_path))) < 0.25
 
 
-def test_the_commitment_is_weakened_in_proportion_to_the_use(alone: Ranks, run: Path) -> None:
+def test_the_commitment_is_weakened_in_proportion_to_the_use(
+    alone: Ranks, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = tokenizer_task.update_codebooks
+    updates: list[list[LevelFigures]] = []
+
+    def noted(*given: Any) -> list[LevelFigures]:
+        updates.append(update(*given))
+        return updates[-1]
+
+    monkeypatch.setattr(tokenizer_task, "update_codebooks", noted)
     made = make(alone, run, 0, commitment=0.25, relief_below=0.5)
     task, batch = made.task, made.batches(1)[0]
     task.before_step(batch)
@@ -92,7 +103,7 @@ def test_the_commitment_is_weakened_in_proportion_to_the_use(alone: Ranks, run: 
         expected = losses["reconstruction"] + sum(w * pull for w, pull in zip(weights, pulls, strict=True))
         torch.testing.assert_close(losses["total"], expected)
     task.after_step()
-    shares = [level.perplexity / CODES for level in task._levels]  # type: ignore[attr-defined]
+    shares = [level.perplexity / CODES for level in updates[-1]]
     torch.testing.assert_close(task._window.latest(), shares)  # type: ignore[attr-defined]
     figures = task.figures()
     assert figures["top/commitment_weight"] == pytest.approx(0.25 * min(1.0, float(shares[1]) / 0.5))

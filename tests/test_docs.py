@@ -221,6 +221,7 @@ def runs() -> list[object]:
     return found
 
 
+@pytest.mark.timeout(900)  # the README has some thirty commands, most of which start Python with torch
 @pytest.mark.parametrize("document", runs())
 def test_commands_run(document: str, desk: Desk, request: pytest.FixtureRequest) -> None:
     for language, lines in blocks(document):
