@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.recipes import tiny_recipe, tiny_tree
+from tests.training_helpers import forget_accelerate, one_process
 from vqscale.config.load import parse
 from vqscale.config.recipe import Recipe
 from vqscale.data import clocks
@@ -29,6 +30,9 @@ from vqscale.models.noise import uniforms_of
 from vqscale.models.pixels import from_uint8
 from vqscale.models.vae import VAE
 from vqscale.training.build import build_tokenizer
+from vqscale.training.steps import Steps
+from vqscale.training.tasks import tokenizer_task
+from vqscale.training.transfer import DeviceBatch
 
 SIDE = 16
 
@@ -284,3 +288,32 @@ def test_a_prior_that_does_not_fit_is_refused() -> None:
         tiny_recipe(**vae() | {"prior__networks": [{"layers": 1}]})
     with pytest.raises(UserError, match=r"kind normal does not model codes, which tokenizer.kind vqvae2 has; use tra"):
         parse(Recipe, tiny_tree(prior__networks=[{"kind": "normal"}]), "r.yaml")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"beta": 3.0},
+        {"kl_warmup": 50},
+        {"free_bits": 5.0},
+        {"objective": "iwae", "samples": 4},
+        {"samples": 4},
+        {"likelihood": {"kind": "gaussian", "scale": 9.0}},
+        {"likelihood": {"kind": "mixture"}},
+        {"levels": [{"name": "only", "downsample": 4, "channels": 2}]},
+    ],
+)
+def test_every_setting_acts(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the loss of the third step, behind two whose divergences free bits go by."""
+    pixels = clocks.draw(0, 8, SIDE, 0)[0]
+    found = []
+    with one_process(monkeypatch) as ranks:
+        for settings in ({}, change):
+            torch.manual_seed(0)
+            task = tokenizer_task(tiny_recipe(**vae(**settings)), ranks, list, pixels[:1])
+            steps = Steps(task)
+            for step in range(3):
+                steps.take(DeviceBatch(step, {"image": torch.from_numpy(pixels)}, torch.arange(8)))
+            found.append(float(steps.losses["total"]))
+            forget_accelerate()
+    assert found[0] != found[1]
