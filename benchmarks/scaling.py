@@ -145,7 +145,7 @@ def describe(bench: Bench, overrides: Sequence[str], batch: int) -> None:
 
 @contextmanager
 def started(bench: Bench, overrides: Sequence[str], batch: int) -> Iterator[Groups]:
-    """All groups, each of which has set its first codes."""
+    """All groups; those that train by themselves are warm."""
     with Remote([sys.executable, "-m", "benchmarks.scaling_ranks"]) as host:
         groups = Groups(host, overrides, batch)
         wanted = [(f"alone{number}", 1) for number in range(max(TOGETHER.values()))]
@@ -157,6 +157,8 @@ def started(bench: Bench, overrides: Sequence[str], batch: int) -> Iterator[Grou
             groups.start("gpu", 1, batch=GPU_BATCH, device="cuda")
         else:
             bench.skip("gpu", "torch sees no GPU; its step is assumed")
+        # The first steps set the first codes and prepare kernels; those of `two` and `four` are in `check`.
+        groups.ask(*(name for name, _ in wanted), do="steps", times=2)
         bench.report("starting processes", 1, 1)
         yield groups
 
