@@ -30,7 +30,7 @@ from vqscale.data.image_source import ImageSource
 from vqscale.data.manifest import MANIFEST, write_manifest
 from vqscale.events import EventLog
 from vqscale.export import TrainedTokenizer, load_tokenizer
-from vqscale.extraction import Extraction
+from vqscale.extraction import DIFFERENCES, Extraction
 from vqscale.files import clear_beside
 from vqscale.models.quantizer import usage_figures
 from vqscale.quarantine import Quarantine
@@ -61,7 +61,7 @@ def finish(stage: Stage, parts: list[dict[str, Any]]) -> dict[str, Any]:
         UserError: more bad images than the recipe's error budget, or a shard that is not finished.
     """
     # Task 0 has compared precisions.
-    figures = dict(parts[0])
+    figures = {key: parts[0][key] for key in ("fingerprint", *DIFFERENCES) if key in parts[0]}
     for split in SPLITS:
         records = finish_split(stage, image_source(stage, split), split, figures["fingerprint"])
         figures |= {

@@ -50,7 +50,7 @@ def test_formulas_count_what_torch_counts_for_any_number_of_levels(bench: Bench,
 
 def test_the_recipe_s_cost_is_the_one_that_is_known() -> None:
     recipe = load_recipe(tokenizer.RECIPE, ["tokenizer.residual_hidden=32"])
-    layers = tokenizer.layers_of(build_tokenizer(recipe.tokenizer), recipe)
+    layers = tokenizer.layers_of(build_tokenizer(recipe.tokenizer), recipe.tokenizer, recipe.data.image_size)
     # With rosinality's residual width: 7.53 GFLOP of convolutions, 0.34 of search.
     assert round(sum(layer.flops for layer in layers) / 1e9, 2) == 7.53
     assert round(search_flops([512, 512], [64, 64], [level.grid for level in recipe.levels]) / 1e9, 2) == 0.34

@@ -20,6 +20,9 @@ from vqscale.data.image_source import ImageSource
 from vqscale.data.manifest import CodeLevel
 from vqscale.export import Arrays, TrainedTokenizer
 
+DIFFERENCES = ("codes_differ_from_fp32", "posteriors_differ_from_fp32")
+"""Names of what `Extraction.difference_from_fp32` gives: of codes, and of Gaussian posteriors."""
+
 _COMPARED = 256  # images whose codes are compared with those of fp32
 
 
@@ -65,8 +68,8 @@ class Extraction:
         """What would be different of the first 256 images if the networks ran in fp32.
 
         Returns:
-            `codes_differ_from_fp32`, the share of the codes that would be others; or `posteriors_differ_from_fp32`, the
-            mean distance between means in standard deviations.
+            One of `DIFFERENCES`: the share of the codes that would be others, or the mean distance between means in
+            standard deviations.
         """
         held: list[NDArray[np.uint8]] = []
         for part in self._parts(source, range(len(source.manifest.shards))):
@@ -80,9 +83,9 @@ class Extraction:
         )
         if self.tokenizer.network.continuous:
             apart = [_deviations(ours[name], theirs[name]) for name in ours]
-            return {"posteriors_differ_from_fp32": float(np.concatenate(apart).mean())}
+            return {DIFFERENCES[1]: float(np.concatenate(apart).mean())}
         different = sum(int((ours[name] != theirs[name]).sum()) for name in ours)
-        return {"codes_differ_from_fp32": different / sum(map(np.size, ours.values()))}
+        return {DIFFERENCES[0]: different / sum(map(np.size, ours.values()))}
 
     def _parts(self, source: ImageSource, shards: Sequence[int]) -> Iterator[ShardPart]:
         return read_ahead(source, source.manifest.counts, shards, batch=self.batch, threads=self.threads)
