@@ -15,8 +15,8 @@ _LINE = 64  # bytes of a cache line
 def aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """An array with any content that begins at a cache line, as `np.empty` does not.
 
-    AMD's Zen 3 copies some kilobytes at a time eight times slower where the target lies some bytes ahead of the source
-    within their pages (`rep movsb`, glibc bug 30994; docs/log.md).
+    AMD's Zen 3 copies some kilobytes at a time eight times slower where the target begins a few bytes further into its
+    page than the source (`rep movsb`, glibc bug 30994; docs/log.md).
     """
     kind = np.dtype(dtype)
     size = math.prod(shape) * kind.itemsize
