@@ -152,7 +152,7 @@ def _compare(options: argparse.Namespace) -> int:
         print_comparison(before, after, changed, options.tolerance)
     for name in single:
         print(f"note: only one of the folders has {name}")
-    print("* more than the noise between the rounds explains")
+    print("* more than the noise between the rounds explains; SLOWER?: the intervals overlap, it may be noise")
     slower = compare.flagged(found, options.tolerance)
     for line in slower:
         print(f"slower by more than {options.tolerance:.0%}: {line}")

@@ -45,9 +45,9 @@ class Change:
     after: str = ""
 
     def verdict(self, tolerance: float) -> str:
-        """In a word; empty for changes within the tolerance."""
+        """In a word, with a question mark where it may be noise; empty for changes within the tolerance."""
         if self.better_by < 1 / (1 + tolerance):
-            return "SLOWER" if self.sure else "" if self.laps else "SLOWER, or noise: the intervals overlap"
+            return "SLOWER" if self.sure else "" if self.laps else "SLOWER?"
         return "faster" if self.better_by > 1 + tolerance and self.sure else ""
 
 

@@ -58,8 +58,7 @@ def forecast(measured: Measured, cluster: Cluster, source: str) -> Prediction:
             "within_latency_us": cluster.within.latency_s * 1e6,
             "between_gb_s": cluster.between.bytes_per_s / 1e9,
             "between_latency_us": cluster.between.latency_s * 1e6,
-            "gloo_gb_s": link.bytes_per_s / 1e9,
-            "gloo_latency_us": link.latency_s * 1e6,
+            **({"gloo_gb_s": link.bytes_per_s / 1e9, "gloo_latency_us": link.latency_s * 1e6} if link else {}),
         },
         curves={
             "efficiency": _curve(full, f"{GPU_BATCH} images a GPU, rings", share, "efficiency"),
@@ -75,7 +74,7 @@ def forecast(measured: Measured, cluster: Cluster, source: str) -> Prediction:
                 "codebook_share",
             ),
         },
-        compared=compared(measured, link),
+        compared=compared(measured, link) if link else {},
     )
 
 

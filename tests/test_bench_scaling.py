@@ -67,9 +67,12 @@ def test_a_step_by_hand() -> None:
 
 def test_a_link_is_found_from_two_sizes() -> None:
     link = fitted(ring(0, 2, LINK), ring(5e6, 2, LINK), 5_000_000)
+    assert link is not None
     assert (link.bytes_per_s, link.latency_s) == (pytest.approx(1e9), pytest.approx(1e-3))
-    with pytest.raises(ValueError, match="bytes took"):
-        fitted(2.0, 1.0, 5)
+    assert fitted(2.0, 1.0, 5) is None
+    noisy = made_up(None)
+    noisy = replace(noisy, reduce_s={**noisy.reduce_s, ("large", 2): 0.0})
+    assert forecast(noisy, CLUSTER, "a test").compared == {}, "nothing is said of this machine"
 
 
 def test_numbers_of_gpus_fill_nodes() -> None:
