@@ -300,6 +300,7 @@ def test_a_prior_that_does_not_fit_is_refused() -> None:
         {"samples": 4},
         {"likelihood": {"kind": "gaussian", "scale": 9.0}},
         {"likelihood": {"kind": "mixture"}},
+        {"likelihood": {"kind": "autoregressive", "layers": 1, "width": 8}},
         {"levels": [{"name": "only", "downsample": 4, "channels": 2}]},
     ],
 )

@@ -46,9 +46,8 @@ def recipe(**settings: Any) -> Recipe:
     return tiny_recipe(**{key: value for key, value in many_streams().items() if "tokenizer" not in key}, **own)
 
 
-DECODER = {"kind": "autoregressive", "components": 2, "layers": 1, "width": 8}
 RECIPES = {
-    "elbo": recipe(kl_warmup=3, free_bits=0.6, ema_decay=0.5, samples=2, likelihood=DECODER),
+    "elbo": recipe(kl_warmup=3, free_bits=0.6, ema_decay=0.5, samples=2),
     "iwae": recipe(objective="iwae", samples=3, likelihood={"kind": "mixture", "components": 2}),
 }
 """With all that lives beside the network: averaged weights, and the divergences that free bits go by."""
