@@ -282,4 +282,4 @@ def test_histograms_texts_and_settings_are_there(page: Any) -> None:
     page.get_by_text("image_size: 16").first.wait_for()
     page.goto(f"{page.home}/#hparams")
     page.locator("vaadin-grid").get_by_text("tokenizer").first.wait_for()
-    page.get_by_text("validation/psnr").first.wait_for()
+    page.get_by_text("tokenizer.training.learning_rate", exact=True).first.wait_for()
