@@ -181,7 +181,8 @@ def test_samples_and_sheets_open(finished: Finished) -> None:
     sheet = opened(samples / "sheet.png")
     assert sheet.shape[0] > 12 * 64
     assert sheet.std() > 10
-    assert opened(samples / "reconstructions.png").shape[0] == 2 * 68 + 4
+    rows = 2 + 2 * 2  # inputs and reconstructions; what each level carries alone, and its codes
+    assert opened(samples / "reconstructions.png").shape[0] == rows * 68 + 4
 
 
 @pytest.mark.dist
