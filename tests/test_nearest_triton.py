@@ -121,8 +121,9 @@ def test_the_launches_of_other_gpus(
 
 @kernel_test
 def test_of_equal_codes_the_lowest_is_taken(kernels: ModuleType) -> None:
-    # Quarters: their products are exact, in whatever order the interpreter's library adds them up.
-    z, codes = ((4 * part).round() / 4 for part in cloud(140, 50, 24))
+    # Quarters around zero: centring leaves them, and their products are exact, in whatever order they are added up.
+    z, half = ((4 * part).round() / 4 for part in cloud(140, 25, 24))
+    codes = torch.cat([half, -half])
     plain = run(kernels, z, codes, statistics=False).codes
     assert torch.equal(run(kernels, z, torch.cat([codes, codes, codes]), statistics=False).codes, plain)
 
