@@ -109,7 +109,11 @@ def _predicted(prediction: Prediction) -> list[str]:
     ]
     return [
         _table(head, rows),
-        _table(("the model on this machine", "predicted", "measured", "off", "unit"), compared),
+        *(
+            [_table(("the model on this machine", "predicted", "measured", "off", "unit"), compared)]
+            if compared
+            else []
+        ),
         "The prediction assumes:\n",
         "".join(f"- {line}\n" for line in prediction.assumptions),
     ]

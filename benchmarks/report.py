@@ -102,7 +102,8 @@ def print_prediction(prediction: Prediction) -> None:
         (key, number(one.predicted), number(one.measured), f"{100 * one.off:+.0f} %", one.unit)
         for key, one in prediction.compared.items()
     ]
-    console.print(_table("the model here", ("predicted", "measured", "off", "unit"), rows))
+    if rows:
+        console.print(_table("the model here", ("predicted", "measured", "off", "unit"), rows))
     for line in prediction.assumptions:
         console.print(f"assumed: {line}", markup=False, highlight=False)
 

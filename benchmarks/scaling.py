@@ -149,7 +149,10 @@ def describe(bench: Bench, overrides: Sequence[str], batch: int) -> None:
 @contextmanager
 def started(bench: Bench, overrides: Sequence[str], batch: int) -> Iterator[Groups]:
     """All groups; those that train by themselves are warm."""
-    with Remote([sys.executable, "-m", "benchmarks.scaling_ranks"]) as host:
+    # On a machine with too much to do, threads that wait for each other busily take seconds for a small step. In a
+    # measurement they wait as stages do.
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if bench.quick else {}
+    with Remote([sys.executable, "-m", "benchmarks.scaling_ranks"], waiting) as host:
         groups = Groups(host, overrides, batch)
         wanted = [(f"alone{number}", 1) for number in range(max(TOGETHER.values()))]
         for done, (name, world) in enumerate([*wanted, *WORLDS.items()]):
