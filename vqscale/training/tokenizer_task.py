@@ -14,7 +14,7 @@ from vqscale.config.vqvae2 import VQVAE2
 from vqscale.models.losses import PIXEL_LOSSES
 from vqscale.models.lpips import LPIPS, load_lpips
 from vqscale.models.pixels import from_uint8
-from vqscale.models.quantizer import Codebook, Donors, Quantized, Statistics, update_codebooks
+from vqscale.models.quantizer import Codebook, Donors, LevelFigures, Quantized, Statistics, update_codebooks
 from vqscale.models.vqvae import VQVAE, Output
 from vqscale.seeds import mix
 from vqscale.training.adversary import Adversary
@@ -66,6 +66,7 @@ class TokenizerTask(ImageTask):
         self._adversary = Adversary(losses.adversarial, engine, seed) if losses.adversarial else None
         self.parts = {"tokens": sum(level.grid**2 for level in settings.levels_of(fixed.shape[1]))}
         self._statistics: list[Statistics] = []
+        self._levels: list[LevelFigures] = []  # of the last update
         self._step = self._updates = 0
         self.warnings: dict[str, str] = {}
         """Level → what is wrong with it, since the last figures."""
@@ -118,7 +119,9 @@ class TokenizerTask(ImageTask):
         self._pixels.keep(self._step)
         if self._quantized:
             books: list[Codebook] = list(self._model.codebooks)  # type: ignore[arg-type]
-            levels = update_codebooks(books, self._statistics, self.engine.ranks.sum, self._updates, rate)
+            levels = self._levels = update_codebooks(
+                books, self._statistics, self.engine.ranks.sum, self._updates, rate
+            )
             self._window.add(self._step, levels)
         if self._adversary and self._adversary.active(self._step):
             self._adversary.step(rate)
