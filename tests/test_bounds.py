@@ -21,6 +21,7 @@ from vqscale.models.gaussian import draw_latents, kl_to_normal, posterior_nats
 from vqscale.models.network import GridShape
 from vqscale.models.prior import Prior
 
+torch.set_num_threads(1)  # what is computed is small: more threads would wait for each other
 IMAGES, SIZE = 40, 8
 
 

@@ -10,24 +10,34 @@ import torch
 from torch import Tensor
 
 from tests.recipes import tiny_recipe
-from vqscale.config.prior import AggregatedNetwork, MAFNetwork, NetworkSection, NormalNetwork, RealNVPNetwork
+from vqscale.config.prior import (
+    AggregatedNetwork,
+    IAFNetwork,
+    MAFNetwork,
+    NetworkSection,
+    NormalNetwork,
+    RealNVPNetwork,
+)
 from vqscale.models.density import Flow, Normal, normal_nats
 from vqscale.models.generate import Draws, Sampling
+from vqscale.models.iaf import IAF, inverted
 from vqscale.models.maf import MAF, Autoregression
 from vqscale.models.network import GridShape
 from vqscale.models.prior import Prior
 from vqscale.models.realnvp import Coupling, RealNVP, kept_parts
 from vqscale.training.build import build_prior
 
+torch.set_num_threads(1)  # what is computed is small: more threads would wait for each other
 GRIDS = (GridShape(2, 0, 3), GridShape(4, 0, 2))
 CLASSES = 3
 SECTIONS: dict[str, NetworkSection] = {
     "normal": NormalNetwork(kind="normal"),
     "realnvp": RealNVPNetwork(kind="realnvp", couplings=5, width=16),
     "maf": MAFNetwork(kind="maf", maps=3, layers=2, width=16),
+    "iaf": IAFNetwork(kind="iaf", maps=3, layers=2, width=16),
     "aggregated": AggregatedNetwork(kind="aggregated", images=20),
 }
-FLOWS = ["realnvp", "maf"]
+FLOWS = ["realnvp", "maf", "iaf"]
 
 
 def make(kind: str, grids: tuple[GridShape, ...] = GRIDS, scale: float = 0.15, **sizes: Any) -> Prior:
@@ -144,6 +154,42 @@ def test_a_map_of_maf_sees_nothing_that_follows() -> None:
     assert changed.diagonal(1).all(), "the value just before is always seen"
 
 
+@pytest.mark.parametrize("grid", [GridShape(2, 0, 2), GridShape(3, 0, 2)])
+def test_drawing_by_an_iaf_sees_no_noise_that_follows_and_takes_one_forward_a_map(grid: GridShape) -> None:
+    """One map, so that nothing is read backwards: a value follows from its own noise and that before it."""
+    network = flow(make("iaf", (grid,), maps=1), 0).double()
+    context, calls = network._context(torch.tensor([1]), None), []
+    network.maps[0].register_forward_hook(lambda *given: calls.append(given))
+    u = torch.randn(1, grid.channels, grid.side, grid.side, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda u: network.from_noise(u, context), u)
+    order = torch.arange(grid.values).view(grid.channels, -1).T.flatten()  # raster order, then channels
+    matrix = jacobian.view(grid.values, grid.values)[order][:, order]
+    assert not matrix.triu(1).any()
+    assert (matrix.diagonal() > 0).all()
+    assert matrix.tril(-1).abs().amax() > 1e-3
+    assert len(calls) == 1
+
+
+def test_gradients_of_an_inverted_map_are_those_of_unrolling_it() -> None:
+    """The implicit gradient of values, context and weights, beside autograd through all rounds."""
+    torch.manual_seed(0)
+    one = Autoregression(2, layers=1, width=8, kernel=3).double()
+    for parameter in one.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    z = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    context, weights = torch.randn(3, 8, 3, 3, dtype=torch.float64, requires_grad=True), torch.randn(3, 2, 3, 3)
+    u = z
+    for _ in range(18):
+        log_scale, shift = one.changes(u, context)
+        u = (z - shift) * (-log_scale).exp()
+    found = inverted(one, z, context)
+    torch.testing.assert_close(found, u)
+    given = [z, context, *one.parameters()]
+    implicit, unrolled = (torch.autograd.grad((own * weights).sum(), given) for own in (found, u))
+    torch.testing.assert_close(implicit, unrolled, rtol=1e-9, atol=1e-9)
+    assert all(gradient.abs().max() > 0 for gradient in implicit)
+
+
 @torch.no_grad()
 def test_a_coupling_keeps_what_it_keeps_and_every_part_has_its_turn() -> None:
     (grid,) = (GridShape(4, 0, 3),)
@@ -234,8 +280,8 @@ def test_a_flow_learns_what_is_not_normal(kind: str) -> None:
     torch.manual_seed(0)
     grid, spread = GridShape(1, 0, 2), 0.3
     network: Flow = RealNVP([grid], 1, couplings=4, width=16)
-    if kind == "maf":
-        network = MAF([grid], 1, maps=2, layers=1, width=16, kernel=3)
+    if kind != "realnvp":
+        network = {"maf": MAF, "iaf": IAF}[kind]([grid], 1, maps=2, layers=1, width=16, kernel=3)
     prior, optimizer = Prior([network]), torch.optim.Adam(network.parameters(), lr=1e-2)
 
     def bow(count: int) -> Tensor:

@@ -25,7 +25,7 @@ from vqscale.data.code_source import CodeSource
 from vqscale.data.codes import CodeBlock, write_code_shard
 from vqscale.data.image_source import ImageSource
 from vqscale.data.loader import Loader
-from vqscale.data.manifest import Manifest, read_manifest, write_manifest
+from vqscale.data.manifest import CodeLevel, Manifest, read_manifest, write_manifest
 from vqscale.data.order import StreamOrder
 from vqscale.data.reader import EvaluationReader
 from vqscale.data.shards import open_shards
@@ -37,6 +37,7 @@ from vqscale.training.checkpoints.keeper import Checkpoints
 from vqscale.training.data_watch import DataWatch
 from vqscale.training.distributed import Ranks, process_group
 from vqscale.training.engine import Engine
+from vqscale.training.exemplars import show_exemplars
 from vqscale.training.loop import Loop
 from vqscale.training.pieces import Piece, assemble, whole
 from vqscale.training.prior_task import PriorTask
@@ -262,8 +263,13 @@ def prior_experiment(ranks: Ranks, codes: Path, recipe: Recipe, weights: int = 0
 
     torch.manual_seed(weights)
     network = build_prior(recipe.prior, grid_shapes(recipe.levels), len(manifest.classes))
+    shown = (
+        tensors(fields, ranks.device) for n in range(len(manifest.counts)) for fields, _ in source.read_shard(n, 8)
+    )
+    levels = [level.name for level in recipe.levels][::-1]
+    show_exemplars(network, shown, levels)
     engine = Engine(network, recipe.prior.training, ranks, recipe.resources.strategy)
-    task = PriorTask(engine, recipe.prior, ["top", "bottom"], recipe.seed, read_held_out)
+    task = PriorTask(engine, recipe.prior, levels, recipe.seed, read_held_out)
     return Experiment(ranks, recipe, task, source, manifest.counts)
 
 
@@ -310,17 +316,21 @@ def save_network(network: torch.nn.Module, folder: Path, step: int) -> None:
         Checkpoints(Fixed(pieces), folder, ranks.device, seed=0).save(Kept(), step, final=True)
 
 
-def code_shards(folder: Path, shards: int = 12, samples: int = 20, seed: int = 0, fingerprint: str = "") -> Manifest:
-    """Code shards of the tiny recipe's shapes; a sample's codes follow from its class, with some noise."""
-    recipe, rng = tiny_recipe(), np.random.default_rng(seed)
+def code_shards(
+    folder: Path,
+    shards: int = 12,
+    samples: int = 20,
+    seed: int = 0,
+    fingerprint: str = "",
+    recipe: Recipe | None = None,
+) -> Manifest:
+    """Code shards of a recipe's levels (the tiny one's); a sample's latents follow from its class, with some noise."""
+    recipe, rng = recipe or tiny_recipe(), np.random.default_rng(seed)
     levels = list(recipe.levels)
     names = []
     for number in range(shards):
         labels = rng.integers(0, 12, samples)
-        codes = {
-            level.name: (labels[:, None, None] + rng.integers(0, 3, (samples, level.grid, level.grid))) % level.codes
-            for level in levels
-        }
+        codes = {level.name: _encoded(level, labels, rng) for level in levels}
         keys = [f"{number}-{i}" for i in range(samples)]
         shard = write_code_shard(f"{folder}/s{number:02d}.tar", [CodeBlock(codes, labels, keys)], levels, fingerprint)
         write_record(str(folder), CodeRecord(shard=shard, fingerprint=fingerprint))
@@ -336,3 +346,13 @@ def code_shards(folder: Path, shards: int = 12, samples: int = 20, seed: int = 0
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def _encoded(level: CodeLevel, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Codes near the class, or posteriors whose means lie on a circle by it."""
+    if not level.continuous:
+        return (labels[:, None, None] + rng.integers(0, 3, (len(labels), level.grid, level.grid))) % level.codes
+    shape = (len(labels), level.channels, level.grid, level.grid)
+    angles = 2 * np.pi * labels[:, None, None, None] / 12 + np.arange(level.channels)[:, None, None]
+    means = 1.5 * np.cos(angles) + 0.2 * rng.standard_normal(shape)
+    return np.concatenate([means, np.full(shape, -1.5)], axis=1).astype(np.float32)

@@ -16,7 +16,7 @@ class ContinuousLatents(Section):
     An image costs `draws` decodings of latents from its posterior, and as many of latents drawn from the prior.
     """
 
-    images: Annotated[int, Field(ge=0)] = 32
+    images: Annotated[int, Field(ge=0)] = 16
     """Held-out images, the first ones, whose log p(x) is estimated; 0 leaves that out."""
     draws: Positive = 128
     """Latents that are drawn for each from its posterior (importance sampling, ELBO), and from the prior (naive Monte

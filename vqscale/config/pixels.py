@@ -18,6 +18,7 @@ class Pixels(TokenizerSection):
 
     title: ClassVar[str] = "No tokenizer: pixels"
     tags: ClassVar[tuple[str, ...]] = ("pixels",)
+    ordered: ClassVar[bool] = True
     kind: Literal["pixels"]
     """Pixels."""
     channels: Literal["rgb", "grey"] = "rgb"

@@ -19,10 +19,17 @@ class NetworkSection(Section):
     """Whether it has hidden matrices, which `optimizer: muon` is for."""
     continuous: ClassVar[bool] = False
     """Whether it models continuous latents; else codes."""
+    ordered: ClassVar[bool] = False
+    """Whether codes have to be in an order, as the values of pixels are."""
     kind: str
     """Kind of network."""
     levels: Positive | None = None
     """Levels that it models, of those that the networks before it left; left out, one, and for the last network all."""
+
+    @classmethod
+    def models(cls, *, continuous: bool, ordered: bool) -> bool:
+        """Whether it models such latents: continuous ones, or codes that are in an order or not."""
+        return cls.continuous == continuous and cls.ordered <= ordered
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -170,6 +177,22 @@ class UniformNetwork(NetworkSection):
     """Uniform."""
 
 
+class DequantizedNetwork(NetworkSection):
+    """A density over images: RealNVP on the values of pixels with noise in their bins; its nats are an upper bound."""
+
+    ordered: ClassVar[bool] = True
+    kind: Literal["dequantized"]
+    """RealNVP on dequantized pixels."""
+    couplings: Positive = 8
+    """Affine couplings."""
+    width: Positive = 64
+    """Channels of the networks of flow and noise."""
+    noise: Literal["uniform", "variational"] = "variational"
+    """Uniform in the bins (Theis et al. 2016), or by a flow that is told the image and learned too (Ho et al. 2019)."""
+    noise_couplings: Positive = 4
+    """Affine couplings of the variational noise."""
+
+
 class NormalNetwork(NetworkSection):
     """Standard normal latents: nothing is trained. The prior of a plain VAE, and the baseline of the flows."""
 
@@ -206,6 +229,22 @@ class MAFNetwork(NetworkSection):
     """Side of their kernels, half of which is cut away."""
 
 
+class IAFNetwork(NetworkSection):
+    """Inverse autoregressive flow (Kingma et al. 2016): drawing takes one forward, a density some rounds of them."""
+
+    continuous: ClassVar[bool] = True
+    kind: Literal["iaf"]
+    """Inverse autoregressive flow."""
+    maps: Positive = 4
+    """Autoregressive maps; every second one reads the noise backwards."""
+    layers: Positive = 2
+    """Gated layers in the network of each map. A cell sees half a kernel further with each."""
+    width: Positive = 64
+    """Channels of their networks."""
+    kernel: Literal[3, 5, 7] = 3
+    """Side of their kernels, half of which is cut away."""
+
+
 class AggregatedNetwork(NetworkSection):
     """The aggregated posterior over some training images: the best prior for them, which overfits."""
 
@@ -229,19 +268,21 @@ Network = Annotated[
     | Annotated[MaskedNetwork, Tag("masked")]
     | Annotated[BlockwiseNetwork, Tag("blockwise")]
     | Annotated[UniformNetwork, Tag("uniform")]
+    | Annotated[DequantizedNetwork, Tag("dequantized")]
     | Annotated[NormalNetwork, Tag("normal")]
     | Annotated[RealNVPNetwork, Tag("realnvp")]
     | Annotated[MAFNetwork, Tag("maf")]
+    | Annotated[IAFNetwork, Tag("iaf")]
     | Annotated[AggregatedNetwork, Tag("aggregated")],
     Discriminator(_kind),
 ]
 """One network of the prior, by its `kind`."""
 
 
-def kinds_for(*, continuous: bool) -> list[str]:
-    """The kinds of network that model continuous latents, or codes."""
+def kinds_for(*, continuous: bool, ordered: bool) -> list[str]:
+    """The kinds of network that model continuous latents, or codes, which may be in an order."""
     tagged = [get_args(each) for each in get_args(get_args(Network)[0])]
-    return [tag.tag for section, tag in tagged if section.continuous == continuous]
+    return [tag.tag for section, tag in tagged if section.models(continuous=continuous, ordered=ordered)]
 
 
 def spans(networks: Sequence[NetworkSection], levels: int) -> list[int]:

@@ -254,13 +254,15 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _networks_model_such_latents(self) -> Self:
-        continuous = self.levels[0].continuous
+        continuous, ordered = self.levels[0].continuous, self.tokenizer.ordered
         for number, network in enumerate(self.prior.networks):
-            if network.continuous != continuous:
+            if not network.models(continuous=continuous, ordered=ordered):
                 latents = "continuous latents" if continuous else "codes"
+                latents += " without an order" if network.ordered and not continuous else ""
+                fitting = kinds_for(continuous=continuous, ordered=ordered)
                 raise ValueError(
                     f"prior.networks.{number}.kind {network.kind} does not model {latents}, which tokenizer.kind "
-                    f"{self.tokenizer.kind} has; use {', '.join(kinds_for(continuous=continuous))}"
+                    f"{self.tokenizer.kind} has; use {', '.join(fitting)}"
                 )
         return self
 

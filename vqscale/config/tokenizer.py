@@ -23,6 +23,8 @@ class TokenizerSection(Section):
     """What a model card calls it."""
     tags: ClassVar[tuple[str, ...]]
     """What model hubs find it by."""
+    ordered: ClassVar[bool] = False
+    """Whether neighbouring codes stand for like things, so that noise may be added to them."""
     kind: str
     """Kind of tokenizer."""
     training: Training

@@ -59,17 +59,19 @@ class VariationalNoise(Dequantizer):
         side: of the images.
         couplings: how many.
         width: channels of their networks.
+        half_range: half of the number of grey levels.
     """
 
-    def __init__(self, channels: int, side: int, *, couplings: int, width: int) -> None:
+    def __init__(self, channels: int, side: int, *, couplings: int, width: int, half_range: float = HALF_RANGE) -> None:
         super().__init__()
+        self.half_range = half_range
         self.look = Stack(nn.Conv2d(channels, width, 3, padding=1), ResidualBlock(width, width), nn.ReLU())
         parts = islice(cycle(kept_parts(GridShape(side, 0, channels))), couplings)
         self.couplings = nn.ModuleList(Coupling(kept, width) for kept in parts)
 
     def forward(self, levels: Tensor, normals: Tensor) -> tuple[Tensor, Tensor]:
         """By the change of variables from the normal numbers over v to u."""
-        context = self.look(levels / HALF_RANGE - 1)
+        context = self.look(levels / self.half_range - 1)
         v, log_determinant = normals, normals.new_zeros(len(normals))
         for coupling in self.couplings:
             v, more = coupling(v, context)
@@ -80,7 +82,11 @@ class VariationalNoise(Dequantizer):
 
 
 def dequantized_nats(
-    dequantizer: Dequantizer, nats: Callable[[Tensor], Tensor], levels: Tensor, normals: Tensor
+    dequantizer: Dequantizer,
+    nats: Callable[[Tensor], Tensor],
+    levels: Tensor,
+    normals: Tensor,
+    half_range: float = HALF_RANGE,
 ) -> Tensor:
     """What on average is at least -log P(x) [B] of images of grey levels, by one draw of the noise.
 
@@ -89,7 +95,8 @@ def dequantized_nats(
         nats: -log p(y) [B] of values y in [-1, 1], [B, channels, side, side]; a density there.
         levels: as for `Dequantizer.forward`.
         normals: as for `Dequantizer.forward`.
+        half_range: half of the number of grey levels.
     """
     noise, noise_nats = dequantizer(levels, normals)
-    volume = levels[0].numel() * math.log(HALF_RANGE)  # a density over -1 to 1 is that over grey levels times 128
-    return nats((levels + noise) / HALF_RANGE - 1) + volume - noise_nats
+    volume = levels[0].numel() * math.log(half_range)  # a density over -1 to 1 is that over grey levels times 128
+    return nats((levels + noise) / half_range - 1) + volume - noise_nats

@@ -1,9 +1,8 @@
 """Masked autoregressive flow (Papamakarios et al. 2017) over one level of continuous latents.
 
 Each map scales and shifts a value by what a network makes of the values before it, in raster order and then by channel,
-so its Jacobian is triangular and its density takes one forward. Drawing goes value by value: with the maps of an
-inverse autoregressive flow (Kingma et al. 2016) it would be the other way round, and training would go value by value.
-Every second map reads the values backwards.
+so its Jacobian is triangular and its density takes one forward. Drawing goes value by value; an inverse autoregressive
+flow (`iaf`) has it the other way round. Every second map reads the values backwards.
 
 The network is a gated PixelCNN for the cells before (van den Oord et al. 2016b), and a MADE (Germain et al. 2015) for
 the channels before in the same cell.
@@ -75,14 +74,18 @@ class Autoregression(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Values [B, channels, side, side] on the way to noise, and log |det| [B], in fp32 or wider."""
+        log_scale, shift = self.changes(z, context)
+        return z * log_scale.exp() + shift, log_scale.flatten(1).sum(1)
+
+    def changes(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Log scale and shift of each value by those before it, [B, channels, side, side] each."""
         values = z.to(context.dtype)
         vertical = self.embed(values)
         horizontal = F.pad(vertical, (1, 0, 0, 0))[..., :-1]
         for layer in self.layers:
             vertical, horizontal = layer(vertical, horizontal, context)
         log_scale, shift = self.within(horizontal, values).to(z.dtype).chunk(2, dim=1)
-        log_scale = bounded(log_scale)
-        return z * log_scale.exp() + shift, log_scale.flatten(1).sum(1)
+        return bounded(log_scale), shift
 
     def back(self, u: Tensor, context: Tensor) -> Tensor:
         """The inverse, value by value, sample by sample the same in any batch."""
@@ -154,8 +157,8 @@ class MAF(Flow):
         u, total = z, z.new_zeros(len(z))
         for number, each in enumerate(self.maps):
             turn = number % 2 == 1
-            u, log_determinant = each(_turned(u, turn), _turned(context, turn, channels=False))
-            u, total = _turned(u, turn), total + log_determinant
+            u, log_determinant = each(turned(u, turn), turned(context, turn, channels=False))
+            u, total = turned(u, turn), total + log_determinant
         return u, total
 
     def from_noise(self, u: Tensor, context: Tensor) -> Tensor:
@@ -164,11 +167,11 @@ class MAF(Flow):
         for number, each in reversed(list(enumerate(self.maps))):
             assert isinstance(each, Autoregression)
             turn = number % 2 == 1
-            z = _turned(each.back(_turned(z, turn), _turned(context, turn, channels=False)), turn)
+            z = turned(each.back(turned(z, turn), turned(context, turn, channels=False)), turn)
         return z
 
 
-def _turned(values: Tensor, turn: bool, channels: bool = True) -> Tensor:
+def turned(values: Tensor, turn: bool, channels: bool = True) -> Tensor:
     """The values [B, channels, side, side] read backwards, if they are to be."""
     if not turn:
         return values

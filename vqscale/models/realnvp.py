@@ -33,7 +33,7 @@ class Coupling(nn.Module):
     def __init__(self, kept: Tensor, width: int) -> None:
         super().__init__()
         channels = len(kept)
-        self.register_buffer("kept", kept, persistent=False)
+        self.register_buffer("kept", kept.clone(), persistent=False)  # its own: parts come back in later couplings
         self.look = nn.Conv2d(channels, width, 3, padding=1)
         self.told = nn.Conv2d(width, width, 1)
         self.mix = nn.Conv2d(width, width, 1)

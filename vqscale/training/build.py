@@ -19,6 +19,8 @@ from vqscale.models.blockwise import Blockwise
 from vqscale.models.codebooks import GradientCodebook, UnitCodebook, UnitGradientCodebook
 from vqscale.models.convnets import Widths
 from vqscale.models.density import Normal
+from vqscale.models.dequantized import Dequantized
+from vqscale.models.iaf import IAF
 from vqscale.models.likelihoods import GaussianPixels, MixturePixels, PixelDistribution
 from vqscale.models.maf import MAF
 from vqscale.models.masked import Masked
@@ -42,9 +44,11 @@ NETWORKS: Mapping[str, Callable[..., Network]] = {
     "masked": Masked,
     "blockwise": Blockwise,
     "uniform": Uniform,
+    "dequantized": Dequantized,
     "normal": Normal,
     "realnvp": RealNVP,
     "maf": MAF,
+    "iaf": IAF,
     "aggregated": Aggregated,
 }
 """The network of each kind (`prior.networks.N.kind`). It takes its grids, the number of classes, the given levels,
