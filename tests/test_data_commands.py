@@ -43,8 +43,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("commands")
     done = start("pack", image_folder(root / "src"), root / "out", "--size", 8, "--holdout", 6, "--workers", 2)
     assert done.returncode == 0, done.stderr
-    assert f"data.train={root}/out/train" in done.stdout
-    assert f"data.validation={root}/out/validation" in done.stdout
+    where = f"data.train={root}/out/train data.validation={root}/out/validation"
+    assert f"\n  vqscale submit cifar10 name=src data.image_size=8 {where} data.streams=1 resources.pro" in done.stdout
     assert "packing: 30 of 30 images" in done.stderr
     return root / "out"
 

@@ -212,7 +212,7 @@ def submit(desk: Desk, command: str, endless: bool) -> None:
         desk.started.append(json.loads(desk.shell("vqscale status latest --json"))["id"])
     elif not whole:
         state = desk.shell("vqscale status latest --watch", seconds=240).strip().splitlines()[-1]
-        assert state.endswith(": done"), state
+        assert ": done; vqscale show " in state, state
 
 
 def own_network(command: str) -> str:
