@@ -55,7 +55,7 @@ def _measured(chart: list[Any]) -> bool:
 
 
 _TRAINING = ("learning_rate", "global_batch", "steps")
-_VARIED = tuple(f"{stage}.training.{name}" for stage in ("tokenizer", "prior") for name in _TRAINING)
+VARIED = tuple(f"{stage}.training.{name}" for stage in ("tokenizer", "prior") for name in _TRAINING)
 """What is most often varied, so that TensorBoard's table begins with it."""
 
 METRICS = (
@@ -69,14 +69,13 @@ The same for all stages, as the settings are: TensorBoard takes the columns of a
 
 
 def hyperparameters(recipe: Mapping[str, Any], resources: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """A run's settings by dotted name, those that are most often varied first.
+    """A run's settings by dotted name.
 
     Args:
         recipe: plain values of all settings.
         resources: what the stage really runs on, in the place of the recipe's.
     """
-    found = dict(leaves({**recipe, "resources": {**recipe["resources"], **resources}}))
-    return {name: found[name] for name in _VARIED if name in found} | found
+    return dict(leaves({**recipe, "resources": {**recipe["resources"], **resources}}))
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
