@@ -464,7 +464,7 @@ def test_submit_returns_at_once(layout: RunLayout, fakes: Path) -> None:
     queued(fakes)
     command = [sys.executable, "-m", "launcher", "submit", str(layout.recipe), "--on", "devslurm"]
     places = [str(layout.root.with_name(f"quick-{number}")) for number in range(3)]
-    assert in_imports([[*command, "--run", place] for place in places]) < 7.5
+    assert in_imports([[*command, "--run", place] for place in places]) < 6.5
     assert len((fakes / "sent").read_text().splitlines()) == 21
 
 
