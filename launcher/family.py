@@ -139,13 +139,10 @@ def _brief(value: Any) -> str:
 
 
 def _shares(plan: Plan, earlier: Sequence[Plan]) -> Shares | None:
-    """What of the member's work an earlier one does, which does that itself; the most that can be had."""
-    best: Shares | None = None
-    for other in earlier:
-        stages = shared_stages(plan.job.recipe, other.job.recipe)
-        if set(stages) <= set(other.job.stages) and len(stages) > len(best.stages if best else ()):
-            best = Shares(other.job.run, stages)
-    return best
+    """What of the member's work an earlier one does, or has from another: the most that can be had."""
+    found = [Shares(other.job.run, shared_stages(plan.job.recipe, other.job.recipe)) for other in earlier]
+    best = max(found, key=lambda shares: len(shares.stages), default=None)  # of several the first
+    return best if best and best.stages else None
 
 
 def _shared(plan: Plan) -> dict[str, Any]:
