@@ -74,9 +74,8 @@ def estimate(report: Mapping[str, Any]) -> str | None:
         return f"upper bound (ELBO, one draw of the latents), pixels: {pixels}"
     if pixels == "exact":
         return "exact" if exact else "upper bound, by the prior"
-    return f"upper bound (the image's own codes alone), pixels: {pixels}" + (
-        "" if exact else "; of the codes a bound, too"
-    )
+    codes = "the image's own codes alone" + ("" if exact else ", of which the prior's is a bound, too")
+    return f"upper bound ({codes}), pixels: {pixels}"
 
 
 def comparison(record: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
