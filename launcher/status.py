@@ -89,6 +89,8 @@ class RunStatus:
     stages: tuple[StageStatus, ...]
     current: str | None
     """Name of the stage worth looking at; None when none has begun."""
+    queued: bool = False
+    """Whether it waits for its turn in a sweep that is on its way."""
 
     @property
     def stage(self) -> StageStatus | None:
@@ -153,6 +155,7 @@ def read_status(layout: RunLayout, machine: Machine | None = None, depth: Depth 
     current = state.current
     deep = state.stages.keys() if depth == "all" else {current} if depth == "current" else set()
     stages = (_stage(layout, name, stage, name in deep) for name, stage in state.stages.items())
+    waits = turn(layout) if state.word == "waiting" and poll.alive is False else ""
     return RunStatus(
         id=run,
         path=layout.root,
@@ -160,9 +163,10 @@ def read_status(layout: RunLayout, machine: Machine | None = None, depth: Depth 
         profile=profile.name,
         state=state.word,
         alive=poll.alive,
-        note=_note(layout, run, state, poll, machine or Machine()),
+        note=waits or _note(layout, run, state, poll, machine or Machine()),
         stages=tuple(stages),
         current=current,
+        queued=bool(waits),
     )
 
 
@@ -209,7 +213,7 @@ def _never_began(layout: RunLayout, run: str, state: RunState, poll: Poll) -> st
     if any(stage.attempt for stage in state.stages.values()):
         return f"but its {poll.who} is gone: vqscale requeue {run}"
     if not poll.begun:
-        return turn(layout) or f"prepared only: vqscale requeue {run} starts it"
+        return f"prepared only: vqscale requeue {run} starts it"
     return f"but its {poll.who} is gone before the first stage: see {layout.log}"
 
 

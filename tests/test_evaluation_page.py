@@ -6,7 +6,8 @@ import base64
 import re
 from typing import Any
 
-from vqscale.evaluation.page import BITS, Picture, page
+from vqscale.evaluation.markup import Picture
+from vqscale.evaluation.page import BITS, page
 
 REPORT: dict[str, Any] = {
     "name": "<script>alert(1)</script>",
