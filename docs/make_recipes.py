@@ -74,6 +74,7 @@ SECTIONS = {
     "sample": "Sample",
     "evaluate": "Evaluate",
     "evaluate.classifier": "Classifier",
+    "evaluate.latents": "ContinuousLatents",
     "resources": "Resources",
     "resources.stages": "Stages",
     "resources.stages.generate": "StageResources",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ from pipelines.stage import Stage
 from vqscale.checkpoint.folder import steps
 from vqscale.data.drawn import RECORD, DrawnSet, open_drawn
 from vqscale.data.images import encode_png
-from vqscale.data.manifest import CodeLevel
 from vqscale.data.sheet import code_colours, colour_codes, labelled_sheet
+from vqscale.evaluation.estimates import LikelihoodEstimates, best_figures
 from vqscale.evaluation.features import FeatureNetwork, load_features
 from vqscale.evaluation.hours import HourCounts
-from vqscale.evaluation.latents import PosteriorStatistics
+from vqscale.evaluation.latents import PosteriorStatistics, PosteriorSurgery
 from vqscale.evaluation.likelihood import LevelCodes
 from vqscale.evaluation.likelihoods import Likelihoods
 from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Measure, Shown, learned_figures
 from vqscale.evaluation.reconstructions import Reconstructions
 from vqscale.evaluation.samples import SampleQuality
+from vqscale.evaluation.sharpness import FIRST, MeanSharpness, Sharpness, shares
 from vqscale.export import TrainedTokenizer, load_prior, load_tokenizer
 from vqscale.files import write_bytes
 from vqscale.models.lpips import load_lpips
@@ -49,7 +50,8 @@ def measure(stage: Stage, seen: Seen = lambda count: None) -> dict[str, Any]:
     require_prior_of(tokenizer.fingerprint, priors)
     prior = load_prior(layout.root, device) if steps(priors) else None
     network = load_features(recipe.evaluate.features, device) if recipe.evaluate.features else None
-    figures = measure_held_out(stage, tokenizer, prior, network, seen) | measure_samples(stage, network)
+    figures = measure_held_out(stage, tokenizer, prior, network, seen)
+    figures |= measure_samples(stage, network, figures)
     wanted = recipe.evaluate.classifier
     return figures | (measure_classifiers(stage, wanted, tokenizer, seen) if wanted else {})
 
@@ -70,7 +72,7 @@ def measure_held_out(
             measure.add(shown)
         seen(len(shown.images))
     figures = {name: value for measure in measures for name, value in measure.figures(stage.ranks).items()}
-    return figures | learned_figures(figures, stage.recipe.dimensions)
+    return figures | learned_figures(figures, stage.recipe.dimensions) | best_figures(figures)
 
 
 def _measures(
@@ -80,31 +82,56 @@ def _measures(
     recipe, size, device = stage.recipe, stage.recipe.data.image_size, stage.ranks.device
     lpips = load_lpips(recipe.evaluate.lpips_paths, "evaluate.lpips").to(device) if recipe.evaluate.lpips else None
     latents = {level.name: LevelCodes(level.values, level.codes) for level in reversed(recipe.levels)}
+    likelihoods = Likelihoods(pixels_given_latents(stage, tokenizer), latents, recipe.dimensions, prior, device)
     measures: list[Measure] = [
         Reconstructions(size, clocks=bool(recipe.data.clocks), lpips=lpips),
-        Likelihoods(pixels_given_latents(stage, tokenizer), latents, recipe.dimensions, prior, device),
-        _statistics(recipe.levels, tokenizer),
+        likelihoods,
+        *_of_latents(stage, tokenizer, prior, likelihoods),
+        Sharpness(),
     ]
     return [*measures, FeatureDistance(network, size)] if network else measures
 
 
-def _statistics(levels: Sequence[CodeLevel], tokenizer: TrainedTokenizer) -> Measure:
-    """What is said of the latents: how codes are used, or how far posteriors are from N(0, 1)."""
-    if tokenizer.network.continuous:
-        return PosteriorStatistics(levels)
-    books = zip(levels, tokenizer.network.vectors(), strict=True)
-    return CodeStatistics({level.name: (book, level.grid) for level, book in books})
+def _of_latents(
+    stage: Stage, tokenizer: TrainedTokenizer, prior: Prior | None, likelihoods: Likelihoods
+) -> list[Measure]:
+    """What is said of the latents: how codes are used; or what posteriors carry, and estimates by draws of them."""
+    recipe, levels = stage.recipe, stage.recipe.levels
+    if not tokenizer.network.continuous:
+        books = zip(levels, tokenizer.network.vectors(), strict=True)
+        return [CodeStatistics({level.name: (book, level.grid) for level, book in books})]
+    names, wanted = [level.name for level in reversed(levels)], recipe.evaluate.latents
+    found: list[Measure] = [PosteriorStatistics(levels), PosteriorSurgery(names, wanted.aggregated, likelihoods)]
+    if prior and tokenizer.network.likelihood:
+        given = (wanted, tokenizer.nats, names, prior, recipe.dimensions, recipe.seed)
+        found.append(LikelihoodEstimates(*given, stage.ranks.device, recipe.evaluate.batch))
+    return found
 
 
-def measure_samples(stage: Stage, network: FeatureNetwork | None) -> dict[str, Any]:
-    """On clocks the hours that drawn images show; with a feature network how good and how varied they are."""
+def measure_samples(stage: Stage, network: FeatureNetwork | None, held_out: Mapping[str, Any]) -> dict[str, Any]:
+    """How sharp drawn images are; on clocks the hours that they show; with a feature network how good and how varied.
+
+    Args:
+        stage: of the run.
+        network: makes features; None leaves out what is made of them.
+        held_out: figures of the held-out images, which sharpness is a share of.
+    """
     if not (stage.layout.samples / RECORD).exists() and not stage.recipe.data.clocks:
         return {}
     drawn = open_drawn(stage.layout.samples)
     figures: dict[str, Any] = {"samples": len(drawn.labels)}
+    figures |= shares("samples", measure_sharpness(stage, drawn), held_out)
     if stage.recipe.data.clocks:
         figures |= measure_hours(stage, drawn)
     return figures | (measure_quality(stage, drawn, network) if network else {})
+
+
+def measure_sharpness(stage: Stage, drawn: DrawnSet) -> dict[str, float]:
+    """Means over the first drawn images, as many as of the held-out ones at most."""
+    sharpness = MeanSharpness()
+    for numbers in _shares(stage, min(len(drawn.labels), FIRST)):
+        sharpness.add(drawn.read(numbers))
+    return sharpness.figures(stage.ranks)
 
 
 def measure_hours(stage: Stage, drawn: DrawnSet) -> dict[str, Any]:

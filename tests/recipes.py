@@ -40,7 +40,7 @@ def tiny_tree(**overrides: Any) -> dict[str, Any]:
             "training": {**_TRAINING, "steps": 8, "picture_every": 4, "validate_every": 4},
         },
         "sample": {"per_class": 2, "batch": 16},
-        "evaluate": {"batch": 16},
+        "evaluate": {"batch": 16, "latents": {"images": 5, "draws": 8, "importance": 4}},
         "resources": {"processes": 1, "threads": 1, "device": "cpu"},
     }
     for key, value in overrides.items():

@@ -56,7 +56,7 @@ class PCA:
     def log_likelihood(self, latents: list[Tensor]) -> Tensor:
         """Log p(x | z) of each image at its latents."""
         (z,) = latents
-        residual = (self.images - z.flatten(1).double() @ self.weights.T) / self.noise
+        residual = (self.images.repeat(len(z) // IMAGES, 1) - z.flatten(1).double() @ self.weights.T) / self.noise
         return -(normal_nats(residual) + math.log(self.noise)).sum(1)
 
     def elbo(self, posteriors: Tensor) -> Tensor:

@@ -84,6 +84,9 @@ def test_figures_are_those_of_the_images_one_by_one(trained: Path, figures: dict
     assert figures["nats_per_code_top"] == pytest.approx(np.mean(by_level["top"]) / 4, rel=1e-4)
     assert figures["bits_per_dim_codes_uniform"] == pytest.approx((16 + 4) * 4 / DIMENSIONS)
     assert (figures["codes_likelihood"], figures["pixel_likelihood"]) == ("exact", "logistic")
+    assert figures["bits_per_dim_is"] == figures["bits_per_dim_best_is"] == "VQ bound"
+    assert figures["bits_per_dim_best"] == figures["bits_per_dim"]
+    assert figures["bits_per_dim_best_error"] == figures["bits_per_dim_error"]
     assert figures["pixel_scale"] == pytest.approx(likelihood.scale, abs=1e-3)
 
 
@@ -109,7 +112,7 @@ def test_without_a_prior_there_is_the_baseline_alone(trained: Path, figures: dic
     shutil.rmtree(run / "checkpoints" / "prior")
     found = measured(run)
     assert found["bits_per_dim_uniform"] == figures["bits_per_dim_uniform"]
-    assert not {"bits_per_dim", "nats_per_code", "codes_likelihood"} & found.keys()
+    assert not {"bits_per_dim", "bits_per_dim_best", "nats_per_code", "codes_likelihood"} & found.keys()
 
 
 def test_report_and_tensorboard_have_them(trained: Path, figures: dict[str, Any], tmp_path: Path) -> None:
@@ -190,6 +193,8 @@ def test_where_the_bits_of_the_codes_go(figures: dict[str, Any]) -> None:
     assert figures["code_bits_learned"] == pytest.approx(figures["bits_per_dim_codes"] * DIMENSIONS)
     assert figures["code_bits_mutual_information"] <= 4 + 1e-9, "sixteen images"
     assert 0 < figures["ssim"] < 1
+    assert figures["sharpness_images"] == 16
+    assert 0 < figures["sharpness_gradient_energy_reconstructions"] < 1
     assert figures["l1"] ** 2 <= figures["mse"]
 
 

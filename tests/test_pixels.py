@@ -105,6 +105,7 @@ def test_it_goes_through_all_stages_on_two_ranks(channels: str, tmp_path: Path) 
     assert measured["bits_per_dim_uniform"] == pytest.approx(bits)
     assert measured["bits_per_dim"] == pytest.approx(measured["nats_per_code"] / math.log(2))
     assert measured["bits_per_dim"] < bits
+    assert measured["bits_per_dim_is"] == measured["bits_per_dim_best_is"] == "exact"
     if channels == "rgb":
         assert measured["mse"] == 0
     assert not charts_shown(run, "tokenizer"), "nothing is trained"

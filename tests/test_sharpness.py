@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from vqscale.evaluation.sharpness import gradient_energy, radial_spectrum, sharpness_figures
+from vqscale.evaluation.measures import Shown
+from vqscale.evaluation.sharpness import FIRST, Sharpness, gradient_energy, radial_spectrum
 
 
 def grey(values: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -44,17 +48,50 @@ def test_a_wave_stands_at_its_frequency(cycles: int) -> None:
     assert near > 0.97 * spectrum.sum()
 
 
+class Alone:
+    """One rank."""
+
+    device = torch.device("cpu")
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def measured(images: NDArray[np.uint8], rebuilt: NDArray[np.uint8], first: int = 0) -> dict[str, Any]:
+    """Both sets, in two parts of which each counts as its images do."""
+    measure = Sharpness()
+    for part in (slice(0, 5), slice(5, None)):
+        numbers = first + np.arange(len(images))[part]
+        nothing = np.zeros(len(numbers))
+        means = rebuilt[part].astype(np.float32)
+        measure.add(Shown(numbers, nothing.astype(np.int64), images[part], {}, {}, nothing, means))
+    return measure.figures(Alone())
+
+
 def test_blur_is_seen_and_the_same_images_are_as_sharp() -> None:
     originals = noise()
-    same = sharpness_figures(grey(originals), grey(originals))
-    assert same == {"gradient_energy": 1.0, "high_frequencies": 1.0}
-    before = same
+    before = measured(grey(originals), grey(originals))
+    names = ("sharpness_gradient_energy_reconstructions", "sharpness_high_frequencies_reconstructions")
+    assert [before[name] for name in names] == [1.0, 1.0]
+    assert before["sharpness_images"] == 64
+    assert before["sharpness_gradient_energy_images"] == pytest.approx(4 * 0.01, rel=0.05), "of white noise"
+    assert before["sharpness_high_frequencies_images"] == pytest.approx(0.01, rel=0.1)
     for width in (0.5, 1.0, 2.0):
-        blurred = sharpness_figures(grey(originals), grey(gaussian_filter(originals, (0, width, width))))
-        assert all(blurred[name] < before[name] for name in blurred)
+        blurred = measured(grey(originals), grey(gaussian_filter(originals, (0, width, width))))
+        assert all(blurred[name] < before[name] for name in names)
         before = blurred
-    assert before["gradient_energy"] < 0.05
-    assert before["high_frequencies"] < 0.05
+    assert all(before[name] < 0.05 for name in names)
+
+
+def test_plain_images_have_no_share_and_later_images_do_not_count() -> None:
+    plain = grey(np.full((8, 8, 8), 0.5))
+    found = measured(plain, grey(noise(8, 8)))
+    assert found["sharpness_gradient_energy_images"] == 0
+    assert "sharpness_gradient_energy_reconstructions" not in found
+    assert measured(plain, plain, FIRST - 3)["sharpness_images"] == 3
 
 
 def test_images_that_are_not_square_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,6 +167,35 @@ def test_it_goes_through_all_stages_on_two_ranks(finished: tuple[Path, dict[str,
     assert [str(level) for level in levels] == ["bottom 4×4 of 3 channels", "top 2×2 of 2 channels"]
     assert list(charts_shown(run, "prior")) == ["tokenizer", "prior"], "a prior without weights has no speed"
     assert not empty_charts(run, "tokenizer", "prior")
+
+
+def test_estimates_and_surgery_do_not_depend_on_the_ranks(finished: tuple[Path, dict[str, Any]]) -> None:
+    run, found = finished
+    two, alone = found["measured"], measuring.measure(stage_of("evaluate", run))
+    assert alone.keys() == two.keys()
+    for name, value in alone.items():
+        assert two[name] == (pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value), name
+    assert (two["bits_per_dim_is"], two["bits_per_dim_best_is"]) == ("ELBO", "IWAE-4 bound")
+    assert (two["estimate_images"], two["estimate_draws"]) == (5, 8)
+    # On the same draws, by Jensen's inequality; the next two are means over others.
+    assert two["estimate_elbo"] >= two["estimate_iwae"] >= two["estimate_importance_sampling"]
+    assert two["estimate_elbo"] == pytest.approx(two["bits_per_dim"], rel=0.1)
+    assert two["estimate_naive"] == pytest.approx(two["bits_per_dim"], rel=0.2), "after 8 steps latents say little"
+    assert 1 <= two["estimate_importance_sampling_effective"] <= 8
+    gain = two["estimate_elbo"] - two["estimate_iwae"]
+    assert two["bits_per_dim_best"] == pytest.approx(two["bits_per_dim"] - gain)
+    assert two["bits_per_dim_best_error"] >= two["bits_per_dim_error"] > two["estimate_iwae_gain_error"] > 0
+    dimensions = 3 * SIDE**2
+    assert two["latent_bits_rate"] == pytest.approx(two["bits_per_dim_latents"] * dimensions, rel=1e-4)
+    parts = two["latent_bits_mutual_information"] + two["latent_bits_kl_prior"]
+    assert parts == pytest.approx(two["latent_bits_rate"])
+    assert two["latent_bits_kl_prior"] == pytest.approx(two["latent_bits_kl_normal"], abs=1e-4), "it is the prior"
+    assert two["latent_bits_mutual_information"] <= two["latent_bits_most_information"] == math.log2(16)
+    assert two["units"] == 4 * 4 * 3 + 2 * 2 * 2
+    assert two["units_active"] <= two["units"]
+    for what in ("reconstructions", "samples"):
+        assert two[f"sharpness_gradient_energy_{what}"] > 0
+        assert two[f"sharpness_high_frequencies_{what}"] > 0
 
 
 def test_it_is_exported_with_its_prior(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -44,11 +44,11 @@ def draw_images(
         settings.temperature, settings.top_k, settings.top_p, settings.guidance, settings.guidance_schedule
     )
     seeds = [mix(settings.seed, number) for number in numbers]
-    labels = [prior.no_class if label == NO_LABEL else label for label in classes]
+    labels = prior.classes_of(torch.tensor(classes, dtype=torch.int64, device=tokenizer.device))
     kept = (
         [torch.from_numpy(known[name]).to(tokenizer.device) for name in reversed(tokenizer.levels)] if known else None
     )
-    grids = prior.generate(torch.tensor(labels, device=tokenizer.device), seeds, sampling, kept)
+    grids = prior.generate(labels, seeds, sampling, kept)
     by_level = dict(zip(reversed(tokenizer.levels), (grid.cpu().numpy() for grid in grids), strict=True))
     return tokenizer.decode(by_level)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from vqscale.config.classifier import Classifier
+from vqscale.config.latents import ContinuousLatents
 from vqscale.config.prior import Network, kinds_for, spans
 from vqscale.config.resources import Resources
 from vqscale.config.section import Fraction, Places, Positive, Section
@@ -193,6 +194,8 @@ class Evaluate(Section):
     """Images of each set that precision and recall are over, the first ones: they compare all with all."""
     classifier: Classifier | None = None
     """The classification accuracy score, which trains classifiers; null leaves it out, `{}` has all defaults."""
+    latents: ContinuousLatents = ContinuousLatents()
+    """What is estimated of continuous latents."""
 
     @property
     def lpips_paths(self) -> tuple[str, ...]:

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from vqscale.evaluation.likelihood import standard_error
-from vqscale.models.gaussian import draw_latents, means_and_scales, posterior_nats
 from vqscale.models.generate import Draws, Sampling
+from vqscale.models.latents import draw
 from vqscale.models.prior import Prior
 from vqscale.seeds import mix
 
 Likelihood = Callable[[list[Tensor]], Tensor]
-"""Latents of each image, one draw, a level, the coarsest first → log p(x | z) of these images [N]."""
+"""Latents by level, the coarsest first, of some draws of all N images one after the other → log p(x | z) of each."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def weights_from_posterior(
     classes: Tensor,
     seeds: Sequence[int],
     draws: int,
+    rows: int = 256,
 ) -> Tensor:
     """Log p(x | z) + log p(z) - log q(z | x) of z from the posterior: float64 [draws, N].
 
@@ -112,35 +113,43 @@ def weights_from_posterior(
         classes: int64 [N].
         seeds: one an image, from which all of its draws come.
         draws: how many an image.
+        rows: the most draws that go through the networks together, if there are not more images.
     """
     source, found = Draws(Sampling(), seeds, classes.device), []
-    for _ in range(draws):
-        latents = [draw_latents(level, _normals(source, level)) for level in posteriors]
-        log_weight = log_likelihood(latents).double()
-        for nats in prior(latents, classes):
+    for count in _parts(draws, len(seeds), rows):
+        many = [level.repeat(count, 1, 1, 1) for level in posteriors]
+        drawn = draw(many, _normals(source, [level[0].numel() // 2 for level in posteriors], count))
+        log_weight = log_likelihood(drawn.latents).double() - drawn.log_density.double()
+        for nats in prior(drawn.latents, classes.repeat(count)):
             log_weight = log_weight - nats.double()
-        for level, z in zip(posteriors, latents, strict=True):
-            log_weight = log_weight + posterior_nats(level, z).double()
-        found.append(log_weight)
-    return torch.stack(found)
+        found.append(log_weight.view(count, -1))
+    return torch.cat(found)
 
 
 @torch.no_grad()
 def weights_from_prior(
-    log_likelihood: Likelihood, prior: Prior, classes: Tensor, seeds: Sequence[int], draws: int
+    log_likelihood: Likelihood, prior: Prior, classes: Tensor, seeds: Sequence[int], draws: int, rows: int = 256
 ) -> Tensor:
     """Log p(x | z) of z from the prior: float64 [draws, N]; arguments as for `weights_from_posterior`."""
-    found = []
-    for number in range(draws):
-        each = [mix(seed, number) for seed in seeds]
-        found.append(log_likelihood(prior.generate(classes, each, Sampling())).double())
-    return torch.stack(found)
+    found, first = [], 0
+    for count in _parts(draws, len(seeds), rows):
+        each = [mix(seed, number) for number in range(first, first + count) for seed in seeds]
+        latents = prior.generate(classes.repeat(count), each, Sampling())
+        found.append(log_likelihood(latents).double().view(count, -1))
+        first += count
+    return torch.cat(found)
 
 
-def _normals(source: Draws, posterior: Tensor) -> Tensor:
-    """Standard normal numbers for each latent, in the posterior's dtype."""
-    means, _ = means_and_scales(posterior)
-    return source.normals(means[0].numel()).view_as(means).to(posterior.dtype)
+def _parts(draws: int, images: int, rows: int) -> list[int]:
+    """How many draws of all images are made together."""
+    most = max(1, rows // images)
+    return [min(most, draws - first) for first in range(0, draws, most)]
+
+
+def _normals(source: Draws, sizes: Sequence[int], count: int) -> Tensor:
+    """Standard normal numbers for so many draws, fp32 [count · N, values]: the next ones of each image."""
+    numbers = source.normals(count * sum(sizes)).float()
+    return numbers.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def _log_mean(log_weights: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqscale.data.labels import NO_LABEL
 from vqscale.evaluation.likelihood import LevelCodes, PixelLikelihood, normal_figures, prior_figures, uniform_figures
 from vqscale.evaluation.measures import Shown, Together
 from vqscale.evaluation.metrics import Doubles
 from vqscale.models.density import normal_nats
 from vqscale.models.prior import Prior
+from vqscale.models.tokenizer import CERTAIN
 
 
 class Pixels(Protocol):
@@ -24,6 +24,10 @@ class Pixels(Protocol):
     @property
     def facts(self) -> dict[str, Any]:
         """What the report says of it."""
+
+    @property
+    def certain(self) -> bool:
+        """Whether latents leave nothing open: p(x | z) = 1."""
 
     def nats(self, shown: Shown) -> Doubles:
         """-log p(x | z) [n] of some images."""
@@ -40,6 +44,11 @@ class Fitted:
         """Its family and scales."""
         scale = [round(scale, 4) for scale in self.likelihood.scale]
         return {"pixel_likelihood": self.likelihood.family, "pixel_scale": scale}
+
+    @property
+    def certain(self) -> bool:
+        """Never: a scale is above zero."""
+        return False
 
     def nats(self, shown: Shown) -> Doubles:
         """Every value by itself, given its reconstruction."""
@@ -58,9 +67,38 @@ class Own:
         """Its name."""
         return {"pixel_likelihood": self.name}
 
+    @property
+    def certain(self) -> bool:
+        """Whether the tokenizer says so."""
+        return self.name == CERTAIN
+
     def nats(self, shown: Shown) -> Doubles:
         """As the tokenizer measures it."""
         return self.measured(shown)
+
+
+@dataclass(frozen=True)
+class ImageNats:
+    """Of each held-out image, in their order; [N] each."""
+
+    pixels: Doubles
+    """-log p(x | z)."""
+    log_posterior: Doubles
+    """log q(z | x); 0 for codes."""
+    normal: Doubles
+    """log q(z | x) - log N(z; 0, 1) of continuous latents; 0 for codes."""
+    levels: dict[str, Doubles]
+    """-log p(z) by level name under the prior; none without one."""
+
+    @property
+    def prior(self) -> Doubles:
+        """-log p(z) of continuous latents, under N(0, 1) where there is no prior."""
+        return sum(self.levels.values(), np.zeros_like(self.pixels)) if self.levels else self.standard
+
+    @property
+    def standard(self) -> Doubles:
+        """-log N(z; 0, 1) of continuous latents."""
+        return self.normal - self.log_posterior
 
 
 class Likelihoods:
@@ -97,8 +135,7 @@ class Likelihoods:
     def _code_nats(self, prior: Prior, shown: Shown) -> list[Doubles]:
         """A value an image for each level, the coarsest first."""
         latents = [tensor.to(self._device) for tensor in self._latents(shown)]
-        labels = torch.from_numpy(shown.labels).to(self._device)
-        classes = torch.where(labels == NO_LABEL, prior.no_class, labels).clamp(max=prior.no_class)
+        classes = prior.classes_of(torch.from_numpy(shown.labels).to(self._device))
         return [nats.double().cpu().numpy() for nats in prior(latents, classes)]
 
     def _normal_nats(self, shown: Shown) -> Doubles:
@@ -113,18 +150,32 @@ class Likelihoods:
         dtype = np.float32 if self._continuous else np.int64
         return [torch.from_numpy(shown.latents[name].astype(dtype)) for name in self._levels]
 
-    def figures(self, ranks: Together) -> dict[str, Any]:
-        """Over all ranks; collective. The images are taken in their order, whoever measured them."""
+    def of_images(self, ranks: Together) -> ImageNats:
+        """Over all ranks; collective. The images are in their order, whoever measured them."""
         found = np.concatenate(ranks.gather(np.concatenate(self._found)))
         _, pixels, posterior, normal, *columns = found[np.argsort(found[:, 0])].T
+        levels = dict(zip(self._levels, columns, strict=True)) if self._prior else {}
+        return ImageNats(pixels, posterior, normal, levels)
+
+    def figures(self, ranks: Together) -> dict[str, Any]:
+        """Over all ranks; collective."""
+        nats = self.of_images(ranks)
         figures: dict[str, Any] = dict(self._pixels.facts)
         if self._continuous:
-            figures |= normal_figures(pixels, normal, self._dimensions)
+            figures |= normal_figures(nats.pixels, nats.normal, self._dimensions)
         else:
-            figures |= uniform_figures(pixels, self._levels, self._dimensions)
+            figures |= uniform_figures(nats.pixels, self._levels, self._dimensions)
         if self._prior:
-            code_nats = dict(zip(self._levels, columns, strict=True))
-            known = posterior if self._continuous else None
-            figures |= prior_figures(pixels, code_nats, self._levels, self._dimensions, known)
+            known = nats.log_posterior if self._continuous else None
+            figures |= prior_figures(nats.pixels, nats.levels, self._levels, self._dimensions, known)
             figures["codes_likelihood"] = "exact" if self._prior.exact else "bound"
+            figures["bits_per_dim_is"] = self._named(self._prior)
         return figures
+
+    def _named(self, prior: Prior) -> str:
+        """What bits per dimension are: the likelihood, or which bound."""
+        if self._continuous:
+            return "ELBO"
+        if not self._pixels.certain:
+            return "VQ bound"
+        return "exact" if prior.exact else "bound"

@@ -42,6 +42,21 @@ TOPICS = (
         },
     ),
     Topic(
+        "Sharpness",
+        "Blur takes contrast between neighbouring pixels, and fine detail. Reconstructions and samples have a share of "
+        "what the first {sharpness_images} held-out images have: 1 is as sharp as they are, less is blurred, more is "
+        "noisier.",
+        {
+            "sharpness_gradient_energy_images": "squared difference of neighbouring pixels, held-out images",
+            "sharpness_gradient_energy_reconstructions": "reconstructions, as a share of it",
+            "sharpness_gradient_energy_samples": "drawn images, as a share of it",
+            "sharpness_high_frequencies_images": "power in the upper half of the frequencies, held-out images",
+            "sharpness_high_frequencies_reconstructions": "reconstructions, as a share of it",
+            "sharpness_high_frequencies_samples": "drawn images, as a share of it",
+            "sharpness_images": "held-out images that these are over",
+        },
+    ),
+    Topic(
         "Codebooks",
         "By level; usage and perplexity over the training images, entropy over the held-out ones.",
         {
@@ -61,6 +76,8 @@ TOPICS = (
         "By level, over the held-out images.",
         {
             "kl_": "divergence of the posterior from N(0, 1), nats an image",
+            "units_active": "of {units} latent values those whose mean differs from image to image",
+            "units": "latent values of an image",
             "active_": "share of the units whose mean differs from image to image",
             "posteriors_differ_from_fp32": "distance that bf16 moves means, in standard deviations",
         },
@@ -69,9 +86,13 @@ TOPICS = (
         "Likelihood",
         "Bits that suffice to write a held-out image down: its latents, then its pixels given them.",
         {
-            "bits_per_dim": "of pixels and codes together",
+            "bits_per_dim": "of pixels and latents together",
             "bits_per_dim_error": "standard error over images",
-            "bits_per_dim_pixels": "of the pixels, given the codes",
+            "bits_per_dim_is": "what that is: the likelihood itself, or a bound that it is not worse than",
+            "bits_per_dim_best": "the least that was shown to suffice: the same, or less what many draws have gained",
+            "bits_per_dim_best_error": "standard error over images",
+            "bits_per_dim_best_is": "what that is",
+            "bits_per_dim_pixels": "of the pixels, given their latents",
             "bits_per_dim_codes": "of the codes, under the prior",
             "bits_per_dim_uniform": "of both, with the uniform prior in its place",
             "bits_per_dim_codes_uniform": "of the codes, with the uniform prior",
@@ -85,6 +106,26 @@ TOPICS = (
             "nats_per_code_": "the same by level; `_uniform` is that of a prior that knows nothing",
             "nats_per_value": "nats a value of continuous latents, of a density",
             "nats_per_value_": "the same by level",
+        },
+    ),
+    Topic(
+        "Estimates of the likelihood",
+        "Bits per dimension of the first {estimate_images} held-out images, by {estimate_draws} draws of their latents "
+        "each. The ELBO says too much, more draws at once say less; importance sampling is nearest to the truth. "
+        "Effective draws are how many of equal weight the draws are worth: near 1, neither the estimate nor its error "
+        "means much.",
+        {
+            "estimate_elbo": "evidence lower bound: one draw at a time",
+            "estimate_iwae": "importance-weighted bound: {estimate_iwae_draws} draws at a time",
+            "estimate_importance_sampling": "all {estimate_draws} draws from the posterior at once",
+            "estimate_naive": "all {estimate_draws} draws from the prior at once, few of which explain an image",
+            "estimate_iwae_gain": "what the importance-weighted bound saves against the ELBO",
+            "estimate_elbo_": "the ELBO's standard error over images; of it what comes from the draws (draw_error)",
+            "estimate_iwae_gain_": "standard error over images",
+            "estimate_iwae_": "the bound's standard error; of it what comes from the draws; effective draws, median",
+            "estimate_importance_sampling_": "the same of importance sampling",
+            "estimate_naive_": "the same of naive Monte Carlo",
+            "estimate_": "settings",
         },
     ),
     Topic(
@@ -134,7 +175,12 @@ BITS = {
     "code_bits_kl_uniform": "aggregated posterior: KL to the uniform prior",
     "code_bits_mutual_information_given_class": "mutual information where the class is known",
     "code_bits_kl_learned": "aggregated posterior of a class: KL to the learned prior",
-    "image_bits_reconstruction": "reconstruction: pixels given the codes",
+    "latent_bits_rate": "latents: their divergence from the prior",
+    "latent_bits_mutual_information": "of it: mutual information of images and latents",
+    "latent_bits_kl_prior": "of it: KL of the aggregated posterior to the prior",
+    "latent_bits_kl_normal": "aggregated posterior: KL to N(0, 1)",
+    "latent_bits_most_information": "the most information that so many images can show",
+    "image_bits_reconstruction": "reconstruction: pixels given the latents",
 }
 """The terms of the ELBO and where they go (`surgery`), drawn as bars."""
 
@@ -211,7 +257,10 @@ def _bits(report: Mapping[str, Any]) -> str:
         f'<td><span class="bar" style="width:{max(0.0, value / most) * 20:.2f}rem"></span></td></tr>'
         for name, value in there.items()
     )
-    return section("Where the bits go", "Bits an image (ELBO surgery).", f"<table>{rows}</table>")
+    about = "Bits an image (ELBO surgery)."
+    if "latent_images" in report:
+        about += f" Of the latents over {report['latent_images']} images: information beyond log2 of them counts as KL."
+    return section("Where the bits go", about, f"<table>{rows}</table>")
 
 
 def _seconds(report: Mapping[str, Any]) -> str:

@@ -6,10 +6,17 @@ neighbours. Noise adds both, so sharp is near 1, not high.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from vqscale.evaluation.measures import Shown, Together
 from vqscale.evaluation.metrics import Doubles
+
+FIRST = 2_048
+"""Images of each set that are taken, by their number: means settle long before a large set has passed."""
 
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
@@ -49,17 +56,52 @@ def radial_spectrum(images: NDArray[np.uint8]) -> Doubles:
     return np.stack([power[:, rings == ring].mean(axis=1) for ring in range(1, side // 2 + 1)], axis=1)
 
 
-def sharpness_figures(originals: NDArray[np.uint8], others: NDArray[np.uint8]) -> dict[str, float]:
-    """Figures of reconstructions or samples, each as a share of that of the originals; both uint8 [n, S, S, 3].
+class MeanSharpness:
+    """Means over images of all ranks: the gradient energy, and the power in the upper half of the radial spectrum."""
 
-    `gradient_energy` of all; `high_frequencies` is the power in the upper half of the radial spectrum. Means over the
-    images come first, so the two sets need not have the same images, nor as many.
+    def __init__(self) -> None:
+        self._sums = np.zeros(3)  # of both, and how many images
+
+    def add(self, images: NDArray[np.uint8]) -> None:
+        """Take in images uint8 [n, S, S, 3]."""
+        high = radial_spectrum(images)[:, images.shape[1] // 4 :].mean(axis=1)
+        self._sums += gradient_energy(images).sum(), high.sum(), len(images)
+
+    def figures(self, ranks: Together) -> dict[str, float]:
+        """By name; nothing without images. Collective."""
+        *sums, count = np.sum(ranks.gather(self._sums), axis=0).tolist()
+        names = ("gradient_energy", "high_frequencies")
+        return {name: total / count for name, total in zip(names, sums, strict=True)} if count else {}
+
+
+class Sharpness:
+    """How sharp held-out images are, and their reconstructions beside them."""
+
+    def __init__(self) -> None:
+        self._images, self._rebuilt = MeanSharpness(), MeanSharpness()
+        self._seen = 0
+
+    def add(self, shown: Shown) -> None:
+        """Take in some images, as long as they are among the first `FIRST`."""
+        first = shown.numbers < FIRST
+        if first.any():
+            self._images.add(shown.images[first])
+            self._rebuilt.add(shown.pixels[first])
+            self._seen += int(first.sum())
+
+    def figures(self, ranks: Together) -> dict[str, Any]:
+        """Of the images, and of the reconstructions as a share of these; collective."""
+        images = self._images.figures(ranks)
+        found: dict[str, Any] = {"sharpness_images": sum(ranks.gather(self._seen))}
+        found |= {f"sharpness_{name}_images": value for name, value in images.items()}
+        return found | shares("reconstructions", self._rebuilt.figures(ranks), found)
+
+
+def shares(what: str, means: Mapping[str, float], figures: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of `MeanSharpness` as a share of those of the held-out images, which `Sharpness` has found.
+
+    Means over the images come first, so the two sets need not have the same images, nor as many. Of plain images, which
+    have nothing, there are no shares.
     """
-    gradients = [gradient_energy(images).mean() for images in (originals, others)]
-    high = [radial_spectrum(images)[:, images.shape[1] // 4 :].mean() for images in (originals, others)]
-    return {"gradient_energy": _share(gradients), "high_frequencies": _share(high)}
-
-
-def _share(pair: list[np.floating]) -> float:
-    """The second by the first; NaN where the originals have nothing."""
-    return float(pair[1] / pair[0]) if pair[0] else float("nan")
+    originals = {name: figures[f"sharpness_{name}_images"] for name in means}
+    return {f"sharpness_{name}_{what}": own / originals[name] for name, own in means.items() if originals[name]}

@@ -57,6 +57,10 @@ class Prior(nn.Module):
             found += network.nats(codes[:first], codes[first:last], classes, part, smoothing)
         return found
 
+    def classes_of(self, labels: Tensor) -> Tensor:
+        """The class of each label int64 [B]: none where there is no label (negative), or one that it does not know."""
+        return torch.where(labels < 0, self.no_class, labels).clamp(max=self.no_class)
+
     def see(self, first: int, posteriors: Sequence[Tensor], classes: Tensor) -> None:
         """Show some of the `wanted` images to every network; `posteriors` of all levels, the coarsest first."""
         for network in self._networks():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vqscale.models.tokenizer import ImageTokenizer, silenced
+from vqscale.models.tokenizer import CERTAIN, ImageTokenizer, silenced
 
 _LUMINANCE = (19_595, 38_470, 7_471)  # of 65,536; ITU-R 601-2, rounded as Pillow does for its mode L
 
@@ -19,7 +19,7 @@ class RawPixels(ImageTokenizer):
         grey: whether there is one level, the luminance.
     """
 
-    likelihood = "exact"
+    likelihood = CERTAIN
 
     def __init__(self, *, grey: bool = False) -> None:
         super().__init__()

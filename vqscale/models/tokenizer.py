@@ -8,6 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+CERTAIN = "exact"
+"""Name of a likelihood of 1: latents from which the images come back as they were."""
+
 
 def silenced(latents: Sequence[Tensor], level: int) -> list[Tensor]:
     """Latents [..., H, W] of all levels, of which all but one are their mean over the cells."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from vqscale.errors import UserError
@@ -28,8 +27,7 @@ def show_exemplars(prior: Prior, batches: Iterable[Mapping[str, Tensor]], levels
         return
     for fields in batches:
         labels = fields["label"]
-        classes = torch.where(labels < 0, prior.no_class, labels).clamp(max=prior.no_class)
-        prior.see(seen, [fields[name].float() for name in levels], classes)
+        prior.see(seen, [fields[name].float() for name in levels], prior.classes_of(labels))
         seen += len(labels)
         if seen >= prior.wanted:
             return

@@ -128,8 +128,7 @@ class PriorTask(Task):
         return values_of(self._model.grids)
 
     def _classes(self, fields: CodeFields) -> Tensor:
-        labels = fields["label"]
-        return torch.where(labels < 0, self._model.no_class, labels).clamp(max=self._model.no_class)
+        return self._model.classes_of(fields["label"])
 
     def _drop(self, classes: Tensor, batch: DeviceBatch) -> Tensor:
         """Forget the class of a share of the samples."""
