@@ -251,16 +251,22 @@ def _bits(report: Mapping[str, Any]) -> str:
     there = {name: float(report[name]) for name in BITS if name in report}
     if not there:
         return ""
-    most = max(there.values())
+    # Pixels have no bar: their bits are so many more than those of latents that no other would be seen.
+    latent = {name: value for name, value in there.items() if name != "image_bits_reconstruction"}
+    most = max(latent.values(), default=0.0)
     rows = "".join(
         f'<tr><td>{escape(BITS[name])}</td><td class="figure">{value:,.1f}</td>'
-        f'<td><span class="bar" style="width:{max(0.0, value / most) * 20:.2f}rem"></span></td></tr>'
+        f'<td><span class="bar" style="width:{_rem(latent.get(name, 0.0), most)}"></span></td></tr>'
         for name, value in there.items()
     )
     about = "Bits an image (ELBO surgery)."
     if "latent_images" in report:
         about += f" Of the latents over {report['latent_images']} images: information beyond log2 of them counts as KL."
     return section("Where the bits go", about, f"<table>{rows}</table>")
+
+
+def _rem(value: float, most: float) -> str:
+    return f"{value / most * 20 if 0 < value <= most else 0:.2f}rem"
 
 
 def _seconds(report: Mapping[str, Any]) -> str:
