@@ -18,7 +18,7 @@ Mount = Annotated[str, Field(pattern=rf"^{_PATH}:{_PATH}(:r[ow])?$")]
 class ContainerSettings(BaseModel):
     """The container of all stages. With Slurm each node's agent runs in it; what requeues a job stays on the host."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     image: Image
     """The image."""

@@ -21,7 +21,7 @@ Folder = Annotated[str, Field(pattern=r"^/[^\x00-\x1f\x7f:]+$")]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Volume(_Section):

@@ -16,7 +16,7 @@ class Network(BaseModel):
     NCCL's own figures for a step of a ring with its protocol LL128 (`src/graph/tuning.cc`).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     within_gb_s: Positive = 450.0
     """From one GPU to the others of its node, in GB/s."""

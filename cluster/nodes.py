@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Persistence(BaseModel):
     """How often a stage that ended before its time is started again; of the profile's section about nodes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     requeues: Annotated[int, Field(ge=0)] = 20
     """How often a stage that was preempted, or failed by something that may pass, is started again, in all."""

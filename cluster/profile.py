@@ -33,7 +33,7 @@ Floor = Annotated[float, Field(gt=0)] | None
 class Floors(BaseModel):
     """What `vqscale doctor` holds the machines to; what is left out is reported alone."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     all_reduce_gb_s: Floor = None
     """Bus bandwidth of an all-reduce over all ranks, in GB/s."""
@@ -46,7 +46,7 @@ class Floors(BaseModel):
 class Profile(BaseModel):
     """Facts about the machine or cluster that stages run on."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     """Name of the profile, as in `--on NAME`."""

@@ -30,7 +30,7 @@ OURS = (
 class StageSlurm(BaseModel):
     """What is asked for one stage where that differs from the others; what is left out is as for all."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     partition: Name | None = None
     """Partition."""

@@ -77,6 +77,27 @@ def _add_start(add: Add) -> None:
     submit.add_argument("--follow", action="store_true", help="show the progress; Ctrl-C leaves the run going")
     submit.add_argument("--prepare-only", action="store_true", help="make the run directory, start nothing")
     _json(submit)
+    family = add(
+        "family",
+        "family:family",
+        "train a list of models on as many images each, and compare them on a page",
+        "vqscale family clocks --follow",
+    )
+    where = "YAML file, name of a list that comes with vqscale, or folder or id of a family to go on with"
+    family.add_argument("list", metavar="LIST", help=where)
+    family.add_argument("--members", metavar="A,B", help="only these members")
+    family.add_argument("--on", default="local", metavar="PROFILE", help="machine to run on (default: local)")
+    place = "folder of the family (default: family-NAME-TIME in $VQSCALE_RUNS or ./runs)"
+    family.add_argument("--out", metavar="DIR", help=place)
+    family.add_argument("--at-most", type=int, metavar="N", help="runs at a time (default: all in a queue, else 1)")
+    what = family.add_mutually_exclusive_group()
+    what.add_argument("--plan", action="store_true", help="print the members and what they share; make nothing")
+    what.add_argument("--prepare-only", action="store_true", help="make the run directories, start nothing")
+    what.add_argument("--page", action="store_true", help="compare what a family has come to so far; start nothing")
+    what.add_argument("--follow", action="store_true", help="show the progress; Ctrl-C leaves the runs going")
+    _json(family)
+    settings = "settings of the list, such as budget.prior=64000, or of all members' recipes, such as seed=7"
+    family.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=settings)
 
 
 def _add_watch(add: Add) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from launcher.sharing import check_shared
 from launcher.state import RunState
 from vqscale.checkpoint.folder import open_stored, steps
 from vqscale.checkpoint.manifest import CODES_OF, FaultError
@@ -47,6 +48,7 @@ def check_handover(layout: RunLayout, stage: str) -> None:
         need = need_of(recipe, stage)
     if need in RunState.read(layout.whole).stages and not layout.whole.done(str(need)).exists():
         raise UserError(f"stage '{need}' has not finished", where=stage, mend=f"vqscale requeue {layout.id}")
+    check_shared(layout.whole)
     if stage == "pack":
         _check_folders(layout)
     if stage in _READ_IMAGES:

@@ -18,6 +18,7 @@ from launcher.precision import settle, slow_stages
 from launcher.recipes import find_recipe
 from launcher.registry import choose_directory
 from launcher.saves import earlier_runs, short_of_time
+from launcher.sharing import Shares
 from vqscale.config.inputs import check_inputs
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml, load_model, load_recipe
@@ -40,6 +41,8 @@ class Plan:
     """What was asked for: path, or name of a packaged recipe."""
     overrides: tuple[str, ...] = ()
     """Settings that were changed on the command line, as `dotted.key=value`."""
+    shares: Shares | None = None
+    """Stages whose output another run makes."""
 
     def facts(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -90,6 +93,7 @@ def make_plan(
     *,
     run: Path | None = None,
     stages: str | None = None,
+    shares: Shares | None = None,
 ) -> Plan:
     """Resolve and check everything that can be checked before something starts.
 
@@ -99,6 +103,7 @@ def make_plan(
         overrides: `dotted.key=value` texts.
         run: run directory; chosen from the recipe's name when None.
         stages: comma-separated selection; None for all of the recipe.
+        shares: stages whose output another run makes; they are left out.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -107,10 +112,13 @@ def make_plan(
     profile = load_profile(on)
     resolved = settle(absolute_paths(load_recipe(find_recipe(recipe), changed)), profile)
     chosen = select_stages(resolved, stages)
+    if shares:
+        chosen = tuple(stage for stage in chosen if stage not in shares.stages)
     warnings = [*check_inputs(resolved), *slow_stages(resolved, profile)]
     job = make_job(resolved, profile, run or choose_directory(resolved.name, None), chosen)
     late = short_of_time(earlier_runs(resolved.name, profile.name), profile.grace_s)
-    return Plan(job, backend_for(profile).render(job), (*warnings, *_machine_warnings(job), *late), recipe, changed)
+    told = (*warnings, *_machine_warnings(job), *late)
+    return Plan(job, backend_for(profile).render(job), told, recipe, changed, shares)
 
 
 def load_profile(on: str) -> Profile:

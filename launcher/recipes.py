@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
+from vqscale.arguments import did_you_mean
 from vqscale.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[1] / "pipelines" / "recipes"
@@ -16,22 +16,44 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def find_recipe(text: str) -> Path:
+def family_names() -> list[str]:
+    """Names of the packaged lists of families."""
+    return sorted(path.stem for path in (RECIPES / "families").glob("*.yaml"))
+
+
+def find_recipe(text: str, beside: Path | None = None) -> Path:
     """The file of a recipe.
 
     Args:
         text: path of a YAML file, or the name of a packaged recipe.
+        beside: folder that a path may start from, besides the current one.
 
     Raises:
         UserError: neither; the line lists the names.
     """
+    if beside and (beside / text).is_file():
+        return beside / text
+    return _find(text, RECIPES, recipe_names(), "recipe")
+
+
+def find_family(text: str) -> Path:
+    """The file that lists a family.
+
+    Args:
+        text: path of a YAML file, or the name of a packaged list.
+
+    Raises:
+        UserError: neither; the line lists the names.
+    """
+    return _find(text, RECIPES / "families", family_names(), "family")
+
+
+def _find(text: str, folder: Path, names: list[str], what: str) -> Path:
     path = Path(text).expanduser()
     if path.is_file():
         return path
-    names = recipe_names()
     if text in names:
-        return RECIPES / f"{text}.yaml"
-    near = difflib.get_close_matches(Path(text).stem, names, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    what = "is a directory" if path.is_dir() else "no such recipe"
-    raise UserError(what, where=text, mend=f"{hint}give a YAML file or one of: {', '.join(names)}")
+        return folder / f"{text}.yaml"
+    hint = did_you_mean(Path(text).stem, names)
+    fault = "is a directory" if path.is_dir() else f"no such {what}"
+    raise UserError(fault, where=text, mend=f"{hint}give a YAML file or one of: {', '.join(names)}")

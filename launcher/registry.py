@@ -37,20 +37,21 @@ def runs_root() -> Path:
     return Path(os.environ.get("VQSCALE_RUNS") or "runs").expanduser().absolute()
 
 
-def choose_directory(name: str, asked: str | None, now: float | None = None) -> Path:
+def choose_directory(name: str, asked: str | None, now: float | None = None, option: str = "--run") -> Path:
     """Directory of a new run; nothing is made.
 
     Args:
         name: the recipe's name.
         asked: directory the user wants, or None for NAME-YYYYMMDD-HHMMSS below `runs_root()`.
         now: Unix time, for tests.
+        option: what the user has asked with.
 
     Raises:
         UserError: the directory holds a run or other files.
     """
     if asked is not None:
         path = Path(asked).expanduser().resolve()
-        _refuse_used(path)
+        _refuse_used(path, option)
         return path
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
     taken = {entry.id for entry in entries()}
@@ -59,7 +60,7 @@ def choose_directory(name: str, asked: str | None, now: float | None = None) -> 
         path = runs_root() / run_id
         if run_id not in taken and not path.exists():
             return path.resolve()
-    raise UserError(f"too many runs called {name}-{stamp}", mend="choose a directory with --run DIR")
+    raise UserError(f"too many runs called {name}-{stamp}", mend=f"choose a directory with {option} DIR")
 
 
 def register(run_id: str, path: Path, created: float) -> None:
@@ -108,8 +109,8 @@ def _unresolved(text: str, known: list[str], fitting: list[str]) -> UserError:
     return UserError(f"no run '{text}'", mend=f"near: {', '.join(near)}; all: vqscale ls")
 
 
-def _refuse_used(path: Path) -> None:
+def _refuse_used(path: Path, option: str) -> None:
     if RunLayout(path).info.exists():
         raise UserError("holds a run already", where=str(path), mend=f"go on with it: vqscale requeue {path}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError("is not an empty directory", where=str(path), mend="choose another --run DIR")
+        raise UserError("is not an empty directory", where=str(path), mend=f"choose another {option} DIR")

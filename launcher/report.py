@@ -6,6 +6,8 @@ import shlex
 from typing import Any
 
 from launcher.state import RunState
+from launcher.status import read_status
+from launcher.wording import what_next
 from vqscale.config.layout import RunLayout
 from vqscale.files import read_json
 
@@ -25,8 +27,11 @@ def print_report(layout: RunLayout) -> None:
     print()
     if sheet.exists():
         print(f"samples      {sheet}")
+    if layout.report_page.exists():
+        print(f"page         {layout.report_page}")
     print(f"directory    {layout.root}")
     print(f"tensorboard  tensorboard --logdir {shlex.quote(str(layout.tensorboard))}")
+    print(f"next         {what_next(read_status(layout))}")
 
 
 def figures(report: dict[str, Any]) -> list[tuple[str, str]]:

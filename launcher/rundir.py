@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher import registry
 from launcher.plan import Plan
+from launcher.sharing import link
 from launcher.snapshot import write_snapshot
 from launcher.state import RunState
 from vqscale.config.layout import RunLayout
@@ -41,7 +42,10 @@ def create(plan: Plan) -> RunLayout:
         "overrides": list(plan.overrides),
         "profile": plan.job.profile.model_dump(mode="json"),
         "warnings": list(plan.warnings),
+        **({"shares": plan.shares.facts()} if plan.shares else {}),
     }
+    if plan.shares:
+        link(layout, plan.shares)
     write_json(layout.info, info)  # last: a directory with run.json is a whole run
     registry.register(run_id, layout.root, created)
     _link_latest(layout.root)

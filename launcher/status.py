@@ -30,6 +30,8 @@ from vqscale.quarantine import count_by_kind
 
 _READERS = 16
 """Threads that read run directories: on a shared file system each small file is a wait of its own."""
+_ALONE_S = 0.3
+"""How long one thread looks at runs by itself: where storage answers at once, threads only wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class RunStatus:
     stages: tuple[StageStatus, ...]
     current: str | None
     """Name of the stage worth looking at; None when none has begun."""
+    queued: bool = False
+    """Whether it waits for its turn in a sweep that is on its way."""
 
     @property
     def stage(self) -> StageStatus | None:
@@ -151,6 +155,7 @@ def read_status(layout: RunLayout, machine: Machine | None = None, depth: Depth 
     current = state.current
     deep = state.stages.keys() if depth == "all" else {current} if depth == "current" else set()
     stages = (_stage(layout, name, stage, name in deep) for name, stage in state.stages.items())
+    waits = turn(layout) if state.word == "waiting" and poll.alive is False else ""
     return RunStatus(
         id=run,
         path=layout.root,
@@ -158,9 +163,10 @@ def read_status(layout: RunLayout, machine: Machine | None = None, depth: Depth 
         profile=profile.name,
         state=state.word,
         alive=poll.alive,
-        note=_note(layout, run, state, poll, machine or Machine()),
+        note=waits or _note(layout, run, state, poll, machine or Machine()),
         stages=tuple(stages),
         current=current,
+        queued=bool(waits),
     )
 
 
@@ -176,8 +182,12 @@ def read_many(layouts: Iterable[RunLayout], depth: Depth = "current") -> list[Ru
         except OSError as error:  # somebody else's, or storage that is gone
             return UserError(f"cannot be read ({error.strerror})", where=str(layout.root))
 
+    left, found = list(layouts), list[RunStatus | UserError]()
+    limit = time.monotonic() + _ALONE_S
+    while left and time.monotonic() < limit:
+        found.append(read(left.pop(0)))
     with ThreadPoolExecutor(_READERS) as readers:
-        return list(readers.map(read, layouts))
+        return [*found, *readers.map(read, left)]
 
 
 def _note(layout: RunLayout, run: str, state: RunState, poll: Poll, machine: Machine) -> str:
@@ -203,7 +213,7 @@ def _never_began(layout: RunLayout, run: str, state: RunState, poll: Poll) -> st
     if any(stage.attempt for stage in state.stages.values()):
         return f"but its {poll.who} is gone: vqscale requeue {run}"
     if not poll.begun:
-        return turn(layout) or f"prepared only: vqscale requeue {run} starts it"
+        return f"prepared only: vqscale requeue {run} starts it"
     return f"but its {poll.who} is gone before the first stage: see {layout.log}"
 
 

@@ -1,7 +1,8 @@
-"""Sweeps: one recipe at all combinations of some settings, each a run of its own below one folder.
+"""Sweeps: several runs below one folder: one recipe at all combinations of some settings, or the members of a family.
 
 SWEEP/
   sweep.json        what is swept, and the runs in their order
+  family.json       the members of a family (`launcher.family`)
   SWEEP.0/          run directories, as any other
   SWEEP.1/
 
@@ -11,7 +12,7 @@ SWEEP/
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class Sweep:
     """Ids of the runs, in the order in which they start; each is the name of its folder too."""
     at_most: int
     """Runs at the same time."""
+    after: dict[str, str] = field(default_factory=dict)
+    """Run → an earlier one whose output it reads, so that it starts when that one is over."""
     cancelled: bool = False
     runner: dict[str, Any] = field(default_factory=dict)
     """The process that starts the runs; empty where a queue does."""
@@ -46,6 +49,12 @@ class Sweep:
         """The record in a folder; None when there is none."""
         tree = read_json(folder / _RECORD) if folder.is_dir() else None
         return None if tree is None else cls(**tree)
+
+    def earlier(self, layouts: Sequence[RunLayout], number: int) -> list[RunLayout]:
+        """Those of some of its runs that have to be over before one of them may start in a queue."""
+        chained = layouts[number - self.at_most : number - self.at_most + 1] if number >= self.at_most else []
+        needed = self.after.get(layouts[number].root.name)
+        return [*chained, *(one for one in layouts if one.root.name == needed and one not in chained)]
 
     def layouts(self, folder: Path) -> list[RunLayout]:
         """The runs' directories."""

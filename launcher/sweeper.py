@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cluster.profile import Profile
-from launcher import process
+from launcher import family, process
 from launcher.backends import Backend, backend_for
 from launcher.backends.base import SOURCE, Queue
 from launcher.state import RunState
@@ -54,7 +54,7 @@ def start(folder: Path, sweep: Sweep, layouts: Sequence[RunLayout]) -> None:
     if isinstance(backend, Queue):
         try:
             for number, layout in enumerate(layouts):
-                backend.submit_after(layout, layouts[number - sweep.at_most] if number >= sweep.at_most else None)
+                backend.submit_after(layout, sweep.earlier(layouts, number))
         except BaseException:
             _cancel_all(layouts)
             raise
@@ -93,19 +93,30 @@ def run(folder: Path) -> int:
     """Start the runs one after the other, as many at a time as the sweep says; those that others started are left."""
     sweep = _read(folder)
     layouts = sweep.layouts(folder)
-    waiting, running = list(layouts), list[RunLayout]()
+    waiting = [layout for layout in layouts if read_status(layout, depth="none").state == "waiting"]
+    running: list[RunLayout] = []
     while waiting or running:
         sweep = _read(folder)
-        running = [layout for layout in running if not read_status(layout, depth="none").over]
+        ended = [layout for layout in running if read_status(layout, depth="none").over]
+        running = [layout for layout in running if layout not in ended]
         if sweep.cancelled:
             return 1
-        while waiting and len(running) < sweep.at_most:
-            layout = waiting.pop(0)
+        for layout in _free(sweep, waiting, running):
+            waiting.remove(layout)
             if read_status(layout, depth="none").state == "waiting":
                 _backend(layout).submit(layout)
                 running.append(layout)
+        if ended:
+            family.write_comparison(folder)
         time.sleep(_POLL_S)
     return 0 if all(read_status(layout, depth="none").state == "done" for layout in layouts) else 1
+
+
+def _free(sweep: Sweep, waiting: Sequence[RunLayout], running: Sequence[RunLayout]) -> list[RunLayout]:
+    """Those of the waiting runs that may start now: as many as there is room for, and none before what it reads."""
+    pending = {layout.root.name for layout in (*waiting, *running)}
+    free = [layout for layout in waiting if sweep.after.get(layout.root.name) not in pending]
+    return free[: max(0, sweep.at_most - len(running))]
 
 
 def _read(folder: Path) -> Sweep:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launcher.status import RunStatus, StageStatus
 from launcher.wording import below, beside, duration, eta, loss, progress, rate, saved
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group
+    from rich.console import Console, ConsoleOptions, Group
     from rich.table import Table
     from rich.text import Text
 
@@ -22,6 +23,8 @@ _COLOURS = {
 }
 _RIGHT = ("step", "rate", "loss", "bad")
 """Columns whose figures stand below each other."""
+_WIDE = 104
+"""Columns of a terminal in which a run's table has room for bars and for the age of checkpoints."""
 
 
 def view(status: RunStatus) -> Group:
@@ -30,31 +33,43 @@ def view(status: RunStatus) -> Group:
     from rich.text import Text
 
     # Plain text, broken by the terminal alone: a caption of the table would be broken where the table ends.
-    return Group(_table(status), *(Text(line, overflow="fold") for line in below(status)))
+    return Group(_Stages(status), *(Text(line, overflow="fold") for line in below(status)))
 
 
-def _table(status: RunStatus) -> Table:
+@dataclass(frozen=True)
+class _Stages:
+    """The table of a run's stages, cut to the terminal: no figure is."""
+
+    status: RunStatus
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        yield _table(self.status, wide=options.max_width >= _WIDE)
+
+
+def _table(status: RunStatus, *, wide: bool) -> Table:
     from rich.markup import escape
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    result = Table(title=escape(f"{status.id}: {status.words}"), title_justify="left", box=None, pad_edge=False)
-    for name in ("stage", "state", "step", "", "loss", "rate", "time", "ETA", "saved at"):
+    title, gap = escape(f"{status.id}: {status.words}"), 2 if wide else 1
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, gap, 0, 0))
+    names = ("stage", "state", "step", *([""] if wide else []), "loss", "rate", "time", "ETA", "saved at")
+    for name in names:
         result.add_column(name, no_wrap=True, justify="right" if name in ("step", "loss", "rate", "time") else "left")
     for stage in status.stages:
         share = 1.0 if stage.state == "done" else (stage.step or 0) / stage.total if stage.total else 0.0
         # Colours by name: rich's own look alike, empty or full, on a terminal of sixteen colours.
-        bar = ProgressBar(1.0, share, width=20, complete_style="cyan", finished_style="green")
+        bar = [ProgressBar(1.0, share, width=20, complete_style="cyan", finished_style="green")] if wide else []
         result.add_row(
             stage.stage,
             _coloured(stage.state) + (f" #{stage.attempt}" if stage.attempt > 1 else ""),
             progress(stage, word=""),
-            bar,
+            *bar,
             loss(stage, word=""),
             rate(stage),
             duration(stage.seconds) if stage.seconds is not None else "",
             eta(stage),
-            saved(stage),
+            saved(stage) if wide or not stage.saved else str(stage.saved.step),
         )
     return result
 

@@ -55,7 +55,7 @@ def _follow_live(read: Read, refresh_s: float, shown: Callable[[Sequence[RunStat
     if not statuses:
         return statuses
     with Live(shown(statuses), console=Console(), refresh_per_second=4) as live:
-        while not all(status.over for status in statuses):
+        while not _over(statuses):
             time.sleep(refresh_s)
             statuses = read()
             live.update(shown(statuses))
@@ -69,9 +69,14 @@ def _follow_plain(read: Read, refresh_s: float, out: TextIO, named: bool = False
         for status in statuses:
             for line in lines.setdefault(status.id, PlainLines()).new(status):
                 print(f"{status.id}  {line}" if named else line, file=out, flush=True)
-        if all(status.over for status in statuses):
+        if _over(statuses):
             return statuses
         time.sleep(refresh_s)
+
+
+def _over(statuses: Sequence[RunStatus]) -> bool:
+    """Whether nothing more will happen; between two runs of a sweep the next one is about to begin."""
+    return all(status.over and not status.queued for status in statuses)
 
 
 class PlainLines:

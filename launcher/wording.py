@@ -86,3 +86,18 @@ def below(status: RunStatus) -> list[str]:
 def beside(status: RunStatus) -> list[str]:
     """What is said below the table of several runs: a run's note, and why it failed."""
     return [f"{status.id}: {line}" for line in (status.note, status.message) if line]
+
+
+def what_next(status: RunStatus) -> str:
+    """What can be done with a run as it stands, in a line; empty where its note says so."""
+    run = status.id
+    if status.note:
+        return ""
+    if not status.over:
+        return f"vqscale logs {run} -f shows what it prints, vqscale cancel {run} ends it"
+    if status.state == "done":
+        made = {stage.stage for stage in status.stages}
+        drawn = f", vqscale sample {run} --out DIR draws images, vqscale export {run} DIR hands its models on"
+        return f"vqscale show {run} is its page{drawn if 'prior' in made else ''}"
+    why = f"vqscale logs {run} --failed says why, " if status.state == "failed" else ""
+    return f"{why}vqscale requeue {run} goes on from where it stopped"

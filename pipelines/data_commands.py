@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.data_report import Report, line, megabytes, print_json, progress, some, summary
 from vqscale import storage
-from vqscale.data.manifest import Shard
+from vqscale.data.manifest import Manifest, Shard
 from vqscale.data.shards import ShardSet, open_shards
 from vqscale.errors import UserError
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 EXIT_FAULTS = 1
 """Exit code of `verify` and `index` when shards are damaged or hold bad images."""
 
+_RECIPE = Path(__file__).with_name("recipes") / "cifar10.yaml"
+"""What packed images are trained with."""
 _LISTED = 100  # bad samples that are printed; JSON has all
 
 
@@ -52,17 +56,28 @@ def pack(options: argparse.Namespace) -> int:
     for url, manifest in manifests.items():
         print(line(url, manifest))
         if manifest.skipped:
-            print(f"  {manifest.skipped} files were left out, see {storage.join(url, SKIPPED)}")
-    print(_next_steps(list(manifests), options))
+            files = "file was" if manifest.skipped == 1 else "files were"
+            print(f"  {manifest.skipped} {files} left out, see {storage.join(url, SKIPPED)}")
+    print(_next_steps(manifests, options))
     return 0
 
 
-def _next_steps(urls: list[str], options: argparse.Namespace) -> str:
-    if len(urls) == 1:
-        return f"look at them with `vqscale data show {urls[0]}`; --holdout N also writes validation shards"
-    keys = (f"data.{Path(url).name}={url}" for url in urls)
-    head = "now train on them, with these settings of the recipe:"
-    return "\n  ".join([head, f"data.image_size={options.size}", *keys])
+def _next_steps(manifests: Mapping[str, Manifest], options: argparse.Namespace) -> str:
+    """A command that trains on what was packed, with as many streams as there are shards for."""
+    if len(manifests) == 1:
+        return (
+            f"look at them with `vqscale data show {next(iter(manifests))}`; --holdout N also writes validation shards"
+        )
+    from vqscale.config.load import load_recipe
+
+    stem = options.src.resolve().name.removesuffix(".gz").removesuffix(".tar")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-_.")[:64] or "mine"
+    words = [_RECIPE.stem, f"name={name}", f"data.image_size={options.size}"]
+    words += [f"data.{Path(url).name}={url}" for url in manifests]
+    shards = min(len(manifest.shards) for url, manifest in manifests.items() if Path(url).name == "train")
+    if shards < load_recipe(_RECIPE).data.streams:
+        words += [f"data.streams={shards - shards % 2}"] if shards > 1 else ["data.streams=1", "resources.processes=1"]
+    return f"now train on them:\n  {shlex.join(['vqscale', 'submit', *words])}"
 
 
 def index(options: argparse.Namespace) -> int:

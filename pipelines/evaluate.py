@@ -15,7 +15,8 @@ from pipelines.stage import Stage, run_stage
 from vqscale.config.layout import RunLayout
 from vqscale.data.images import decode_whole
 from vqscale.data.manifest import CodeLevel
-from vqscale.evaluation.page import Picture, page
+from vqscale.evaluation.markup import Picture
+from vqscale.evaluation.page import page
 from vqscale.files import read_json, write_bytes, write_json
 from vqscale.training.dashboard import hyperparameters
 from vqscale.training.tracking import Tracker
@@ -64,6 +65,7 @@ def assemble(stage: Stage, figures: dict[str, Any], seconds: float) -> dict[str,
     done = {name: read_json(stage.layout.done(name)) or {} for name in stage.recipe.stages}
     usage = {k: v for k, v in done["extract"].items() if k.startswith(("usage_", "perplexity_")) or "_differ_" in k}
     likelihood = {k: v for k, v in done["prior"].items() if k.startswith(("nats_", "bits_"))}
+    speed = {f"sampling_{k}": v for k, v in done["sample"].items() if k == "images_per_s"}
     times = {name: marker["seconds"] for name, marker in done.items() if "seconds" in marker}
     return {
         "name": stage.recipe.name,
@@ -71,6 +73,7 @@ def assemble(stage: Stage, figures: dict[str, Any], seconds: float) -> dict[str,
         **likelihood,
         **figures,
         **usage,
+        **speed,
         "evaluate": stage.recipe.evaluate.model_dump(mode="json"),
         **_sizes(stage.recipe.levels),
         "seconds": times | {stage.name: round(seconds, 2)},

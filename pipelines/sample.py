@@ -17,14 +17,17 @@ from vqscale.training.checkpoints.fitting import require_prior_of
 
 
 def main(stage: Stage) -> dict[str, Any]:
-    """Draw the images that the recipe asks for, each rank its share; parts that are there are kept."""
+    """Draw the images that the recipe asks for, each rank its share; parts that are there are kept.
+
+    `images_per_s` is the speed of all ranks together, writing included; of an array, of all tasks at the same time.
+    """
     recipe, ranks, layout = stage.recipe, stage.ranks, stage.layout
     tokenizer, prior = load_tokenizer(layout.root, ranks.device), load_prior(layout.root, ranks.device)
     require_prior_of(tokenizer.fingerprint, layout.checkpoints(recipe, "prior"))
     names = class_names(layout, recipe)
     labels = labels_to_draw(recipe.sample, names)
     drawn = drawn_set(layout.samples, recipe.sample, names, labels, tokenizer, prior)
-    mine = stage.share(len(drawn.parts))
+    mine, rates = stage.share(len(drawn.parts)), [0.0]
     events = stage.events("images/s", sum(len(drawn.parts[part]) for part in mine))
 
     def draw(numbers: Sequence[int]) -> NDArray[np.uint8]:
@@ -32,13 +35,14 @@ def main(stage: Stage) -> dict[str, Any]:
         return draw_images(prior, tokenizer, recipe.sample, labels, numbers)
 
     def report(done: int, rate: float | None) -> None:
+        rates.append(rate or 0.0)
         if events:
             events.log(done, rate=rate)
 
     fill(drawn, ranks, mine, recipe.sample.batch, draw, report)
     if events:
         events.close()
-    return {"drawn_from": drawn.drawn_from}
+    return {"drawn_from": drawn.drawn_from, "images_per_s": sum(ranks.gather(rates[-1]))}
 
 
 def finish(stage: Stage, parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -48,7 +52,9 @@ def finish(stage: Stage, parts: list[dict[str, Any]]) -> dict[str, Any]:
     labels, size = labels_to_draw(recipe.sample, names), recipe.data.image_size
     drawn = DrawnSet(layout.samples, recipe.sample.output, size, names, labels, parts[0]["drawn_from"])
     conclude(drawn)
-    return {"samples": len(drawn.labels)}
+    rate = sum(part["images_per_s"] for part in parts)
+    # None was drawn where all had been there before, so that nothing is known of their speed.
+    return {"samples": len(drawn.labels), **({"images_per_s": round(rate, 3)} if rate else {})}
 
 
 if __name__ == "__main__":

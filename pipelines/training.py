@@ -22,6 +22,7 @@ from vqscale.training.data_watch import DataWatch
 from vqscale.training.guards import DivergedError
 from vqscale.training.loop import Loop
 from vqscale.training.task import Task
+from vqscale.training.tasks import charts
 from vqscale.training.tracing import Tracer
 from vqscale.training.tracking import Tracker
 from vqscale.training.transfer import DeviceBatches, pinned
@@ -125,8 +126,10 @@ class _Training:
         if events is None:
             return None
         tracker = Tracker(stage.layout.tensorboard / stage.name, events, start)
-        peak = peak_tflops(stage.ranks.device)
-        tracker.layout(layout(stage.name, self.task.charts(), stage.ranks.world, peak is not None))
+        own, trained = charts(stage.recipe, stage.name), bool(self.task.engine.steps)
+        peak = peak_tflops(stage.ranks.device) is not None
+        if shown := layout(own, stage.name, trained=trained, world=stage.ranks.world, peak=peak):
+            tracker.layout(shown)
         if not start:
             tracker.text("recipe", dump_yaml(stage.recipe))
             tracker.text("machine", describe(stage.ranks.world, stage.ranks.device), kind="text")

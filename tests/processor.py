@@ -24,7 +24,7 @@ def in_imports(commands: Sequence[Sequence[str]]) -> float:
     """What the quickest of several calls takes, as a multiple of loading the libraries that all commands need.
 
     That takes 0.13 s on a machine with nothing else to do, and up to twice as long where cores share their caches with
-    others: so 7.5 is a second.
+    others: so 6.5 is about a second.
     """
     pairs = [(seconds(_IMPORTS), seconds(command)) for command in commands]
     return min(second for _, second in pairs) / min(first for first, _ in pairs)

@@ -1,6 +1,8 @@
 """Real processes for tests: each is a rank with the environment that torchrun would give it.
 
-Imports no torch, so that a child sets its environment before torch is loaded.
+A rank is forked from a server that has one thread and has imported what trainings need: importing takes four CPU
+seconds, which is more than small tests do. The server's environment has what torch reads when it is loaded; the rest is
+set in the rank.
 """
 
 from __future__ import annotations
@@ -18,12 +20,20 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+LIMIT_S = 240.0
+"""For ranks of small trainings on a machine that has much else to do."""
 _GRACE_S = 10.0
 """For the other ranks when one has failed: their collectives end because of it."""
+
+
+_AT_LOADING = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+_LOADED = ["tests.training_helpers", "torch.utils.tensorboard"]
 
 
 class RanksFailedError(AssertionError):
@@ -34,7 +44,7 @@ class RanksFailedError(AssertionError):
         super().__init__("\n".join(f"--- rank {rank}\n{text}" for rank, text in sorted(tracebacks.items())))
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = LIMIT_S) -> list[Any]:
     """Call `function(*args)` in `world` processes at once.
 
     Args:
@@ -49,8 +59,8 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     Raises:
         RanksFailedError: a rank raised, died, or the time was over.
     """
-    context = multiprocessing.get_context("spawn")
-    work, port = pickle.dumps((function, args)), free_port()
+    context = _server()
+    work, port = pickle.dumps((function, args, dict(os.environ))), free_port()
     children, pipes = [], []
     try:
         for rank in range(world):
@@ -68,6 +78,22 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
             child.join()
         for pipe in pipes:
             pipe.close()
+
+
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_LOADED)
+    before = dict(os.environ)
+    try:
+        for name in before:
+            if name.startswith("VQSCALE_"):  # processes of a run are found by what they hold of it
+                del os.environ[name]
+        os.environ.update(_AT_LOADING)
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
 
 
 def _collect(pipes: list[Connection], pids: list[int], timeout: float) -> list[Any]:
@@ -103,18 +129,12 @@ def _receive(pipe: Connection) -> tuple[bool, Any]:
 
 def _child(rank: int, world: int, port: int, pipe: Connection, work: bytes) -> None:
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        TORCH_CPP_LOG_LEVEL="ERROR",
-    )
     try:
-        function, args = pickle.loads(work)
+        function, args, environment = pickle.loads(work)
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ.clear()
+        os.environ.update(environment | _AT_LOADING | {name: str(value) for name, value in places.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
         answer = pickle.dumps((True, function(*args)))
     except BaseException:
         answer = pickle.dumps((False, traceback.format_exc()))
@@ -136,5 +156,5 @@ def torchrun(processes: int, *words: str) -> None:
     """Run a stage under torch's elastic agent, as a user would; `words` stand behind the agent's own options."""
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     house = Path(__file__).parents[1]
-    done = subprocess.run([*agent, *words], cwd=house, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([*agent, *words], cwd=house, capture_output=True, text=True, check=False, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,11 @@
 """`vqscale data` as it is typed."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -17,25 +20,37 @@ from vqscale.data.manifest import read_manifest
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def start(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """As a program of its own, with next to nothing in its environment."""
     command = [sys.executable, "-P", "-m", "pipelines.data", *map(str, arguments)]
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The same in this process."""
+    words, out, err = [*map(str, arguments)], io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main(words)
+        except SystemExit as error:  # as `--help` ends
+            code = int(error.code or 0)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("commands")
-    done = run("pack", image_folder(root / "src"), root / "out", "--size", 8, "--holdout", 6, "--workers", 2)
+    done = start("pack", image_folder(root / "src"), root / "out", "--size", 8, "--holdout", 6, "--workers", 2)
     assert done.returncode == 0, done.stderr
-    assert f"data.train={root}/out/train" in done.stdout
-    assert f"data.validation={root}/out/validation" in done.stdout
+    where = f"data.train={root}/out/train data.validation={root}/out/validation"
+    assert f"\n  vqscale submit cifar10 name=src data.image_size=8 {where} data.streams=1 resources.pro" in done.stdout
     assert "packing: 30 of 30 images" in done.stderr
     return root / "out"
 
 
 def test_show_counts_and_draws(packed: Path, tmp_path: Path):
-    shown = run("show", packed / "train", "--sheet", tmp_path / "sheet.png", "--samples", 9)
+    shown = start("show", packed / "train", "--sheet", tmp_path / "sheet.png", "--samples", 9)
     assert shown.returncode == 0, shown.stderr
     assert "24 images of 8×8 in 3 classes" in shown.stdout
     assert "labels: number in .cls, or 'label' in .json" in shown.stdout
@@ -68,7 +83,7 @@ def test_show_lists_the_largest_of_many_classes(tmp_path: Path):
 
 
 def test_verify_lists_faults(packed: Path):
-    assert run("verify", packed / "train").returncode == 0
+    assert start("verify", packed / "train").returncode == 0
     shard = next((packed / "validation").glob("*.tar"))
     content = shard.read_bytes()
     shard.write_bytes(content[:600] + b"!" + content[601:])
@@ -122,7 +137,7 @@ def test_index_names_what_will_be_bad(tmp_path: Path):
     ]
     write_tar(tmp_path / "a.tar", samples)
     (tmp_path / "names").write_text("cat\ndog\n")
-    done = run("index", tmp_path, "--classes", tmp_path / "names", "--no-hash", "--out", tmp_path / "m.json")
+    done = start("index", tmp_path, "--classes", tmp_path / "names", "--no-hash", "--out", tmp_path / "m.json")
     assert done.returncode == 0
     assert done.stdout.splitlines()[4:] == [
         "  1 have no label",

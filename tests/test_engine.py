@@ -59,7 +59,7 @@ def surveys(tmp_path_factory: pytest.TempPathFactory) -> Surveys:
     (root / "states").mkdir()
     found = {
         world: run_ranks(
-            world, survey, run, root / "codes", root / "states" if world == 2 else None, options, timeout=280
+            world, survey, run, root / "codes", root / "states" if world == 2 else None, options, timeout=560
         )
         for world, options in OPTIONS.items()
     }
@@ -157,7 +157,7 @@ def test_the_state_has_the_same_names_shapes_and_dtypes_everywhere(surveys: Surv
 @pytest.mark.parametrize("world", [1, 3])
 def test_state_moves_between_strategies_and_numbers_of_ranks(surveys: Surveys, world: int) -> None:
     """All of it arrives bit by bit, and what is trained on it goes on as the undisturbed training did."""
-    for found in run_ranks(world, move, surveys.run, surveys.states, timeout=200):
+    for found in run_ranks(world, move, surveys.run, surveys.states, timeout=400):
         for strategy in STRATEGIES:
             assert all(found[f"{other} to {strategy}"] for other in STRATEGIES), strategy
             expected = surveys.of(2, "ddp", "plain").losses[HALF:]

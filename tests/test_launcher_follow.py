@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from launcher import recipes
 from launcher.backends.base import STAGE_TAG, Poll
@@ -15,8 +18,10 @@ from launcher.backends.local import LocalBackend
 from launcher.cli import main
 from launcher.commands import start
 from launcher.process import end_tagged, identity
-from launcher.status import read_status
+from launcher.status import RunStatus, Saved, StageStatus, read_status
+from launcher.tables import view
 from launcher.watch import follow
+from launcher.wording import what_next
 from tests.recipes import write_recipe
 from vqscale.config.layout import RunLayout
 from vqscale.files import write_json
@@ -106,3 +111,33 @@ def test_live_table_on_a_terminal(home: Path, acts, capsys: pytest.CaptureFixtur
 
     assert follow(RunLayout(home / "quick"), Terminal()).state == "done"  # type: ignore[arg-type]
     assert "100 images/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("width", "age", "bars"), [(80, "", 0), (120, " (2 d ago)", 2)])
+def test_no_figure_is_cut_by_the_terminal(width: int, age: str, bars: int) -> None:
+    saved = Saved(25_000, time.time() - 2 * 86_400)
+    stage = StageStatus("tokenizer", "running", 2, 3_725.0, "", 25_200, 90_000, 0.01785, 3_095.0, "images/s", 9_000.0)
+    stages = (stage, replace(stage, state="done", attempt=1, eta_s=None, saved=saved))
+    status = RunStatus("mine", Path("mine"), 0.0, "local", "running", True, "", stages, "tokenizer")
+    terminal = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    with terminal.capture() as shown:
+        terminal.print(view(status))
+    running, done = shown.get().splitlines()[2:]
+    for figure in ("running #2", "25200/90000", "0.01785", "3,095 images/s", "1:02:05"):
+        assert f"{figure} " in running
+    assert running.rstrip().endswith("2:30:00")
+    assert done.rstrip().endswith(f" 25000{age}")
+    assert sum("━━━" in line for line in (running, done)) == bars
+
+
+def test_what_can_be_done_with_a_run() -> None:
+    stages = tuple(StageStatus(name, "done", 1, 1.0, "") for name in ("extract", "prior"))
+    status = RunStatus("mine", Path("mine"), 0.0, "local", "done", False, "", stages, "prior")
+    assert "vqscale sample mine --out DIR" in what_next(status)
+    assert what_next(replace(status, stages=stages[:1])) == "vqscale show mine is its page"
+    assert what_next(replace(status, state="failed")).startswith(
+        "vqscale logs mine --failed says why, vqscale requeue "
+    )
+    assert what_next(replace(status, state="preempted")) == "vqscale requeue mine goes on from where it stopped"
+    assert "vqscale cancel mine" in what_next(replace(status, state="running", alive=True))
+    assert not what_next(replace(status, note="its processes are gone: vqscale requeue mine"))

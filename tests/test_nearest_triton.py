@@ -170,11 +170,11 @@ def test_sums_of_any_assignment(
     ("capability", "dim", "split"),
     [
         (90, 16, True),
-        (90, 64, True),
-        (90, 128, True),
+        pytest.param(90, 64, True, marks=pytest.mark.slow),
+        pytest.param(90, 128, True, marks=pytest.mark.slow),
         (90, 256, True),
         (80, 64, True),
-        (80, 256, True),
+        pytest.param(80, 256, True, marks=pytest.mark.slow),
         (75, 64, False),
     ],
 )

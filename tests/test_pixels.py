@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pipelines import extract_codes, measuring, sample, train_prior, train_tokenizer
+from tests.boards import charts_shown, empty_charts
 from tests.ranks import run_ranks
 from tests.recipes import tiny_recipe
 from tests.training_helpers import clock_run, stage_of, whole_stage
@@ -38,6 +39,7 @@ def pixels(channels: str = "rgb", **overrides: Any) -> dict[str, Any]:
         "prior__networks": [{"kind": "pixelcnn", "layers": 1, "width": 8}],
         "prior__training__steps": 8,
         "prior__training__learning_rate": 2e-2,
+        "prior__training__log_every": 2,
         "sample__per_class": 1,
     } | overrides
 
@@ -106,6 +108,8 @@ def test_it_goes_through_all_stages_on_two_ranks(channels: str, tmp_path: Path) 
     assert measured["bits_per_dim_is"] == measured["bits_per_dim_best_is"] == "exact"
     if channels == "rgb":
         assert measured["mse"] == 0
+    assert not charts_shown(run, "tokenizer"), "nothing is trained"
+    assert not empty_charts(run, "tokenizer", "prior")
     images, _ = clocks.draw(0, 2, SIDE, 0)
     export_run(RunLayout(run), tmp_path / "exported")
     tokenizer, again = load_tokenizer(run), load_tokenizer(tmp_path / "exported")

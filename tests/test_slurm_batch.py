@@ -386,6 +386,13 @@ def test_a_chain_that_is_refused_leaves_no_job(layout: RunLayout, fakes: Path) -
     assert "prepared only" in read_status(layout).words
 
 
+def test_a_slurm_that_is_not_found_names_the_mend(layout: RunLayout, fakes: Path) -> None:
+    queued(fakes)
+    stand_in(fakes, "sbatch", "echo 'sbatch: fatal: Could not establish a configuration source' >&2; exit 1")
+    with pytest.raises(UserError, match=r"configuration source; set SLURM_CONF; vqscale cluster status names"):
+        SlurmBackend().submit(layout)
+
+
 def test_status_compares_slurm_and_the_run_directory(layout: RunLayout, fakes: Path) -> None:
     write_json(layout.slurm, {"jobs": {"generate": "10", "pack": "20"}, "cancelled": False})
     stand_in(fakes, "sacct", "exit 1")
@@ -464,7 +471,7 @@ def test_submit_returns_at_once(layout: RunLayout, fakes: Path) -> None:
     queued(fakes)
     command = [sys.executable, "-m", "launcher", "submit", str(layout.recipe), "--on", "devslurm"]
     places = [str(layout.root.with_name(f"quick-{number}")) for number in range(3)]
-    assert in_imports([[*command, "--run", place] for place in places]) < 7.5
+    assert in_imports([[*command, "--run", place] for place in places]) < 6.5
     assert len((fakes / "sent").read_text().splitlines()) == 21
 
 

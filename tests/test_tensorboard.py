@@ -23,22 +23,31 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from benchmarks.tokenizer_cost import convolutions
 from pipelines import train_tokenizer
 from pipelines.stage import Stage
+from tests.boards import board, charts_shown, empty_charts
 from tests.ranks import free_port, run_ranks
 from tests.recipes import tiny_recipe
+from tests.test_pixels import pixels
+from tests.test_vae import vae
 from tests.training_helpers import clock_run, one_process
 from vqscale.config.layout import RunLayout
 from vqscale.files import write_json
 from vqscale.training.build import build_tokenizer
-from vqscale.training.dashboard import layout, leaves
+from vqscale.training.dashboard import VARIED, layout, leaves
 from vqscale.training.distributed import Ranks, process_group
+from vqscale.training.tasks import charts
 from vqscale.training.tracing import Tracer
 from vqscale.training.utilisation import compute_figures, forward_flops, memory_figures, named_peak
+
+PATIENCE_S = 120
+"""For each thing that a page has to show: of two cores it may get little."""
+OFFLINE = ["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+"""No name is looked up: a page must not wait for a network that is not there."""
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +61,6 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def read(run: Path) -> EventAccumulator:
-    everything = {"scalars": 0, "images": 0, "tensors": 0}
-    return EventAccumulator(str(run / "tensorboard" / "tokenizer"), size_guidance=everything).Reload()
-
-
 def plugin(events: EventAccumulator, tag: str, name: str) -> bytes:
     content: bytes = events.SummaryMetadata(tag).plugin_data.content
     assert events.SummaryMetadata(tag).plugin_data.plugin_name == name
@@ -64,7 +68,7 @@ def plugin(events: EventAccumulator, tag: str, name: str) -> bytes:
 
 
 def test_a_training_is_shown_whole(shown: Path) -> None:
-    events = read(shown)
+    events = board(shown)
     scalars, images = set(events.Tags()["scalars"]), set(events.Tags()["images"])
     assert {"speed/tflops", "memory/process", "speed/data_wait", "optim/gradient_norm"} <= scalars
     rates = [events.Scalars(f"speed/{name}_per_second")[-1].value for name in ("images", "tokens")]
@@ -77,17 +81,40 @@ def test_a_training_is_shown_whole(shown: Path) -> None:
 
 
 def test_the_layout_names_tags_that_are_there(shown: Path) -> None:
-    events = read(shown)
-    scalars = events.Tags()["scalars"]
-    proto = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    charts = {chart.title: list(chart.multiline.tag) for category in proto.category for chart in category.chart}
-    empty = [title for title, tags in charts.items() if not any(re.search(t, s) for t in tags for s in scalars)]
-    assert proto.category[0].title == "tokenizer"
-    assert not empty, "charts that would stay empty"
+    assert list(charts_shown(shown)) == ["tokenizer", "optimizer", "speed"]
+    assert not empty_charts(shown, "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "own_losses"),
+    [
+        pytest.param({}, {"reconstruction", "commitment_top", "commitment_bottom"}, id="vqvae2"),
+        pytest.param(vae(), {"bits_per_dim", "reconstruction"}, id="vae"),
+        pytest.param(pixels(), set(), id="pixels"),
+    ],
+)
+def test_no_chart_mixes_the_losses_of_the_stages(overrides: dict[str, Any], own_losses: set[str]) -> None:
+    recipe = tiny_recipe(**overrides)
+    own = charts(recipe, "prior")
+    losses = {"tokenizer": own_losses, "prior": {level.name for level in recipe.levels}}
+    every = {f"loss/{name}" for name in {"total"}.union(*losses.values())}
+    assert list(layout(own, "prior")) == [stage for stage in losses if losses[stage]] + ["optimizer", "speed"]
+    for stage in losses:
+        shown = {tag for chart in own[stage].values() for tag in every if any(re.match(one, tag) for one in chart[1])}
+        assert shown == {f"loss/{name}" for name in losses[stage]}
+
+
+def test_what_takes_no_step_has_no_charts_of_steps() -> None:
+    own = charts(tiny_recipe(), "prior")
+    untrained = layout(own, "prior", trained=False)
+    assert list(untrained) == ["tokenizer", "prior"]
+    assert untrained["tokenizer"] == own["tokenizer"], "it was trained"
+    assert list(untrained["prior"]) == ["nats a code, held out"]
+    assert not layout({"tokenizer": {}}, "tokenizer", trained=False)
 
 
 def test_settings_stand_beside_what_came_of_them(shown: Path) -> None:
-    events = read(shown)
+    events = board(shown)
     began = plugin_data_pb2.HParamsPluginData.FromString(plugin(events, "_hparams_/session_start_info", "hparams"))
     settings = began.session_start_info.hparams
     recipe = RunLayout(shown).read_recipe()
@@ -95,7 +122,7 @@ def test_settings_stand_beside_what_came_of_them(shown: Path) -> None:
     assert settings["prior.networks.0.kind"].string_value == "transformer", "the same settings in every stage"
     assert settings["resources.strategy"].string_value == "ddp"
     told = plugin_data_pb2.HParamsPluginData.FromString(plugin(events, "_hparams_/experiment", "hparams"))
-    assert told.experiment.hparam_infos[0].name == "tokenizer.training.learning_rate"
+    assert {setting.name for setting in told.experiment.hparam_infos if setting.differs} == set(VARIED)
     metrics = {metric.name.tag for metric in told.experiment.metric_infos}
     shown_here = metrics & set(events.Tags()["scalars"])
     assert shown_here == {"validation/mse", "validation/psnr"}, "the table shows the last value of these curves"
@@ -171,8 +198,8 @@ def test_memory_is_what_the_kernel_says() -> None:
 def test_leaves_of_settings() -> None:
     tree = {"a": 1, "b": {"c": True, "d": None}, "e": [{"f": "x"}, {"f": "y"}]}
     assert dict(leaves(tree)) == {"a": 1, "b.c": True, "e.0.f": "x", "e.1.f": "y"}
-    assert list(layout("extract", {})) == ["extract: optimizer", "extract: speed"]
-    more = set(layout("prior", {}, world=2, peak=True)["prior: speed"]) - set(layout("prior", {})["prior: speed"])
+    assert list(layout({}, "tokenizer")) == ["optimizer", "speed"]
+    more = set(layout({}, "prior", world=2, peak=True)["speed"]) - set(layout({}, "prior")["speed"])
     assert len(more) == 3, "the share of the peak, and two of the ranks"
 
 
@@ -184,7 +211,7 @@ def _time_of_all_reduces(run: Path) -> dict[str, float]:
 def _trained(run: Path, ranks: Ranks) -> dict[str, float]:
     where = RunLayout(run)
     train_tokenizer.main(Stage("tokenizer", where, where.read_recipe(), ranks, 1))
-    events = read(run) if ranks.first else None
+    events = board(run) if ranks.first else None
     names = [tag for tag in events.Tags()["scalars"] if "all_reduce" in tag] if events else []
     return {name: events.Scalars(name)[-1].value for name in names} if events else {}
 
@@ -206,7 +233,7 @@ def tensorboard(folder: Path) -> Iterator[str]:
         [sys.executable, "-m", "tensorboard.main", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + PATIENCE_S
         while True:
             try:
                 with urlopen(f"{address}/data/plugin/scalars/tags", timeout=5) as answer:
@@ -230,7 +257,7 @@ def colourful(png: bytes) -> int:
 
 
 def wait_until(true: Callable[[], bool], what: str) -> None:
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < limit, what
         time.sleep(0.2)
@@ -238,23 +265,23 @@ def wait_until(true: Callable[[], bool], what: str) -> None:
 
 @pytest.fixture(scope="module")
 def page(shown: Path) -> Iterator[Any]:
-    """A headless browser before a TensorBoard of the run, and its address as `page.home`."""
+    """A headless browser before a TensorBoard of the run; `page.open(tab)` turns to a tab of it."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no chromium here")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with tensorboard(shown / "tensorboard") as address, playwright.sync_playwright() as started:
-        window = started.chromium.launch(executable_path=browser, args=["--no-sandbox"], timeout=90_000)
+        window = started.chromium.launch(executable_path=browser, args=OFFLINE, timeout=PATIENCE_S * 1000)
         page = window.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(60_000)
-        page.home = address
+        page.set_default_timeout(PATIENCE_S * 1000)
+        page.open = lambda tab: page.goto(f"{address}/#{tab}", wait_until="commit")
         yield page
         window.close()
 
 
 @pytest.mark.browser
 def test_the_custom_layout_has_curves(page: Any) -> None:
-    page.goto(f"{page.home}/#custom_scalars")
+    page.open("custom_scalars")
     for title in ("loss", "held-out PSNR", "share of codes used", "perplexity", "dead codes"):
         page.get_by_text(title, exact=True).first.wait_for()
     charts = page.locator("vz-line-chart2")
@@ -264,7 +291,7 @@ def test_the_custom_layout_has_curves(page: Any) -> None:
 
 @pytest.mark.browser
 def test_the_pictures_are_there(page: Any) -> None:
-    page.goto(f"{page.home}/#images")
+    page.open("images")
     for tag in ("images/input_and_reconstruction", "images/levels", "codes/top", "codes/bottom"):
         page.get_by_text(tag, exact=True).first.wait_for()
     loaded = "all => all.filter(one => one.complete && one.naturalWidth > 16).length"
@@ -274,12 +301,12 @@ def test_the_pictures_are_there(page: Any) -> None:
 
 @pytest.mark.browser
 def test_histograms_texts_and_settings_are_there(page: Any) -> None:
-    page.goto(f"{page.home}/#histograms")
+    page.open("histograms")
     page.get_by_text("top/assignments", exact=True).first.wait_for()
     wait_until(lambda: colourful(page.locator("vz-histogram-timeseries").first.screenshot()) > 100, "a histogram")
-    page.goto(f"{page.home}/#text")
+    page.open("text")
     page.get_by_text("share of peak: n/a").first.wait_for()
     page.get_by_text("image_size: 16").first.wait_for()
-    page.goto(f"{page.home}/#hparams")
+    page.open("hparams")
     page.locator("vaadin-grid").get_by_text("tokenizer").first.wait_for()
-    page.get_by_text("tokenizer.training.learning_rate", exact=True).first.wait_for()
+    page.locator("vaadin-grid").get_by_text("tokenizer.training.learning_rate").first.wait_for()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipelines import extract_codes, measuring, sample, train_prior, train_tokenizer
+from tests.boards import charts_shown, empty_charts
 from tests.ranks import run_ranks
 from tests.recipes import tiny_recipe, tiny_tree
 from tests.test_vae import SIDE, vae
@@ -141,7 +142,7 @@ def all_stages(run: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run whose stages two ranks went through."""
-    training = tiny_tree()["tokenizer"]["training"]
+    training = tiny_tree(tokenizer__training__log_every=2)["tokenizer"]["training"]
     run = clock_run(tmp_path_factory.mktemp("stages") / "run", **vae(training=training))
     found, other = run_ranks(2, all_stages, run)
     assert found["measured"] == other["measured"]
@@ -164,6 +165,8 @@ def test_it_goes_through_all_stages_on_two_ranks(finished: tuple[Path, dict[str,
     assert not [key for key in {**measured, **found["extract"]} if "code" in key and key != "codes_likelihood"]
     levels = read_manifest(RunLayout(run).codes("train")).levels
     assert [str(level) for level in levels] == ["bottom 4×4 of 3 channels", "top 2×2 of 2 channels"]
+    assert list(charts_shown(run, "prior")) == ["tokenizer", "prior"], "a prior without weights has no speed"
+    assert not empty_charts(run, "tokenizer", "prior")
 
 
 def test_estimates_and_surgery_do_not_depend_on_the_ranks(finished: tuple[Path, dict[str, Any]]) -> None:

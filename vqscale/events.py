@@ -78,8 +78,8 @@ def newest(path: Path, *kinds: str) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for length in _TAILS:
-        lines, whole = _tail(path, length)
-        found = _newest(lines, kinds)
+        tail, whole = _tail(path, length)
+        found = _newest(tail, kinds)
         if whole or len(found) == len(kinds):
             break
     return found
@@ -90,27 +90,39 @@ def last_event(path: Path) -> dict[str, Any] | None:
     return newest(path, "").get("")
 
 
-def _newest(lines: list[bytes], kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for line in reversed(lines):
-        # Most lines are passed over, so they are not parsed for it. Inside of a value the quotes would be escaped.
-        kind = line.partition(b'"event": "')[2].partition(b'"')[0].decode()
-        if kind in kinds and kind not in found and b'"committed": false' not in line:
-            with contextlib.suppress(ValueError):  # two lines in one: a kill tore the first
-                found[kind] = json.loads(line)
-        if len(found) == len(kinds):
-            break
-    return found
+def _newest(tail: bytes, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    found = {kind: _newest_of(tail, kind) for kind in kinds}
+    return {kind: event for kind, event in found.items() if event is not None}
 
 
-def _tail(path: Path, length: int) -> tuple[list[bytes], bool]:
-    """Whole lines at a file's end, and whether they are all of it."""
+def _newest_of(tail: bytes, kind: str) -> dict[str, Any] | None:
+    """Most lines are passed over, so they are neither parsed nor even cut out."""
+    key = b'"event": "'  # inside of a value the quotes would be escaped
+    sought = key + kind.encode() + b'"' if kind else b"\n"
+    stop = tail.rfind(b"\n")  # what stands behind the last newline is not finished
+    while (at := tail.rfind(sought, 0, stop)) >= 0:
+        start = tail.rfind(b"\n", 0, at + 1) + 1
+        end = tail.find(b"\n", start)
+        line, stop = tail[start:end], start - 1
+        # A kill may have torn a line, and put the next one behind it.
+        whole = line.startswith(b"{") and line.endswith(b"}")
+        if whole and b'"committed": false' not in line and (kind or key not in line):
+            with contextlib.suppress(ValueError):
+                event: dict[str, Any] = json.loads(line)
+                return event
+    return None
+
+
+def _tail(path: Path, length: int) -> tuple[bytes, bool]:
+    """A newline and whole lines at a file's end, and whether they are all of it."""
     try:
         with path.open("rb") as file:
             start = max(0, file.seek(0, 2) - length)
             file.seek(start)
-            lines = file.read().split(b"\n")[:-1]  # what stands behind the last newline is not finished
+            data = file.read()
     except FileNotFoundError:
-        return [], True
-    # The first may be the end of a line; a kill may have torn another one.
-    return [line for line in lines if line.startswith(b"{") and line.endswith(b"}")], start == 0
+        return b"\n", True
+    if start == 0:
+        return b"\n" + data, True
+    _, newline, lines = data.partition(b"\n")  # the first may be the end of a line
+    return newline + lines, False

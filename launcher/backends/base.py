@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -200,5 +200,5 @@ class Backend(Protocol):
 class Queue(Protocol):
     """A backend that keeps runs waiting by itself, so that nobody has to stay to start them."""
 
-    def submit_after(self, layout: RunLayout, earlier: RunLayout | None) -> Poll:
-        """Submit a prepared run that starts when another one has ended, however it did; None starts it at once."""
+    def submit_after(self, layout: RunLayout, earlier: Sequence[RunLayout]) -> Poll:
+        """Submit a prepared run that starts when all of the others have ended, however they did."""

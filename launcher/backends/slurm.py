@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,10 @@ class SlurmBackend:
 
     def submit(self, layout: RunLayout) -> Poll:
         """Write the scripts of all unfinished stages and submit them as a chain."""
-        return self.submit_after(layout, None)
+        return self.submit_after(layout, ())
 
-    def submit_after(self, layout: RunLayout, earlier: RunLayout | None) -> Poll:
-        """As `submit`, and the chain begins when the last job of another one has ended."""
+    def submit_after(self, layout: RunLayout, earlier: Sequence[RunLayout]) -> Poll:
+        """As `submit`, and the chain begins when the last jobs of all the others have ended."""
         now = self.poll(layout)
         if now.alive:
             raise UserError("is running already", where=layout.root.name, mend="vqscale cancel ends it")
@@ -104,7 +104,8 @@ class SlurmBackend:
                 argv = [word.format(**submitted) if "{" in word else word for word in command.argv[:-1]]
                 argv += _only_those_left(job, layout, command.stage)
                 if earlier and not submitted:
-                    argv.append(f"--dependency=afterany:{list(_jobs(earlier).values())[-1]}")
+                    last = [list(_jobs(one).values())[-1] for one in earlier]
+                    argv.append(f"--dependency=afterany:{':'.join(last)}")
                 environment = command.environment()
                 number = queue.submit([*argv, command.argv[-1]], command.directory, environment)
                 submitted[command.stage] = number

@@ -179,5 +179,7 @@ def call(argv: Sequence[str], directory: Path | None = None, environment: Mappin
         raise UserError(f"{argv[0]} has not answered for {_ANSWER_S} s", where="Slurm", mend="try again") from None
     if done.returncode:
         told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise UserError(told[-1].removeprefix(f"{argv[0]}: ").removeprefix("error: "), where=argv[0])
+        lost = any("configuration source" in line for line in told)
+        mend = "set SLURM_CONF; vqscale cluster status names that of a throw-away Slurm" if lost else ""
+        raise UserError(told[-1].removeprefix(f"{argv[0]}: ").removeprefix("error: "), where=argv[0], mend=mend)
     return done.stdout

@@ -18,6 +18,7 @@ from launcher.saves import short_of_time
 from launcher.state import ENDED, RunState, StageState
 from launcher.status import read_status
 from launcher.sweep import find as find_sweep
+from launcher.wording import what_next
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import TRAINED
 from vqscale.errors import UserError
@@ -35,7 +36,8 @@ def cancel(arguments: argparse.Namespace) -> int:
         raise UserError(f"is {before.state} already", where=before.id, mend="there is nothing to cancel")
     _backend(layout).cancel(layout)
     now = read_status(layout)
-    print(json.dumps(now.facts(), indent=2) if arguments.json else f"{now.id}: {now.words}")
+    hint = f"; {words}" if (words := what_next(now)) else ""
+    print(json.dumps(now.facts(), indent=2) if arguments.json else f"{now.id}: {now.words}{hint}")
     return 0
 
 
@@ -90,7 +92,8 @@ def requeue(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"id": before.id, "path": str(layout.root), "stages": unfinished}, indent=2))
     else:
-        print(f"{before.id} goes on with {', '.join(unfinished)}")
+        watch = "" if arguments.follow else f"; vqscale status {before.id} --watch shows it"
+        print(f"{before.id} goes on with {', '.join(unfinished)}{watch}")
     return follow_or_detach(layout) if arguments.follow and not arguments.json else 0
 
 

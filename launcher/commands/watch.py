@@ -17,6 +17,7 @@ from launcher.show import page, page_facts
 from launcher.status import RunStatus, read_many, read_status
 from launcher.tables import console, view, view_many
 from launcher.watch import follow, follow_many
+from launcher.wording import what_next
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 
@@ -80,10 +81,12 @@ def _status_of_one(layout: RunLayout, arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(now.facts(), indent=2))
     elif arguments.watch:
-        print(f"{now.id}: {now.words}")
+        print(f"{now.id}: {now.words}{f'; {hint}' if (hint := what_next(now)) else ''}")
     else:
         console().print(view(now))
         print(f"directory {now.path}")
+        if hint := what_next(now):
+            print(f"next      {hint}")
     return 0
 
 

@@ -202,6 +202,18 @@ class RunLayout:
         """The bad samples that a stage met, one JSON object a line."""
         return self.stage(stage) / "quarantine.jsonl"
 
+    def outputs(self, stage: str) -> tuple[Path, ...]:
+        """Folders in the run that a stage fills for later ones; checkpoints may lie elsewhere (`checkpoints`)."""
+        names = {
+            "generate": ("images",),
+            "pack": ("shards",),
+            "tokenizer": ("checkpoints/tokenizer",),
+            "extract": ("codes",),
+            "prior": ("checkpoints/prior",),
+            "sample": ("samples",),
+        }
+        return tuple(self.root / name for name in names.get(stage, ()))
+
     def shards(self, recipe: Recipe, split: str) -> Places:
         """Image shards of a split: the recipe's own, or those packed in this run."""
         if recipe.data.clocks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,32 +9,7 @@ from html import escape
 from typing import Any
 
 from vqscale.evaluation.charts import bars
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
-h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-p.about { color: #666; margin-top: .2rem }
-table { border-collapse: collapse } td, th { padding: .15rem 1rem .15rem 0; text-align: left; vertical-align: top }
-td.figure { text-align: right; font-variant-numeric: tabular-nums }
-td.meaning { color: #666 }
-figure { display: inline-block; margin: .5rem 1.5rem .5rem 0 } figcaption { color: #666; font-size: 13px }
-.chart rect { fill: #3b7dd8 } .chart line { stroke: #999 } .chart text { fill: #666; font-size: 11px }
-.bar { background: #3b7dd8; height: .8rem; display: inline-block; min-width: 1px }
-img { max-width: 100%; image-rendering: pixelated; border: 1px solid #ddd }
-@media (prefers-color-scheme: dark) {
-  body { background: #16181c; color: #ddd } img { border-color: #444 }
-  p.about, td.meaning, figcaption { color: #999 } .chart text { fill: #999 }
-}
-"""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture of the report."""
-
-    name: str
-    caption: str
-    png: bytes
+from vqscale.evaluation.markup import Picture, document, figure, section, text
 
 
 @dataclass(frozen=True)
@@ -159,6 +133,7 @@ TOPICS = (
         "Images drawn from the prior, with the reference and its size beside each figure that needs one.",
         {
             "samples": "images",
+            "sampling_images_per_s": "images a second that all processes together have drawn",
             "fid": "Fréchet distance of {fid_samples} samples to {fid_reference_images} images of {fid_reference}",
             "fid_samples": "samples that it is over",
             "fid_reference": "the reference",
@@ -221,24 +196,19 @@ def page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         pictures: shown in their order, before the figures.
     """
     known = [_topic(topic, report) for topic in TOPICS]
-    parts = [*map(_figure, pictures), *known, _charts(report), _bits(report), _rest(report), _seconds(report)]
-    title = escape(f"{report.get('name', 'run')}: evaluation")
+    parts = [*map(figure, pictures), *known, _charts(report), _bits(report), _rest(report), _seconds(report)]
     body = "\n".join(part for part in parts if part)
-    about = escape(str(report.get("run", "")))
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>\n'
-        f'<h1>{title}</h1><p class="about">{about}</p>\n{body}\n</html>\n'
-    )
+    return document(f"{report.get('name', 'run')}: evaluation", str(report.get("run", "")), body)
 
 
 def _topic(topic: Topic, report: Mapping[str, Any]) -> str:
     rows = [(name, report[name], _filled(meaning, report)) for name, meaning in _rows(topic, report)]
-    return _section(topic.title, _filled(topic.about, report), _table(rows)) if rows else ""
+    return section(topic.title, _filled(topic.about, report), _table(rows)) if rows else ""
 
 
 def _filled(meaning: str, report: Mapping[str, Any]) -> str:
     """A meaning with the figures that it names; what the report lacks is a dash."""
-    return re.sub(r"{(\w+)}", lambda found: _text(report.get(found[1], "–")), meaning)
+    return re.sub(r"{(\w+)}", lambda found: text(report.get(found[1], "–")), meaning)
 
 
 def _rows(topic: Topic, report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -256,7 +226,7 @@ def _rest(report: Mapping[str, Any]) -> str:
     """Figures that no topic knows: nothing that was measured is left out."""
     shown = {name for topic in TOPICS for name, _ in _rows(topic, report)} | set(BITS) | set(SINGLE)
     rows = [(name, value, "") for name, value in report.items() if name not in shown and _is_single(value)]
-    return _section("More", "What else was measured.", _table(rows)) if rows else ""
+    return section("More", "What else was measured.", _table(rows)) if rows else ""
 
 
 def _is_single(value: Any) -> bool:
@@ -274,50 +244,42 @@ def _charts(report: Mapping[str, Any]) -> str:
         if apart + level in report
     ]
     about = "Over the held-out images; distances in deviations of the codebook."
-    return _section("Use and distances of codes", about, "<br>".join(drawn)) if drawn else ""
+    return section("Use and distances of codes", about, "<br>".join(drawn)) if drawn else ""
 
 
 def _bits(report: Mapping[str, Any]) -> str:
     there = {name: float(report[name]) for name in BITS if name in report}
     if not there:
         return ""
-    most = max(there.values())
+    # Pixels have no bar: their bits are so many more than those of latents that no other would be seen.
+    latent = {name: value for name, value in there.items() if name != "image_bits_reconstruction"}
+    most = max(latent.values(), default=0.0)
     rows = "".join(
         f'<tr><td>{escape(BITS[name])}</td><td class="figure">{value:,.1f}</td>'
-        f'<td><span class="bar" style="width:{max(0.0, value / most) * 20:.2f}rem"></span></td></tr>'
+        f'<td><span class="bar" style="width:{_rem(latent.get(name, 0.0), most)}"></span></td></tr>'
         for name, value in there.items()
     )
     about = "Bits an image (ELBO surgery)."
     if "latent_images" in report:
         about += f" Of the latents over {report['latent_images']} images: information beyond log2 of them counts as KL."
-    return _section("Where the bits go", about, f"<table>{rows}</table>")
+    return section("Where the bits go", about, f"<table>{rows}</table>")
+
+
+def _rem(value: float, most: float) -> str:
+    return f"{value / most * 20 if 0 < value <= most else 0:.2f}rem"
 
 
 def _seconds(report: Mapping[str, Any]) -> str:
     times = report.get("seconds")
     if not isinstance(times, Mapping):
         return ""
-    return _section("Time", "Seconds by stage.", _table([(name, value, "") for name, value in times.items()]))
+    return section("Time", "Seconds by stage.", _table([(name, value, "") for name, value in times.items()]))
 
 
 def _table(rows: Sequence[tuple[str, Any, str]]) -> str:
     cells = (
-        f'<tr><td><code>{escape(name)}</code></td><td class="figure">{escape(_text(value))}</td>'
+        f'<tr><td><code>{escape(name)}</code></td><td class="figure">{escape(text(value))}</td>'
         f'<td class="meaning">{escape(meaning)}</td></tr>'
         for name, value, meaning in rows
     )
     return f"<table>{''.join(cells)}</table>"
-
-
-def _section(title: str, about: str, content: str) -> str:
-    return f'<h2>{escape(title)}</h2><p class="about">{escape(about)}</p>{content}'
-
-
-def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode()
-    caption = escape(picture.caption)
-    return f'<h2>{caption}</h2><img alt="{caption}" src="data:image/png;base64,{data}">'
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -30,22 +30,32 @@ _OPTIMIZER: Charts = {
 }
 
 
-def layout(stage: str, charts: Charts, world: int = 1, peak: bool = False) -> Layout:
-    """The charts of a stage, what matters most first; those that would stay empty are left out.
+def layout(own: Layout, stage: str, *, trained: bool = True, world: int = 1, peak: bool = False) -> Layout:
+    """The charts of a stage and of those before it, what matters most first; those that would stay empty are left out.
+
+    A chart shows the curves of all stages that have its tags, and TensorBoard shows once what the layouts of several
+    stages have in common. It takes them in the order of their names, so a layout begins with what stages before show.
 
     Args:
-        stage: name of the stage.
-        charts: its own; may be empty.
+        own: the stages' own charts up to this stage, which may be empty.
+        stage: name of this stage.
+        trained: whether this stage takes any steps.
         world: number of ranks.
         peak: whether the device's peak is known.
     """
     speed = _SPEED | (_PEAK if peak else {}) | (_RANKS if world > 1 else {})
-    first: Layout = {stage: charts} if charts else {}
-    return {**first, f"{stage}: optimizer": _OPTIMIZER, f"{stage}: speed": speed}
+    shown = own if trained else {**own, stage: {name: chart for name, chart in own[stage].items() if _measured(chart)}}
+    common: Layout = {"optimizer": _OPTIMIZER, "speed": speed} if trained else {}
+    return {category: charts for category, charts in {**shown, **common}.items() if charts}
+
+
+def _measured(chart: list[Any]) -> bool:
+    """Whether a chart shows what is measured without a step."""
+    return all(tag.startswith("validation/") for tag in chart[1])
 
 
 _TRAINING = ("learning_rate", "global_batch", "steps")
-_VARIED = tuple(f"{stage}.training.{name}" for stage in ("tokenizer", "prior") for name in _TRAINING)
+VARIED = tuple(f"{stage}.training.{name}" for stage in ("tokenizer", "prior") for name in _TRAINING)
 """What is most often varied, so that TensorBoard's table begins with it."""
 
 METRICS = (
@@ -59,14 +69,13 @@ The same for all stages, as the settings are: TensorBoard takes the columns of a
 
 
 def hyperparameters(recipe: Mapping[str, Any], resources: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """A run's settings by dotted name, those that are most often varied first.
+    """A run's settings by dotted name.
 
     Args:
         recipe: plain values of all settings.
         resources: what the stage really runs on, in the place of the recipe's.
     """
-    found = dict(leaves({**recipe, "resources": {**recipe["resources"], **resources}}))
-    return {name: found[name] for name in _VARIED if name in found} | found
+    return dict(leaves({**recipe, "resources": {**recipe["resources"], **resources}}))
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:

@@ -52,6 +52,7 @@ class ImageTask(Task):
     ) -> None:
         self.engine, self._names, self._seed = engine, tuple(levels), seed
         self._held_out, self._fixed = held_out, fixed
+        self.parts = {"tokens": sum(level.grid**2 for level in settings.levels_of(fixed.shape[1]))}
         decay = settings.average_decay
         self._averaged = AveragedWeights(engine.weights, decay) if decay else None
         self._ready = False  # whether what goes beside the network belongs to its step

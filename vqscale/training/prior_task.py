@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vqscale.config.recipe import Prior as Settings
+from vqscale.config.recipe import Recipe
 from vqscale.models.latents import draw, values_of
 from vqscale.models.network import unknown
 from vqscale.models.noise import normals_of
@@ -53,14 +54,16 @@ class PriorTask(Task):
         self.engine, self._settings, self._levels, self._seed = engine, settings, list(levels), seed
         self._held_out, self._draw = held_out, draw
         self._model: Prior = engine.bare  # type: ignore[assignment]
-        self._unit = "value" if self._model.grids[0].continuous else "code"
+        self._unit = _unit(continuous=self._model.grids[0].continuous)
         self.parts = {"tokens": self._model.length}
 
-    def charts(self) -> Charts:
+    @classmethod
+    def charts(cls, recipe: Recipe) -> Charts:
         """Nats a code, or a value, in training and on held-out latents."""
+        unit = _unit(continuous=recipe.levels[0].continuous)
         return {
-            f"nats a {self._unit}, training": ["Multiline", [r"loss/.*"]],
-            f"nats a {self._unit}, held out": ["Multiline", [r"validation/nats.*"]],
+            f"nats a {unit}, training": ["Multiline", [f"loss/{level.name}$" for level in recipe.levels]],
+            f"nats a {unit}, held out": ["Multiline", [r"validation/nats.*"]],
         }
 
     def sample_flops(self) -> int:
@@ -147,3 +150,8 @@ class PriorTask(Task):
 
     def _generator(self, step: int, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(mix(self._seed, step, purpose))
+
+
+def _unit(*, continuous: bool) -> str:
+    """What nats are counted by."""
+    return "value" if continuous else "code"

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from vqscale.config.recipe import Recipe
 from vqscale.training.dashboard import Charts
 from vqscale.training.engine import Engine
 from vqscale.training.pieces import Piece
@@ -34,8 +35,9 @@ class Task(ABC):
                 self.alive()
             yield batch
 
-    def charts(self) -> Charts:
-        """What TensorBoard opens on: the charts that matter most."""
+    @classmethod
+    def charts(cls, recipe: Recipe) -> Charts:
+        """What TensorBoard opens on: the charts that matter most, without curves that another stage has too."""
         return {}
 
     def before_step(self, batch: DeviceBatch) -> None:

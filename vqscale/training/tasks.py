@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from vqscale.config.recipe import Recipe
+from vqscale.config.recipe import TRAINED, Recipe
 from vqscale.training.build import build_tokenizer
+from vqscale.training.dashboard import Layout
 from vqscale.training.distributed import Ranks
 from vqscale.training.engine import Engine
 from vqscale.training.image_task import ImageTask
 from vqscale.training.pixels_task import PixelsTask
+from vqscale.training.prior_task import PriorTask
+from vqscale.training.task import Task
 from vqscale.training.tokenizer_task import TokenizerTask
 from vqscale.training.vae_task import VAETask
 
-TASKS: Mapping[str, Callable[..., ImageTask]] = {"vqvae2": TokenizerTask, "vae": VAETask, "pixels": PixelsTask}
+TASKS: Mapping[str, type[ImageTask]] = {"vqvae2": TokenizerTask, "vae": VAETask, "pixels": PixelsTask}
 """How a tokenizer of each kind (`tokenizer.kind`) is trained; arguments as for `ImageTask`."""
 
 
@@ -42,3 +45,10 @@ def tokenizer_task(
     engine = Engine(build_tokenizer(settings), settings.training, ranks, strategy)
     names = [level.name for level in recipe.levels]
     return TASKS[settings.kind](engine, settings, names, recipe.seed, held_out, fixed)
+
+
+def charts(recipe: Recipe, stage: str) -> Layout:
+    """What TensorBoard opens on for the recipe's trainings, by stage, up to and with this one."""
+    tasks: Mapping[str, type[Task]] = {"tokenizer": TASKS[recipe.tokenizer.kind], "prior": PriorTask}
+    known = recipe.stages[: recipe.stages.index(stage) + 1]
+    return {name: tasks[name].charts(recipe) for name in known if name in TRAINED}

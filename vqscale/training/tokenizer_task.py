@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vqscale.config.recipe import Recipe
 from vqscale.config.vqvae2 import VQVAE2
 from vqscale.models.losses import PIXEL_LOSSES
 from vqscale.models.lpips import LPIPS, load_lpips
@@ -64,21 +65,23 @@ class TokenizerTask(ImageTask):
             where = "tokenizer.losses.perceptual.weights"
             self._perceptual = load_lpips(losses.perceptual.paths, where).to(device)
         self._adversary = Adversary(losses.adversarial, engine, seed) if losses.adversarial else None
-        self.parts = {"tokens": sum(level.grid**2 for level in settings.levels_of(fixed.shape[1]))}
         self._statistics: list[Statistics] = []
         self._levels: list[LevelFigures] = []  # of the last update
         self._step = self._updates = 0
         self.warnings: dict[str, str] = {}
         """Level → what is wrong with it, since the last figures."""
 
-    def charts(self) -> Charts:
+    @classmethod
+    def charts(cls, recipe: Recipe) -> Charts:
         """Losses, and how each level's codes are used."""
+        names = [level.name for level in recipe.levels]
+        of_the_prior = "|".join(["total", *names])
 
         def every(figure: str) -> list[Any]:
-            return ["Multiline", [f"{name}/{figure}" for name in self._names]]
+            return ["Multiline", [f"{name}/{figure}" for name in names]]
 
         return {
-            "loss": ["Multiline", [r"loss/.*"]],
+            "loss": ["Multiline", [rf"loss/(?!({of_the_prior})$).*"]],
             "held-out PSNR": ["Multiline", ["validation/psnr"]],
             "error over the images' variance": ["Multiline", ["reconstruction/mse_over_variance"]],
             "share of codes used": every("used"),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqscale.events import EventLog
-from vqscale.training.dashboard import METRICS, Layout
+from vqscale.training.dashboard import METRICS, VARIED, Layout
 
 
 class Tracker:
@@ -41,7 +41,9 @@ class Tracker:
 
         # Not by `add_hparams`, which opens a run of its own; the figures are those that the curves end with, so their
         # values here are not looked at.
-        for summary in hparams(dict(settings), dict.fromkeys(METRICS, 0.0)):
+        experiment, *session = hparams(dict(settings), dict.fromkeys(METRICS, 0.0))
+        _varied_first(experiment.value[0].metadata.plugin_data)
+        for summary in (experiment, *session):
             self._writer._get_file_writer().add_summary(summary)
 
     def figures(self, step: int, figures: Mapping[str, float], *, rate: float | None = None) -> None:
@@ -88,3 +90,16 @@ class Tracker:
 
 _IN_EVENTS = {"loss/total": "loss", "speed/data_wait": "data_wait", "data/bad_samples": "bad_samples"}
 """What `status` and the progress display show, by its name in TensorBoard."""
+
+
+def _varied_first(plugin_data: Any) -> None:
+    """TensorBoard's table has what differs between runs first, then all by name, and shows five columns of it.
+
+    torch says of nothing that it differs; then the five are whatever the alphabet has first.
+    """
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    told = HParamsPluginData.FromString(plugin_data.content)
+    for setting in told.experiment.hparam_infos:
+        setting.differs = setting.name in VARIED
+    plugin_data.content = told.SerializeToString()

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vqscale.config.recipe import Recipe
 from vqscale.config.vae import GaussianVAE
 from vqscale.models import bounds
 from vqscale.models.latent_watch import LatentWatch, divergence
@@ -65,14 +66,17 @@ class VAETask(ImageTask):
         self.warnings: dict[str, str] = {}
         """Level → what is wrong with it, since the last figures."""
 
-    def charts(self) -> Charts:
+    @classmethod
+    def charts(cls, recipe: Recipe) -> Charts:
         """The bound, and what each level carries of it."""
+        names = [level.name for level in recipe.levels]
         return {
-            "loss": ["Multiline", [r"loss/.*"]],
-            "held-out bits per dimension": ["Multiline", ["validation/bits_per_dim"]],
+            "bits per dimension, training": ["Multiline", ["loss/bits_per_dim"]],
+            "bits per dimension, held out": ["Multiline", ["validation/bits_per_dim"]],
+            "reconstruction, nats a dimension": ["Multiline", ["loss/reconstruction"]],
             "held-out PSNR": ["Multiline", ["validation/psnr"]],
-            "divergence from the prior, nats an image": ["Multiline", [f"{name}/kl" for name in self._names]],
-            "share of active units": ["Multiline", [f"{name}/active" for name in self._names]],
+            "divergence from the prior, nats an image": ["Multiline", [f"{name}/kl" for name in names]],
+            "share of active units": ["Multiline", [f"{name}/active" for name in names]],
         }
 
     def before_step(self, batch: DeviceBatch) -> None:
