@@ -23,21 +23,20 @@ from vqscale.faults import Fault
 from vqscale.files import write_json
 from vqscale.training.build import build_tokenizer
 
-pytestmark = [pytest.mark.fault, pytest.mark.dist]
+pytestmark = [pytest.mark.fault, pytest.mark.dist, pytest.mark.slow]
 
 MIDDLE = Fault("kill", 5, 1)
 """Behind the checkpoint of step 2 or 4, before the last."""
 TOKENIZERS: dict[str, dict[str, Any]] = {"vae": vae(), "pixels": pixels("grey")}
-slow = pytest.mark.slow
 KINDS = [
     pytest.param("vae", "tokenizer", "{kind: normal}", id="vae"),
-    pytest.param("vae", "prior", "{kind: realnvp, couplings: 4, width: 8}", id="realnvp", marks=slow),
-    pytest.param("vae", "prior", "{kind: maf, maps: 2, layers: 1, width: 8}", id="maf", marks=slow),
-    pytest.param("vae", "prior", "{kind: iaf, maps: 2, layers: 1, width: 8}", id="iaf", marks=slow),
-    pytest.param("vae", "prior", "{kind: aggregated, images: 9}", id="aggregated", marks=slow),
-    pytest.param("vae", "prior", "{kind: normal}", id="normal", marks=slow),
-    pytest.param("pixels", "tokenizer", "{kind: uniform}", id="pixels", marks=slow),
-    pytest.param("pixels", "prior", "{kind: recurrent, layers: 1, width: 8}", id="recurrent", marks=slow),
+    pytest.param("vae", "prior", "{kind: realnvp, couplings: 4, width: 8}", id="realnvp"),
+    pytest.param("vae", "prior", "{kind: maf, maps: 2, layers: 1, width: 8}", id="maf"),
+    pytest.param("vae", "prior", "{kind: iaf, maps: 2, layers: 1, width: 8}", id="iaf"),
+    pytest.param("vae", "prior", "{kind: aggregated, images: 9}", id="aggregated"),
+    pytest.param("vae", "prior", "{kind: normal}", id="normal"),
+    pytest.param("pixels", "tokenizer", "{kind: uniform}", id="pixels"),
+    pytest.param("pixels", "prior", "{kind: recurrent, layers: 1, width: 8}", id="recurrent"),
 ]
 WITHOUT_STEPS = ("{kind: normal}", "{kind: uniform}", "{kind: aggregated")
 
@@ -77,4 +76,5 @@ def test_a_kind_is_killed_once_and_ends_the_same(
     outcome = drill.under(Kill(drill.seconds / 2, 1) if stands else MIDDLE, 1)
     assert (outcome.result, outcome.good) == ("identical", True)
     assert outcome.starts == 2
-    assert outcome.resumed == (() if stands else (4,))
+    # Whether the checkpoint of step 4 was complete when step 5 was killed is a matter of luck.
+    assert outcome.resumed in ([()] if stands else [(2,), (4,)])
