@@ -169,7 +169,9 @@ class BlockwiseNetwork(Attending):
     def _a_wave_has_its_passes(self) -> Self:
         for name in ("passes", "schedule"):
             if self.order == "wave" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is for the order spread; the passes of a wave follow from the grid: leave it out")
+                raise ValueError(
+                    f"{name} is for the order spread; the passes of a wave follow from the grid: leave it out"
+                )
         return self
 
 
