@@ -12,10 +12,18 @@ from torch import Tensor
 from vqscale.models.blockwise import Blockwise, BlockwiseSteps
 from vqscale.models.generate import Draws, Sampling
 from vqscale.models.network import GridShape
-from vqscale.models.pass_order import make_passes, pass_sizes, spread_order
+from vqscale.models.pass_order import Passes, make_passes, pass_sizes, spread_order, spread_parts, wave_parts
 
 TOP = GridShape(1, 3)
-SIZES: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "passes": 4, "schedule": "cosine", "window": 3}
+SIZES: dict[str, Any] = {
+    "layers": 2,
+    "width": 16,
+    "heads": 2,
+    "order": "spread",
+    "passes": 4,
+    "schedule": "cosine",
+    "window": 3,
+}
 LLAMA: dict[str, Any] = {"positions": "rotary", "feed": "swiglu", "norm": "rms", "key_value_heads": 1, "window": 5}
 
 
@@ -25,6 +33,10 @@ def make(grid: GridShape, **settings: Any) -> Blockwise:
     for parameter in network.parameters():  # the initial scale is too small to tell positions apart
         torch.nn.init.normal_(parameter, std=0.3)
     return network
+
+
+def spread(side: int, passes: int) -> Passes:
+    return make_passes(side, spread_parts(side, passes, "cosine"), 3)
 
 
 def test_the_order_goes_from_coarse_to_fine() -> None:
@@ -52,15 +64,33 @@ def test_passes_grow_and_draw_all_cells(schedule: str) -> None:
 
 @pytest.mark.parametrize(("side", "passes"), [(1, 1), (3, 4), (4, 3), (8, 8), (8, 64), (7, 5)])
 def test_every_code_is_carried_into_the_next_pass(side: int, passes: int) -> None:
-    passed = make_passes(side, passes, "cosine", 3)
+    passed = spread(side, passes)
     parts = list(zip(passed.order.split(passed.sizes), passed.carried.split(passed.sizes), strict=True))
     assert (parts[0][1] == side**2).all()
     for (before, _), (_, carried) in pairwise(parts):
         assert set(carried.tolist()) == set(before.tolist())
 
 
+@pytest.mark.parametrize("side", [1, 2, 3, 8, 9])
+def test_a_wave_knows_what_lies_to_the_left_and_above(side: int) -> None:
+    parts = wave_parts(side)
+    assert len(parts) == 3 * side - 2
+    assert torch.cat(parts).sort().values.tolist() == list(range(side**2))
+    number = {cell: count for count, part in enumerate(parts) for cell in part.tolist()}
+    for row, column in product(range(side), repeat=2):
+        known = [(row, column - 1), (row - 1, column - 1), (row - 1, column), (row - 1, column + 1)]
+        inside = [r * side + c for r, c in known if r >= 0 and 0 <= c < side]
+        assert all(number[cell] < number[row * side + column] for cell in inside)
+    passed = make_passes(side, parts, 3)
+    assert passed.sizes == [len(part) for part in parts]
+    carried = passed.carried.split(passed.sizes)
+    for one, part, given in zip(parts, parts[1:], carried[1:], strict=False):
+        assert set(given.tolist()) <= set(one.tolist())
+        assert len(part) < len(one) or set(given.tolist()) == set(one.tolist())
+
+
 def test_near_cells_are_those_around() -> None:
-    passed = make_passes(3, 9, "cosine", 3)
+    passed = spread(3, 9)
     middle = passed.order.tolist().index(4)
     assert passed.near[middle].tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     before = set(passed.order[:middle].tolist())
@@ -72,7 +102,8 @@ def test_near_cells_are_those_around() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("side", "settings"), [(4, {}), (4, LLAMA), (3, {"passes": 9}), (5, {"schedule": "linear", "window": 7})]
+    ("side", "settings"),
+    [(4, {}), (4, LLAMA), (3, {"passes": 9}), (5, {"schedule": "linear", "window": 7}), (4, {"order": "wave"})],
 )
 def test_codes_of_the_passes_before_are_seen_and_no_others(side: int, settings: dict[str, Any]) -> None:
     network = make(GridShape(side, 4), **settings)
@@ -128,7 +159,7 @@ def test_grids_are_drawn_as_often_as_their_likelihood_says() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, LLAMA, {"passes": 16}])
+@pytest.mark.parametrize("settings", [{}, LLAMA, {"passes": 16}, {"order": "wave"}])
 def test_drawing_follows_the_forward(settings: dict[str, Any]) -> None:
     """Pass by pass, with keys and values kept and other kernels; codes of later passes are not looked at."""
     network = make(GridShape(4, 5), **settings)

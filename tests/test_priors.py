@@ -202,6 +202,7 @@ def test_sizes_have_the_weights_that_are_documented(size: str, millions: int) ->
         ({"size": "huge"}, "networks.0.*size"),
         ({"heads": 4, "key_value_heads": 3}, "heads 4 is not divisible by key_value_heads 3"),
         ({"width": 36, "heads": 6, "positions": "rotary"}, "width 36 over heads 6 is not divisible by 4"),
+        ({"kind": "blockwise", "order": "wave", "passes": 4}, "passes is for the order spread.*leave it out"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(network: dict[str, Any], message: str) -> None:

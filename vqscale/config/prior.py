@@ -162,12 +162,24 @@ class BlockwiseNetwork(Attending):
 
     kind: Literal["blockwise"]
     """Block-autoregressive transformer."""
+    order: Literal["spread", "wave"] = "spread"
+    """`spread` draws cells that lie far apart at once, from coarse to fine, in `passes`; `wave` those a knight's move
+    apart, from corner to corner in 3 side - 2 passes, so that each knows its neighbours to the left and above."""
     passes: Positive = 8
-    """Forwards that a grid is drawn in."""
+    """Forwards that a grid is drawn in, of `spread`."""
     schedule: Literal["cosine", "linear"] = "cosine"
-    """How the number of codes that are still to be drawn falls over the passes."""
+    """How the number of codes that are still to be drawn falls over the passes, of `spread`."""
     window: Literal[3, 5, 7] = 5
     """Side of the square of cells around it that each cell is told directly, as far as they are drawn."""
+
+    @model_validator(mode="after")
+    def _a_wave_has_its_passes(self) -> Self:
+        for name in ("passes", "schedule"):
+            if self.order == "wave" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is for the order spread; the passes of a wave follow from the grid: leave it out"
+                )
+        return self
 
 
 class UniformNetwork(NetworkSection):

@@ -25,7 +25,7 @@ from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
 from vqscale.models.generate import Draws
 from vqscale.models.network import CodeNetwork, GridShape
-from vqscale.models.pass_order import make_passes
+from vqscale.models.pass_order import Order, make_passes, spread_parts, wave_parts
 from vqscale.models.steady import steady
 from vqscale.models.transformer_block import (
     Block,
@@ -70,8 +70,9 @@ class Blockwise(CodeNetwork):
         classes: number of classes; 0 for an unconditional prior.
         given: the coarser levels that it is conditioned on.
         layers, width, ...: size and architecture, explained at `Shape`.
-        passes: forwards that a grid is drawn in; no more than it has cells are made.
-        schedule: key of `pass_order.SCHEDULES`: how many cells the passes have.
+        order: `spread` or `wave`, explained at `pass_order`.
+        passes: of `spread`: forwards that a grid is drawn in; no more than it has cells are made.
+        schedule: of `spread`: key of `pass_order.SCHEDULES`: how many cells the passes have.
         window: odd side of the square of cells around it that each cell is told directly, as far as they are drawn.
     """
 
@@ -92,6 +93,7 @@ class Blockwise(CodeNetwork):
         feed: Feed = "gelu",
         feed_width: int | None = None,
         positions: Positions = "learned",
+        order: Order,
         passes: int,
         schedule: str,
         window: int,
@@ -99,7 +101,9 @@ class Blockwise(CodeNetwork):
         super().__init__(grids, classes, given)
         shape = Shape(layers, width, heads, dropout, key_value_heads, norm, feed, feed_width, positions)
         (self.grid,) = grids
-        passed = make_passes(self.grid.side, passes, schedule, window)
+        side = self.grid.side
+        parts = wave_parts(side) if order == "wave" else spread_parts(side, passes, schedule)
+        passed = make_passes(side, parts, window)
         self.starts, self.sizes = passed.starts, passed.sizes
         for name, table in {"order": passed.order, "place": passed.order.argsort(), "carried": passed.carried}.items():
             self.register_buffer(name, table, persistent=False)

@@ -1,20 +1,27 @@
 """Which cells of a grid are drawn together, in a fixed number of passes, and what they are told of those before.
 
-The order is that of ordered dithering (Bayer 1973): any first part of it is spread over the whole grid as evenly as
-can be, from coarse to fine. So cells of one pass lie far apart, where they depend least on each other, and between
+`spread` is the order of ordered dithering (Bayer 1973): any first part of it is spread over the whole grid as evenly
+as can be, from coarse to fine. So cells of one pass lie far apart, where they depend least on each other, and between
 cells that are known (Reed et al. 2017, Parallel Multiscale Autoregressive Density Estimation; Besnier et al. 2025, the
-Halton scheduler, with a Halton sequence).
+Halton scheduler, with a Halton sequence). There are as many passes as one wants.
+
+`wave` runs from the upper left corner to the lower right one: a cell is drawn a pass after its left neighbour, and the
+row below follows two cells behind. So each cell knows its neighbours to the left and in the row above, as in raster
+order, and those of one pass are a knight's move apart. There are 3 side - 2 passes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Order = Literal["spread", "wave"]
 
 SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "cosine": lambda done: math.cos(done * math.pi / 2),
@@ -56,7 +63,8 @@ class Passes:
     starts: tuple[int, ...]
     """The place at which each pass begins, and T behind the last."""
     carried: Tensor
-    """int64 [T]: the cell of the pass before whose code each place is given, so that all codes are; T in the first."""
+    """int64 [T]: the cell of the pass before whose code each place is given, T in the first; all codes are, unless the
+    pass is smaller than the one before."""
     near: Tensor
     """int64 [T, window² - 1]: the cells around each place's; T outside of the grid."""
     seen: Tensor
@@ -68,19 +76,34 @@ class Passes:
         return [stop - start for start, stop in pairwise(self.starts)]
 
 
-def make_passes(side: int, passes: int, schedule: str, window: int) -> Passes:
-    """Passes over a grid of `side`² cells.
+def spread_parts(side: int, passes: int, schedule: str) -> list[Tensor]:
+    """Cells of each pass in the order `spread`.
 
     Args:
         side: of the grid.
         passes: how many; at most as many as there are cells are made.
         schedule: key of `SCHEDULES`.
+    """
+    return list(spread_order(side).split(pass_sizes(side**2, passes, schedule)))
+
+
+def wave_parts(side: int) -> list[Tensor]:
+    """Cells of each pass in the order `wave`: those of one number 2 row + column."""
+    line = torch.arange(side)
+    number = (2 * line[:, None] + line).flatten()
+    return [(number == one).nonzero().flatten() for one in range(3 * side - 2)]
+
+
+def make_passes(side: int, parts: Sequence[Tensor], window: int) -> Passes:
+    """What passes over a grid of `side`² cells need to know.
+
+    Args:
+        side: of the grid.
+        parts: cells of each pass.
         window: odd side of the square around a cell that `near` is about.
     """
-    order = spread_order(side)
-    starts = [0]
-    for size in pass_sizes(side**2, passes, schedule):
-        starts.append(starts[-1] + size)
+    order = torch.cat(list(parts))
+    starts = [0, *accumulate(len(part) for part in parts)]
     number = torch.full((side**2 + 1,), -1)  # of the pass that draws a cell; outside of the grid none has to
     number[order] = torch.bucketize(torch.arange(side**2), torch.tensor(starts[1:]), right=True)
     near = _near(side, window)[order]
@@ -103,7 +126,7 @@ def _carried(order: Tensor, side: int, starts: list[int]) -> Tensor:
     for (start, middle), (_, stop) in pairwise(pairwise(starts)):
         far = torch.cdist(points[middle:stop], points[start:middle])
         nearest, free = far.argmin(dim=1), torch.zeros(stop - middle)
-        for old in range(middle - start):
+        for old in range(middle - start if middle - start <= stop - middle else 0):
             new = (far[:, old] + free).argmin()
             nearest[new], free[new] = old, torch.inf
         carried[middle:stop] = order[start:middle][nearest]
