@@ -86,6 +86,17 @@ def test_figures_come_from_reports_and_markers(facts: dict[str, Any]) -> None:
     other = comparison(RECORD, [Outcome("x", "", "r", "done", report={**REPORT, "bits_per_dim_iwae_64": 4.4})])
     assert other["members"][0]["estimates"] == {"iwae_64": 4.4}
     assert "iwae 64" in markdown(other)
+    found = {
+        "estimate_elbo": 4.6,
+        "estimate_elbo_error": 0.1,
+        "estimate_iwae_gain": 0.2,
+        "estimate_elbo_effective": 9.0,
+    }
+    best = {"bits_per_dim_best": 4.4, "bits_per_dim_best_error": 0.03, "bits_per_dim_best_is": "IWAE-64 bound"}
+    (vae,) = comparison(RECORD, [Outcome("x", "", "r", "done", report={**REPORT, **found, **best})])["members"]
+    assert vae["estimates"] == {"elbo": 4.6}
+    assert (vae["bits_per_dim_best"], vae["bits_per_dim_best_error"], vae["bits_per_dim"]) == (4.4, 0.03, 4.5)
+    assert vae["estimate"] == "IWAE-64 bound, pixels: logistic"
 
 
 @pytest.mark.parametrize(
@@ -113,8 +124,8 @@ def test_what_is_not_known_is_a_dash(facts: dict[str, Any]) -> None:
         assert len(one) == len(two) == len(table.head)
         assert set(two[1:]) == {DASH}, "of what failed nothing is known"
     likelihood = made["Likelihood"]
-    assert likelihood.rows[0][2:6] == ("4.500", "±0.020", "0.2000", "4.300")
-    assert likelihood.aside == (("VQ-VAE", "published", "4.67", "", "", "", "2017"),)
+    assert likelihood.rows[0][2:7] == ("4.500", "±0.020", "4.500", "0.2000", "4.300")
+    assert likelihood.aside == (("VQ-VAE", "published", "4.67", "", "", "", "", "2017"),)
     assert "hours" not in " ".join(made["Reconstructions and samples"].head), "these are no clocks"
     assert made["Latents"].rows[0][2] == "top 50%, bottom 100%"
     cost = dict(zip(made["Cost"].head, made["Cost"].rows[0], strict=False))

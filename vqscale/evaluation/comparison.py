@@ -11,8 +11,13 @@ from typing import Any
 
 TRAINED = ("tokenizer", "prior")
 
-_OF_THE_BOUND = ("pixels", "codes", "latents", "error", "is", "uniform", "normal", "codes_uniform", "latents_normal")
+_OF_THE_BOUND = (
+    *("pixels", "codes", "latents", "error", "is", "uniform", "normal", "codes_uniform", "latents_normal"),
+    *("best", "best_error"),
+)
 """What follows `bits_per_dim_` in a report without being another estimate of the same."""
+_OF_AN_ESTIMATE = ("error", "effective", "gain")
+"""The last word of what follows `estimate_` without being one."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,11 @@ def member_facts(outcome: Outcome) -> dict[str, Any]:
         "message": outcome.message,
         "shares": outcome.shares,
         **{key: report.get(key) for key in plain},
+        "bits_per_dim_best": report.get("bits_per_dim_best", report.get("bits_per_dim")),
+        "bits_per_dim_best_error": report.get("bits_per_dim_best_error", report.get("bits_per_dim_error")),
         "bits_per_dim_latents": report.get("bits_per_dim_codes", report.get("bits_per_dim_latents")),
         "estimate": estimate(report),
-        "estimates": _behind(report, "bits_per_dim_", leave=_OF_THE_BOUND),
+        "estimates": _behind(report, "bits_per_dim_", leave=_OF_THE_BOUND) | _estimates(report),
         "sharpness": _behind(report, "sharpness_"),
         **{key: report.get(key) for key in more},
         "usage": _behind(report, "usage_"),
@@ -64,12 +71,13 @@ def member_facts(outcome: Outcome) -> dict[str, Any]:
 
 
 def estimate(report: Mapping[str, Any]) -> str | None:
-    """What the figure `bits_per_dim` of a report is: exact or a bound, and with which distribution of pixels."""
+    """What the best figure of a report is: exact or a bound, and with which distribution of pixels."""
     if "bits_per_dim" not in report:
         return None
-    if "bits_per_dim_is" in report:
-        return str(report["bits_per_dim_is"])
     pixels, exact = report.get("pixel_likelihood", "unknown"), report.get("codes_likelihood") == "exact"
+    for key in ("bits_per_dim_best_is", "bits_per_dim_is"):
+        if key in report:
+            return str(report[key]) if pixels == "exact" else f"{report[key]}, pixels: {pixels}"
     if "bits_per_dim_latents" in report:
         return f"upper bound (ELBO, one draw of the latents), pixels: {pixels}"
     if pixels == "exact":
@@ -99,6 +107,12 @@ def _behind(report: Mapping[str, Any], prefix: str, leave: Sequence[str] = ()) -
     """The rest of each key that begins so → its figure."""
     names = [key.removeprefix(prefix) for key, value in report.items() if key.startswith(prefix) and _is_figure(value)]
     return {name: report[prefix + name] for name in names if name not in leave}
+
+
+def _estimates(report: Mapping[str, Any]) -> dict[str, float]:
+    """Those of continuous latents, in bits per dimension, of some of the held-out images."""
+    found = _behind(report, "estimate_")
+    return {name: value for name, value in found.items() if name.rpartition("_")[2] not in _OF_AN_ESTIMATE}
 
 
 def _is_figure(value: Any) -> bool:
