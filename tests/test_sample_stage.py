@@ -42,7 +42,7 @@ def all_of(run: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def alone(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = copy_of(trained, tmp_path_factory.mktemp("alone") / "run", sample=SAMPLE)
-    assert whole_stage(sample, stage_of("sample", run)) == {"samples": 36}
+    assert whole_stage(sample, stage_of("sample", run))["samples"] == 36
     return run
 
 
@@ -126,7 +126,7 @@ def test_a_killed_drawing_goes_on(alone: Path, trained: Path, tmp_path: Path, mo
 
 def test_chosen_classes_and_count(alone: Path, trained: Path, tmp_path: Path) -> None:
     run = copy_of(trained, tmp_path / "run", sample=SAMPLE | {"classes": ["03", 7], "count": 5})
-    assert whole_stage(sample, stage_of("sample", run)) == {"samples": 5}
+    assert whole_stage(sample, stage_of("sample", run))["samples"] == 5
     assert open_drawn(run / "samples").labels == (3, 7, 3, 7, 3)
     assert not np.array_equal(all_of(run)[0], all_of(alone)[0]), "image 0 is of another class"
 
