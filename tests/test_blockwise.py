@@ -103,7 +103,14 @@ def test_near_cells_are_those_around() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("side", "settings"),
-    [(4, {}), (4, LLAMA), (3, {"passes": 9}), (5, {"schedule": "linear", "window": 7}), (4, {"order": "wave"})],
+    [
+        (4, {}),
+        (4, LLAMA),
+        (3, {"passes": 9}),
+        (5, {"schedule": "linear", "window": 7}),
+        (8, {"passes": 2}),
+        (4, {"order": "wave"}),
+    ],
 )
 def test_codes_of_the_passes_before_are_seen_and_no_others(side: int, settings: dict[str, Any]) -> None:
     network = make(GridShape(side, 4), **settings)
@@ -159,7 +166,7 @@ def test_grids_are_drawn_as_often_as_their_likelihood_says() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, LLAMA, {"passes": 16}, {"order": "wave"}])
+@pytest.mark.parametrize("settings", [{}, LLAMA, {"passes": 16}, {"passes": 1}, {"order": "wave"}])
 def test_drawing_follows_the_forward(settings: dict[str, Any]) -> None:
     """Pass by pass, with keys and values kept and other kernels; codes of later passes are not looked at."""
     network = make(GridShape(4, 5), **settings)

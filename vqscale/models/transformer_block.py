@@ -172,14 +172,14 @@ def merge_heads(x: Tensor) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, causal: bool = True) -> Tensor:
     """Attention of queries [B, heads, n, d] to keys and values [B, groups, m, d].
 
-    Several queries are those of all m = n positions, and each sees the positions up to its own, or all. A single one
-    sees all that `mask` lets it see.
+    Several queries are those of all m = n positions, and each sees the positions up to its own, or all, or what `mask`
+    lets it see. So does a single one.
 
     Args:
         query: of all heads.
         key: of the groups; group g serves the heads from g · heads / groups on.
         value: as `key`.
-        mask: bool, broadcast to [B, 1, 1, m]; for a single query.
+        mask: bool, broadcast to [B, 1, n, m]: what each query sees; with it, several queries are not `causal`.
         causal: whether several queries see no positions behind their own.
     """
     batch, heads, count, dim = query.shape
