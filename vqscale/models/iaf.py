@@ -12,45 +12,19 @@ strictly triangular. So neither time nor memory of the backward pass grows with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqscale.models.density import Flow
-from vqscale.models.maf import Autoregression, turned
-from vqscale.models.network import GridShape
+from vqscale.models.maf import Autoregression, AutoregressiveFlow, turned
 
 _CLOSE = 4
 """Roundings of the largest value that two rounds may differ by where the last one ends."""
 
 
-class IAF(Flow):
-    """One level. What a recipe says is as for `MAF`.
-
-    Args:
-        grids: the one level that it models.
-        classes: number of classes; 0 for an unconditional prior.
-        given: the coarser levels that it is conditioned on.
-        maps: how many; two have met both orders.
-        layers: gated layers in the network of each. A cell sees half a kernel further with each.
-        width: channels of the networks.
-        kernel: side of their kernels, odd.
-    """
-
-    def __init__(
-        self,
-        grids: Sequence[GridShape],
-        classes: int,
-        given: Sequence[GridShape] = (),
-        *,
-        maps: int,
-        layers: int,
-        width: int,
-        kernel: int,
-    ) -> None:
-        super().__init__(grids, classes, given, width)
-        self.maps = nn.ModuleList(Autoregression(self.grid.channels, layers, width, kernel) for _ in range(maps))
+class IAF(AutoregressiveFlow):
+    """Inverse autoregressive flow: drawing takes one forward a map, a density some rounds of it."""
 
     def to_noise(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """All maps inverted, the last one first; as `Flow.to_noise`."""

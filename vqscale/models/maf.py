@@ -123,8 +123,8 @@ class CellSteps:
         return z
 
 
-class MAF(Flow):
-    """One level.
+class AutoregressiveFlow(Flow):
+    """One level: maps in a row, every other one in the opposite order.
 
     Args:
         grids: the one level that it models.
@@ -135,8 +135,6 @@ class MAF(Flow):
         width: channels of the networks.
         kernel: side of their kernels, odd.
     """
-
-    units = (GatedLayer,)
 
     def __init__(
         self,
@@ -151,6 +149,12 @@ class MAF(Flow):
     ) -> None:
         super().__init__(grids, classes, given, width)
         self.maps = nn.ModuleList(Autoregression(self.grid.channels, layers, width, kernel) for _ in range(maps))
+
+
+class MAF(AutoregressiveFlow):
+    """Masked autoregressive flow: a density takes one forward a map, drawing one a value."""
+
+    units = (GatedLayer,)
 
     def to_noise(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """All maps in a row; as `Flow.to_noise`."""
