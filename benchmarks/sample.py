@@ -39,6 +39,7 @@ GOALS = {
     "fraction_of_floor": at_least(0.70),
     "parallel_bottom_vs_autoregressive": at_least(3),
     "blockwise_bottom_vs_autoregressive": at_least(3),
+    "wave_bottom_vs_autoregressive": at_least(3),
 }
 PACKAGES = ("x-transformers",)
 
@@ -111,6 +112,7 @@ def make_problem(quick: bool) -> Problem:
     side = 4 if quick else 32
     section, uniform = TransformerNetwork(**sizes), UniformNetwork(kind="uniform")
     masked, blockwise = MaskedNetwork(kind="masked", **sizes), BlockwiseNetwork(kind="blockwise", **sizes)
+    wave = BlockwiseNetwork(kind="blockwise", order="wave", **sizes)
     fine, coarse = GridShape(side, CODES), GridShape(side // 2, CODES)
     torch.manual_seed(0)
     return Problem(
@@ -119,6 +121,7 @@ def make_problem(quick: bool) -> Problem:
             "bottom_autoregressive": _prior([coarse, fine], uniform, section),
             "bottom_parallel": _prior([coarse, fine], uniform, masked),
             "bottom_blockwise": _prior([coarse, fine], uniform, blockwise),
+            "bottom_wave": _prior([coarse, fine], uniform, wave),
         },
         (1, 2, 3) if quick else BATCHES,
     )
@@ -149,7 +152,8 @@ def describe(bench: Bench, problem: Problem, cost: Cost) -> None:
         "no_cache": f"a forward of the codes so far for each code, timed at {_STRETCHES} positions spread evenly",
         "x_transformers": "TransformerWrapper of equal layers, attn_flash, AutoregressiveWrapper.generate, no filter",
         "bottom": f"batch 1; as many codes again below {coarse.length} that are drawn uniformly; `parallel` is masked "
-        "prediction in 8 passes, `blockwise` the block-autoregressive transformer in as many",
+        "prediction in 8 passes, `blockwise` the block-autoregressive transformer in as many, `wave` the same in "
+        f"{3 * problem.prior.grids[0].side - 2} passes, those of the order `wave`",
     }
 
 
@@ -274,7 +278,7 @@ def ratios(bench: Bench, race: Race, problem: Problem, cost: Cost) -> None:
     for name in ("no_cache", "x_transformers"):
         if name in race.laps:
             bench.ratio(f"vs_{name}", ours, race.rates(name))
-    for name in ("parallel", "blockwise"):
+    for name in ("parallel", "blockwise", "wave"):
         one_by_one = race.rates("bottom_autoregressive")
         bench.ratio(f"{name}_bottom_vs_autoregressive", race.rates(f"bottom_{name}"), one_by_one)
     for batch in problem.batches:
