@@ -31,8 +31,10 @@ $(VENV)/.ready-bench: $(VENV)/.ready
 quickstart: setup  ## clock faces to sampled clocks on this machine, in about five minutes
 	$(BIN)/vqscale quickstart
 
+# Two at a time: most tests start processes, and wait for them longer than they compute. A file stays in one process,
+# since its tests share what they have trained.
 test: $(VENV)/.ready-test  ## everything that takes less than a minute a test
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.ready-test  ## the long tests: the whole quickstart with its promised figures
 	$(BIN)/pytest -m slow --timeout 1800
