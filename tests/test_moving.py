@@ -72,7 +72,9 @@ def test_a_run_goes_on_elsewhere(layout: RunLayout, submitted: list[str], capsys
         (["tokenizer.training.steps=9"], "tokenizer.training.steps: is a part of the experiment"),
         (["seed=2"], "only resources.* can change"),
         (["resources.checkpoints=/elsewhere"], "resources.checkpoints: cannot change in a run that has begun"),
-        (["resources.stages.extract.array=2"], "cannot change in a run that has begun"),
+        (["resources.stages.extract.array=2"], "resources.stages.extract.array: cannot change in a run that has begun"),
+        (["resources.stages.extract={array: 2}"], "resources.stages.extract.array: cannot change"),
+        (["resources.stages={extract: {array: 2}}"], "resources.stages.extract.array: cannot change"),
         (["resources.proceses=2"], "did you mean"),
         (["resources.processes=5"], "data.streams 2 is not divisible by resources.processes 5"),
         (["--on", "nowhere"], "no profile 'nowhere'"),
@@ -99,3 +101,15 @@ def test_nothing_is_left_behind_in_the_cluster(layout: RunLayout, submitted: lis
     write_json(layout.info, {**info, "profile": profile})
     assert main(["requeue", "mine", "--on", "local"]) == 2, "nothing says where the cluster is"
     assert read_json(layout.info)["profile"]["name"] == "kube"
+
+
+def test_a_stage_that_is_added_keeps_its_array(home: Path, submitted: list[str]) -> None:
+    """Else each of its jobs would take all of the work for its own."""
+    resources = {"processes": 1, "threads": 1, "device": "cpu", "stages": {"extract": {"array": 4}}}
+    path = write_recipe(home / "r.yaml", resources=resources)
+    layout = create(make_plan(str(path), run=home / "mine", stages="generate,pack,tokenizer"))
+    for stage in ("generate", "pack", "tokenizer"):
+        write_json(layout.done(stage), {})
+    assert main(["requeue", "mine", "--stages", "extract", "resources.stages.extract.processes=2"]) == 0
+    assert RunState.read(layout).stages["extract"].tasks == 4
+    assert submitted == ["LocalBackend"]

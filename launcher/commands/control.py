@@ -100,7 +100,8 @@ def requeue(arguments: argparse.Namespace) -> int:
 def _add_stages(layout: RunLayout, state: RunState, text: str) -> None:
     recipe = layout.read_recipe()
     wanted = {*state.stages, *select_stages(recipe, text, layout)}
-    state.stages = {name: state.stages.get(name, StageState()) for name in recipe.stages if name in wanted}
+    fresh = {name: StageState(tasks=recipe.resources.array_of(name)) for name in recipe.stages}
+    state.stages = {name: state.stages.get(name, fresh[name]) for name in recipe.stages if name in wanted}
 
 
 def _backend(layout: RunLayout) -> Backend:
