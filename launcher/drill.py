@@ -32,7 +32,6 @@ from vqscale.config.recipe import Recipe
 from vqscale.errors import UserError
 from vqscale.faults import VARIABLE, Fault
 from vqscale.files import read_json, write_bytes, write_json
-from vqscale.storage import shown
 
 STAGES = ("tokenizer", "extract", "prior")
 """Stages that can be drilled."""
@@ -156,7 +155,7 @@ class Drill:
         tokenizer = self.run.checkpoints(self.run.read_recipe(), "tokenizer")
         if self.stage != "tokenizer" and "://" in tokenizer:
             mend = "copy its checkpoints to a disk, or drill the tokenizer"
-            raise UserError("reads the tokenizer, which no link can lead to", where=shown(tokenizer), mend=mend)
+            raise UserError("reads the tokenizer, which no link can lead to", where=tokenizer, mend=mend)
         found = {place: self.run.root / place for place in _BORROWED} | {_TOKENIZER: Path(tokenizer)}
         return {place: path for place, path in found.items() if place != _MAKES[self.stage] and path.exists()}
 

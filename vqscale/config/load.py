@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, Tag, ValidationError
 
 from vqscale.arguments import did_you_mean
+from vqscale.config.plain import load_yaml
 from vqscale.config.recipe import Recipe
 from vqscale.errors import UserError
 
@@ -55,7 +56,7 @@ def dump_yaml(model: BaseModel) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("no such file", where=str(path), mend="check the path") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -74,7 +75,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     if not separator or not key:
         raise UserError(f"{text!r} is no override", mend="write dotted.key=value")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = load_yaml(value)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2024-13-45
         raise UserError(f"the value {value!r} is not YAML", where=key, mend="quote it") from None
     node: Any = tree

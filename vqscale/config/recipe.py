@@ -169,7 +169,7 @@ class Sample(Section):
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the scale rises from 1 at a network's first code, or pass, to `guidance` at its last; `constant` has it
     everywhere."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Image i depends on (this seed, i) and its class alone, not on the batch or the number of ranks."""
 
 
@@ -208,7 +208,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     """Name of the experiment; runs are called name-date-time."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything: data order, initialisation, restarts, dropout."""
     data: Data
     """Images."""

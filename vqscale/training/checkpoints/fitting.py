@@ -11,7 +11,6 @@ from vqscale.checkpoint.folder import Stored, is_foreign, open_stored, steps
 from vqscale.checkpoint.manifest import CODES_OF, SUBMITTED, FaultError
 from vqscale.errors import UserError
 from vqscale.events import newest
-from vqscale.storage import shown
 from vqscale.training.pieces import EXTRA
 
 Entry = tuple[tuple[int, ...], str]
@@ -77,7 +76,7 @@ def require_none(where: str, events: Path | None, notes: Sequence[str]) -> None:
     told = "; ".join(notes) or "there is none"
     what = f"step {last['step']} was committed, but no valid checkpoint is found ({told})"
     mend = f"bring the storage back and requeue; to begin anew on purpose, remove {events}"
-    raise UserError(what, where=shown(where), mend=mend)
+    raise UserError(what, where=where, mend=mend)
 
 
 def require_codes(stored: Stored, made_by: Mapping[str, str]) -> None:
