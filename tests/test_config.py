@@ -255,7 +255,6 @@ def test_a_section_can_be_replaced(recipe_file: Path) -> None:
         ("seed='010'", "seed is 010; write"),
         ("seed=1:30", "'seed' is '1:30' (a str); input should be a valid integer"),
         ("seed=-1", "'seed' is -1 (a int); input should be greater than or equal to 0"),
-        ("sample.seed=-1", "'sample.seed' is -1"),
         ("tokenizer.training.micro_batch=true", "tokenizer.training.micro_batch is true; write a number"),
         ("evaluate={batch: 3, batch: 4}", "is not YAML"),
         ("seed=2024-13-45", "is not YAML"),
@@ -270,6 +269,38 @@ def test_a_section_can_be_replaced(recipe_file: Path) -> None:
 )
 def test_faulty_overrides(override: str, expected: str, recipe_file: Path) -> None:
     assert expected in override_fault(recipe_file, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["seed=3", "resources.processes=0"], "resources.processes=0"),
+        (["resources={processes: 0}", "seed=3"], "resources={processes: 0}"),
+        (["seed=1", "seed=x"], "seed=x"),
+        (["sed=3"], "sed=3"),
+        (["prior.networks.0.kind=rnn"], "prior.networks.0.kind=rnn"),
+        (["prior.training={global_batch: 8}"], "prior.training={global_batch: 8}"),
+        (["resources.processes=5"], "resources.processes=5"),
+        (["tokenizer.quantizer.continuous_steps=9", "seed=1"], "tokenizer.quantizer.continuous_steps=9"),
+        (["tokenizer.training.steps=3", "tokenizer.quantizer.continuous_steps=2", "seed=-1"], "seed=-1"),
+        (["tokenizer.levels.1.name=bottom"], None),
+        (["data.image_size=18"], "data.image_size=18"),
+    ],
+)
+def test_the_place_of_a_fault_is_the_override_that_made_it(
+    overrides: list[str], where: str | None, recipe_file: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file, overrides)
+    assert caught.value.where == (where or str(recipe_file))
+
+
+def test_the_place_of_a_fault_in_the_file_stays_the_file(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "r.yaml", tokenizer__hidden="wide")
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, ["seed=3", "tokenizer.training.steps=9"])
+    assert caught.value.where == str(path)
+    assert len(override_fault(write_recipe(path), "name=" + "x" * 5000)) < 300
 
 
 def test_newlines_never_give_two_lines(recipe_file: Path) -> None:

@@ -169,7 +169,7 @@ class Sample(Section):
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the scale rises from 1 at a network's first code, or pass, to `guidance` at its last; `constant` has it
     everywhere."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: int = 0
     """Image i depends on (this seed, i) and its class alone, not on the batch or the number of ranks."""
 
 
