@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
 import yaml
 
+from launcher import process
 from launcher.backends.base import Poll
 from launcher.backends.local import LocalBackend
 from launcher.backends.slurm import SlurmBackend
@@ -113,3 +115,48 @@ def test_a_stage_that_is_added_keeps_its_array(home: Path, submitted: list[str])
     assert main(["requeue", "mine", "--stages", "extract", "resources.stages.extract.processes=2"]) == 0
     assert RunState.read(layout).stages["extract"].tasks == 4
     assert submitted == ["LocalBackend"]
+
+
+@pytest.fixture
+def left(layout: RunLayout) -> dict[str, object]:
+    """The supervisor of the run was in a pod that has another name now."""
+    identity = {**process.identity(1), "host": "launcher-pod-7f9c"}
+    write_json(layout.supervisor, identity)
+    state = RunState.read(layout)
+    state.begin("tokenizer", 2)
+    state.write(layout)
+    return identity
+
+
+@pytest.mark.parametrize("words", [[], ["--on", "devslurm", "resources.processes=1"]])
+def test_a_run_is_taken_over_from_a_machine_that_is_gone(
+    layout: RunLayout,
+    left: dict[str, object],
+    submitted: list[str],
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    assert main(["requeue", "mine", *words]) == 2
+    assert "cannot be asked from here; requeue it there, or if that machine is gone for good" in capsys.readouterr().err
+    assert main(["cancel", "mine"]) == 2
+    assert "vqscale requeue --take-over first" in capsys.readouterr().err
+    assert main(["requeue", "mine", "--take-over", *words]) == 0
+    said = capsys.readouterr()
+    assert "warning: launcher-pod-7f9c could not be asked whether supervisor 1 or what it started" in said.err
+    assert "mine goes on with tokenizer" in said.out
+    assert submitted == ["SlurmBackend" if words else "LocalBackend"]
+    assert not layout.supervisor.exists(), "the next one writes its own"
+    assert RunState.read(layout).stages["tokenizer"].state == "waiting"
+
+
+def test_a_run_is_not_taken_over_from_the_living(
+    layout: RunLayout, left: dict[str, object], submitted: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does anything change where the run could not go on."""
+    with (layout.root / "supervisor.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["requeue", "mine", "--take-over"]) == 2
+    assert "another supervisor works on this run" in capsys.readouterr().err
+    assert main(["requeue", "mine", "--take-over", "resources.processes=5"]) == 2
+    assert capsys.readouterr().err.startswith("error: resources.processes=5: ")
+    assert (read_json(layout.supervisor), submitted) == (left, [])
