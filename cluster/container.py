@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from cluster.section import Section
 
 Image = Annotated[str, Field(pattern=r"^[A-Za-z0-9/][A-Za-z0-9._/:@#+-]*$")]
 """An image: `ghcr.io/me/vqscale:0.1`, `nvcr.io#nvidia/pytorch:26.10` (Pyxis), `docker://...`, or a file."""
@@ -15,10 +17,8 @@ Mount = Annotated[str, Field(pattern=rf"^{_PATH}:{_PATH}(:r[ow])?$")]
 """A folder of the host in the container: `/data:/data:ro`."""
 
 
-class ContainerSettings(BaseModel):
+class ContainerSettings(Section):
     """The container of all stages. With Slurm each node's agent runs in it; what requeues a job stays on the host."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     image: Image
     """The image."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from cluster.nodes import Persistence, spread
+from cluster.section import Section
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 """A name of an object of Kubernetes."""
@@ -20,11 +21,7 @@ Folder = Annotated[str, Field(pattern=r"^/[^\x00-\x1f\x7f:]+$")]
 """An absolute path that is mounted to."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Volume(_Section):
+class Volume(Section):
     """A claim of a persistent volume, which all pods mount; it has to allow `ReadWriteMany` (or many readers)."""
 
     claim: Name
@@ -35,7 +32,7 @@ class Volume(_Section):
     """Whether stages may only read it."""
 
 
-class Toleration(_Section):
+class Toleration(Section):
     """A taint of nodes that the pods put up with."""
 
     key: Key

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from cluster.section import Section
 
 Positive = Annotated[float, Field(gt=0)]
 
 
-class Network(BaseModel):
+class Network(Section):
     """Links between GPUs, in one direction each; what `vqscale bench scaling --on PROFILE` predicts from.
 
     The defaults are those of eight H100 or H200 with NVLink 4 and eight adapters of 400 Gbit/s. The latencies are
     NCCL's own figures for a step of a ring with its protocol LL128 (`src/graph/tuning.cc`).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     within_gb_s: Positive = 450.0
     """From one GPU to the others of its node, in GB/s."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from cluster.section import Section
 
 
-class Persistence(BaseModel):
+class Persistence(Section):
     """How often a stage that ended before its time is started again; of the profile's section about nodes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     requeues: Annotated[int, Field(ge=0)] = 20
     """How often a stage that was preempted, or failed by something that may pass, is started again, in all."""

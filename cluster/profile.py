@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from cluster.container import ContainerSettings
 from cluster.kubernetes import KubernetesSettings
 from cluster.network import Network
+from cluster.section import Section
 from cluster.slurm import SlurmSettings
 from cluster.ssh import SshSettings
 
@@ -30,10 +31,8 @@ that happen to stand in a shell have made too many runs unrepeatable, so they co
 Floor = Annotated[float, Field(gt=0)] | None
 
 
-class Floors(BaseModel):
+class Floors(Section):
     """What `vqscale doctor` holds the machines to; what is left out is reported alone."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     all_reduce_gb_s: Floor = None
     """Bus bandwidth of an all-reduce over all ranks, in GB/s."""
@@ -43,10 +42,8 @@ class Floors(BaseModel):
     """Writing and syncing a file in the folder of runs, in MB/s."""
 
 
-class Profile(BaseModel):
+class Profile(Section):
     """Facts about the machine or cluster that stages run on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     """Name of the profile, as in `--on NAME`."""
@@ -63,7 +60,7 @@ class Profile(BaseModel):
     """What is asked of Kubernetes, for the backend `kubernetes`."""
     container: ContainerSettings | None = None
     """The container that stages run in, for the backends `slurm` and `kubernetes`."""
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
     """Variables that are set for every stage, above those taken over from the shell."""
     inherit: tuple[str, ...] = INHERITED
     """Names (with `*`) of variables that stages take over from the shell; all others are dropped."""

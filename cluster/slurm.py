@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from cluster.nodes import Persistence, spread
+from cluster.section import Section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,@+-]*$")]
 """A name of Slurm's, or several with commas between them."""
@@ -27,10 +28,8 @@ OURS = (
 """Options of sbatch that the launcher decides."""
 
 
-class StageSlurm(BaseModel):
+class StageSlurm(Section):
     """What is asked for one stage where that differs from the others; what is left out is as for all."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     partition: Name | None = None
     """Partition."""

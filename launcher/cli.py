@@ -167,6 +167,9 @@ def _add_control(add: Add) -> None:
     _run(requeue)
     requeue.add_argument("--stages", metavar="A,B", help="add stages that the run did not have so far")
     requeue.add_argument("--on", metavar="PROFILE", help="machine to go on with (default: the one that it had)")
+    requeue.add_argument(
+        "--take-over", action="store_true", help="even if its supervisor was on another machine, which is gone for good"
+    )
     requeue.add_argument("--follow", action="store_true", help="show the progress; Ctrl-C leaves the run going")
     requeue.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="other resources, such as resources.processes=4"

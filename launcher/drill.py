@@ -23,6 +23,8 @@ from typing import Any
 
 from launcher import process
 from launcher.backends.base import SOURCE, STAGE_TAG
+from launcher.job import make_job
+from launcher.plan import load_profile
 from launcher.state import RunState
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml
@@ -34,9 +36,13 @@ from vqscale.files import read_json, write_bytes, write_json
 STAGES = ("tokenizer", "extract", "prior")
 """Stages that can be drilled."""
 
-_BORROWED = ("images", "shards", "codes", "checkpoints/tokenizer")
-_MAKES = {"tokenizer": "checkpoints/tokenizer", "extract": "codes", "prior": "checkpoints/prior"}
+_TOKENIZER = "checkpoints/tokenizer"
+_BORROWED = ("images", "shards", "codes")
+_MAKES = {"tokenizer": _TOKENIZER, "extract": "codes", "prior": "checkpoints/prior"}
 _MOST_STARTS = 4
+_MOST_STEPS = 24
+_EARLY = ("training.warmup", "quantizer.continuous_steps", "losses.adversarial.start", "kl_warmup")
+"""Settings that count steps from the first on; as they are, they might leave nothing of a short training."""
 _CHANGES_THE_RESULT = {"nan": "a step was left out"}
 """Faults after which the result cannot be the undisturbed one, and why."""
 
@@ -83,13 +89,13 @@ class Drill:
         stage: one of `STAGES`.
 
     Raises:
-        UserError: the stage cannot be drilled, or its input is not there.
+        UserError: this machine cannot run it, or its input is not there.
     """
 
     def __init__(self, run: RunLayout, recipe: Recipe, stage: str) -> None:
-        if stage not in STAGES:
-            raise UserError(f"'{stage}' cannot be drilled", where="--stage", mend=f"stages: {', '.join(STAGES)}")
         self.run, self.recipe, self.stage = run, recipe, stage
+        self._profile, self._borrowed = load_profile("local"), self._places()
+        make_job(recipe, self._profile, run.root, (stage,))
         self._folder = run.root / "drill" / stage
         shutil.rmtree(self._folder, ignore_errors=True)
         self._reference = self._repetition("undisturbed")
@@ -133,12 +139,25 @@ class Drill:
         layout = RunLayout(self._folder / name)
         write_bytes(layout.recipe, dump_yaml(self.recipe).encode())
         RunState.new((self.stage,)).write(layout)
-        write_json(layout.info, {**read_json(self.run.info), "id": f"{self.run.root.name}-drill-{self.stage}-{name}"})
-        for place in _BORROWED:
-            if place != _MAKES[self.stage] and (self.run.root / place).exists():
-                (layout.root / place).parent.mkdir(parents=True, exist_ok=True)
-                (layout.root / place).symlink_to(self.run.root / place)
+        # The supervisor that is disturbed is the one of this machine, wherever the run itself was.
+        changed = {
+            "id": f"{self.run.root.name}-drill-{self.stage}-{name}",
+            "profile": self._profile.model_dump(mode="json"),
+        }
+        write_json(layout.info, {**read_json(self.run.info), **changed})
+        for place, target in self._borrowed.items():
+            (layout.root / place).parent.mkdir(parents=True, exist_ok=True)
+            (layout.root / place).symlink_to(target)
         return layout
+
+    def _places(self) -> dict[str, Path]:
+        """Place in a repetition → what of the run is linked there."""
+        tokenizer = self.run.checkpoints(self.run.read_recipe(), "tokenizer")
+        if self.stage != "tokenizer" and "://" in tokenizer:
+            mend = "copy its checkpoints to a disk, or drill the tokenizer"
+            raise UserError("reads the tokenizer, which no link can lead to", where=tokenizer, mend=mend)
+        found = {place: self.run.root / place for place in _BORROWED} | {_TOKENIZER: Path(tokenizer)}
+        return {place: path for place, path in found.items() if place != _MAKES[self.stage] and path.exists()}
 
     def _start(self, layout: RunLayout, surroundings: Mapping[str, str], kill: Kill | None = None) -> None:
         """One supervisor from its start to its end."""
@@ -200,13 +219,32 @@ def _strike(layout: RunLayout, supervisor: subprocess.Popen[bytes], kill: Kill) 
 
 
 def shortened(recipe: Recipe, stage: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides of a repetition: short, every step's loss on record, several checkpoints; the user's come last."""
+    """The overrides of a repetition: short, every step's loss on record, several checkpoints; the user's above them.
+
+    Each keeps its checkpoints to itself: they are compared, and thrown away.
+
+    Raises:
+        UserError: the stage cannot be drilled.
+    """
+    if stage not in STAGES:
+        raise UserError(f"'{stage}' cannot be drilled", where="--stage", mend=f"stages: {', '.join(STAGES)}")
+    own = "resources.checkpoints=''"
     if stage == "extract":
-        return list(overrides)
-    steps = min(getattr(recipe, stage).training.steps, 24)
+        return [*overrides, own]
+    section, asked = getattr(recipe, stage), dict(text.partition("=")[::2] for text in overrides)
+    told = asked.get(f"{stage}.training.steps", "")
+    steps = int(told) if told.isdecimal() else min(section.training.steps, _MOST_STEPS)
     training = {"steps": steps, "log_every": 1, "checkpoint_every": max(1, steps // 4), "validate_every": steps}
-    set_here = [f"{stage}.training.{name}={value}" for name, value in training.items()]
-    return [*set_here, "resources.hang_s=30", *overrides]
+    set_here = {f"training.{name}": value for name, value in training.items()}
+    set_here |= {name: min(value, steps // 4) for name in _EARLY if (value := _setting(section, name))}
+    return [*(f"{stage}.{name}={value}" for name, value in set_here.items()), "resources.hang_s=30", *overrides, own]
+
+
+def _setting(section: Any, name: str) -> int:
+    """A setting below a section; 0 where there is none of that name."""
+    for part in name.split("."):
+        section = getattr(section, part, None)
+    return section or 0
 
 
 def standard_faults(recipe: Recipe, stage: str) -> list[Fault]:

@@ -8,18 +8,22 @@ first. A cluster that does not answer for a while is waited for.
 from __future__ import annotations
 
 import argparse
+import itertools
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from launcher.kube_api import RUN_LABEL, Cluster, Outcome, UnreachableError
 from vqscale.errors import EXIT_USER_ERROR, UserError
 from vqscale.files import write_json
+
+T = TypeVar("T")
 
 MARGIN_S = 20
 """Seconds above the grace that the cluster is given to end pods."""
@@ -58,11 +62,14 @@ class Stage:
         Raises:
             UserError: the cluster refuses, or has not answered for too long.
         """
-        self._cluster.clear(self._manifest["metadata"]["labels"][RUN_LABEL], self._limit_s)
+        label = self._manifest["metadata"]["labels"][RUN_LABEL]
+        self._patiently(lambda: self._cluster.clear(label, self._limit_s))
         if self._asked:
             return 1
-        self._cluster.create(self._manifest)
-        _say(f"{self._manifest['kind']} {self._name} is made")
+        tries = itertools.count()
+        self._patiently(lambda: self._cluster.create(self._manifest, again=next(tries) > 0))
+        if not self._asked:
+            _say(f"{self._manifest['kind']} {self._name} is made")
         outcome = self._watch()
         if not outcome.ended or self._remove:
             if not outcome.ended:
@@ -74,20 +81,26 @@ class Stage:
 
     def _watch(self) -> Outcome:
         """Until it has ended, or somebody asks to stop."""
-        answered = time.monotonic()
         outcome = Outcome()
         while not self._asked:
-            try:
-                outcome = self._look()
-                answered = time.monotonic()
-            except UnreachableError as error:
-                if time.monotonic() - answered > _PATIENCE_S:
-                    what = f"has not answered for {_PATIENCE_S:.0f} s ({error}); {self._name} may still run"
-                    raise UserError(what, where="Kubernetes", mend="vqscale cancel ends it") from None
+            outcome = self._patiently(self._look) or outcome
             if outcome.ended:
                 break
             self._pause()
         return outcome
+
+    def _patiently(self, ask: Callable[[], T]) -> T | None:
+        """The cluster's answer, which may take a while; None when somebody asks to stop meanwhile."""
+        began = time.monotonic()
+        while not self._asked:
+            try:
+                return ask()
+            except UnreachableError as error:
+                if time.monotonic() - began > _PATIENCE_S:
+                    what = f"has not answered for {_PATIENCE_S:.0f} s ({error}); {self._name} may still run"
+                    raise UserError(what, where="Kubernetes", mend="vqscale cancel ends it") from None
+            self._pause()
+        return None
 
     def _look(self) -> Outcome:
         outcome = self._cluster.outcome(self._name)

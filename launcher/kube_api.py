@@ -83,10 +83,19 @@ class Cluster:
         self._namespace = namespace
         self._place = (group, version, namespace, _PLURALS[kind])
 
-    def create(self, manifest: dict[str, Any]) -> None:
-        """Make an object."""
+    def create(self, manifest: dict[str, Any], again: bool = False) -> None:
+        """Make an object.
+
+        Args:
+            manifest: what.
+            again: it was asked for before, and nobody knows whether that was heard: then it may be there.
+        """
         with self._asking():
-            self._objects.create_namespaced_custom_object(*self._place, manifest, _request_timeout=_ANSWER_S)
+            try:
+                self._objects.create_namespaced_custom_object(*self._place, manifest, _request_timeout=_ANSWER_S)
+            except self._errors as error:
+                if not (again and error.status == 409):
+                    raise
 
     def outcome(self, name: str) -> Outcome:
         """How an object stands; one that is gone has failed."""

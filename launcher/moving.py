@@ -13,11 +13,11 @@ from launcher.plan import load_profile
 from launcher.state import RunState
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml, load_recipe
+from vqscale.config.recipe import Recipe
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_bytes, write_json
 
 _ROOM = "resources."
-_FIXED = ("resources.checkpoints", ".array")
 
 
 def move(layout: RunLayout, on: str | None, changes: Sequence[str]) -> None:
@@ -37,6 +37,7 @@ def move(layout: RunLayout, on: str | None, changes: Sequence[str]) -> None:
     before = Profile.model_validate(info["profile"])
     profile = load_profile(on) if on else before
     recipe = load_recipe(layout.recipe, changes)
+    _refuse_other_files(layout.read_recipe(), recipe)
     left = [stage for stage in RunState.read(layout).stages if not layout.done(stage).exists()]
     backend_for(profile).check(make_job(recipe, profile, layout.root, left))
     # What a dead supervisor left there must not write beside the new one. Hosts over ssh end by themselves when nobody
@@ -52,5 +53,19 @@ def _refuse_the_experiments(key: str) -> None:
     if not key.startswith(_ROOM):
         mend = f"only {_ROOM}* can change; vqscale submit makes a new run with other settings"
         raise UserError("is a part of the experiment", where=key, mend=mend)
-    if key.endswith(_FIXED):
-        raise UserError("cannot change in a run that has begun", where=key, mend="leave it out, or submit a new run")
+
+
+def _refuse_other_files(old: Recipe, new: Recipe) -> None:
+    """By what the recipes come to, since a key above may be set, too."""
+    before, now = _files(old), _files(new)
+    for key in before:
+        if before[key] != now[key]:
+            raise UserError(
+                "cannot change in a run that has begun", where=key, mend="leave it out, or submit a new run"
+            )
+
+
+def _files(recipe: Recipe) -> dict[str, int | str]:
+    """Settings that say where the run's files are, and which task has made what of them."""
+    arrays = {f"{_ROOM}stages.{stage}.array": recipe.resources.array_of(stage) for stage in recipe.stages}
+    return {f"{_ROOM}checkpoints": recipe.resources.checkpoints, **arrays}

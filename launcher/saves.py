@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from launcher import registry
@@ -12,6 +13,8 @@ from vqscale.files import read_json
 
 _LOOKED_AT = 5
 """Newest earlier runs of a recipe in which a measured save is looked for."""
+_LOOKED_THROUGH = 200
+"""Newest runs of the index among which those are looked for: each is a small file, maybe far away."""
 
 
 def measured(layout: RunLayout) -> tuple[str, float] | None:
@@ -26,14 +29,17 @@ def measured(layout: RunLayout) -> tuple[str, float] | None:
 
 def earlier_runs(name: str, profile: str) -> list[RunLayout]:
     """The newest runs of a recipe under a profile, the newest first."""
-    found = []
-    for entry in reversed(registry.entries()):
-        info = read_json(RunLayout(entry.path).info) if entry.id.startswith(f"{name}-") else None
-        if info and info["name"] == name and info["profile"]["name"] == profile:
-            found.append(RunLayout(entry.path))
-        if len(found) == _LOOKED_AT:
-            break
-    return found
+    newest_first = (RunLayout(entry.path) for entry in registry.entries()[: -_LOOKED_THROUGH - 1 : -1])
+    return list(itertools.islice((layout for layout in newest_first if _is_of(layout, name, profile)), _LOOKED_AT))
+
+
+def _is_of(layout: RunLayout, name: str, profile: str) -> bool:
+    """By its record, since `--run` gives ids of any name; one that cannot be read says nothing."""
+    try:
+        info = read_json(layout.info) or {}
+        return bool(info.get("name") == name and info["profile"]["name"] == profile)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def short_of_time(layouts: Iterable[RunLayout], grace_s: int) -> list[str]:

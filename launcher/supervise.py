@@ -117,16 +117,30 @@ def supervise(root: Path, render: Render | None = None) -> int:
         UserError: no run, or another supervisor works on it.
     """
     layout = RunLayout(root.resolve())
-    with (layout.root / "supervisor.lock").open("w") as lock:
+    with _lock(layout) as lock:
         _hold(lock, layout)
         write_json(layout.supervisor, process.identity(os.getpid()))
         return 0 if Supervisor(layout, render or _own_render, persists=True).run() == "done" else 1
+
+
+def require_free(layout: RunLayout) -> None:
+    """Whether nobody supervises a run; between machines as far as their file system has locks.
+
+    Raises:
+        UserError: somebody does.
+    """
+    with _lock(layout) as lock:
+        _hold(lock, layout)
 
 
 def _own_render(layout: RunLayout, stage: str, attempt: int) -> StageCommand:
     check_handover(layout, stage)
     job = again.stage_job(layout, stage)
     return backend_for(job.profile).render(job, {stage: attempt})[0]
+
+
+def _lock(layout: RunLayout) -> TextIO:
+    return (layout.root / "supervisor.lock").open("w")
 
 
 def _hold(lock: TextIO, layout: RunLayout) -> None:

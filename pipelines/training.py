@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.stage import Stage
+from vqscale.checkpoint.manifest import SUBMITTED
 from vqscale.config.load import dump_yaml
 from vqscale.config.training import Training
 from vqscale.data.loader import Loader
@@ -65,7 +66,8 @@ def train_stage(
     made_by = {**_origin(stage), **(origin or {})}
     checkpoints = Checkpoints(task.engine, where, ranks.device, seed=recipe.seed, made_by=made_by, faults=stage.faults)
     with vigil(ranks, stage.watchdog(), stage.faults, stage.lead_s) as watching, checkpoints:
-        start, notes = checkpoints.resume(task)
+        events = stage.layout.events(stage.name)
+        start, notes = checkpoints.resume(task, events)
         head = f"{task.engine.size:,} parameters, {ranks.world} ranks on {ranks.device.type}"
         stage.say(f"{head}, from step {start}", *notes)
         trained = _Training(stage, task, source, counts, training, unit, checkpoints, watching)
@@ -73,7 +75,7 @@ def train_stage(
             return trained.run(start, notes)
         except DivergedError as error:
             checkpoints.finish()
-            start, notes = checkpoints.resume(task)
+            start, notes = checkpoints.resume(task, events)
             if not start:
                 raise
             line = f"rolled back to step {start}: {error}"
@@ -171,4 +173,6 @@ def _origin(stage: Stage) -> dict[str, str]:
     """What a checkpoint says of where it comes from."""
     code = read_json(stage.layout.code / "identity.json") or {}
     known = {"recipe": stage.recipe.name, "run": stage.layout.id, "stage": stage.name}
+    if stage.layout.submitted:
+        known[SUBMITTED] = stage.layout.submitted
     return known | {key: str(code[key]) for key in ("commit", "sources_sha256") if code.get(key)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.training_helpers import Fixed, Kept
+from vqscale.checkpoint.manifest import SUBMITTED
 from vqscale.training.checkpoints.keeper import Checkpoints
 from vqscale.training.pieces import Piece, whole
 
@@ -71,16 +72,17 @@ def cut(state: Mapping[str, Tensor], how: str, rank: int, world: int) -> list[Pi
 
 
 def keeper(
-    state: Mapping[str, Tensor] | list[Piece], folder: Path | str, seed: int = 0, **training: Any
+    state: Mapping[str, Tensor] | list[Piece], folder: Path | str, seed: int = 0, run: str = "", **training: Any
 ) -> Checkpoints:
-    """Checkpoints over given tensors or pieces."""
+    """Checkpoints over given tensors or pieces; of a certain run, where one is named."""
     pieces = state if isinstance(state, list) else [whole(name, value) for name, value in state.items()]
-    return Checkpoints(Fixed(pieces, **training), folder, CPU, seed=seed, made_by={"recipe": "tiny"})
+    made_by = {"recipe": "tiny", **({SUBMITTED: run} if run else {})}
+    return Checkpoints(Fixed(pieces, **training), folder, CPU, seed=seed, made_by=made_by)
 
 
-def save(folder: Path | str, step: int, seed: int = 0, **training: Any) -> None:
+def save(folder: Path | str, step: int, seed: int = 0, run: str = "", **training: Any) -> None:
     """One blocking save of `tensors(seed)`."""
-    keeper(tensors(seed), folder, **training).save(Kept({"window": torch.arange(3)}), step, final=True)
+    keeper(tensors(seed), folder, run=run, **training).save(Kept({"window": torch.arange(3)}), step, final=True)
 
 
 def names(folder: Path) -> list[str]:

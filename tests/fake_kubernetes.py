@@ -60,6 +60,8 @@ class Cluster:
     """Method and path of each request."""
     faults: list[int] = field(default_factory=list)
     """Status codes with which the next requests are answered."""
+    unheard: int = 0
+    """So many of the next objects are made, but the answer says that it took too long."""
     refuse: str = ""
     """Why objects are not made."""
     port: int = field(default_factory=lambda: _free_ports(1)[0])
@@ -145,8 +147,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.cluster.refuse:
             self._answer(403, {"kind": "Status", "message": self.cluster.refuse})
             return
+        if body["metadata"]["name"] in self.cluster.objects:
+            self._answer(409, {"kind": "Status", "message": "already exists"})
+            return
         self.cluster.create(body)
-        self._answer(201, body)
+        self.cluster.unheard -= (unheard := self.cluster.unheard > 0)
+        self._answer(*((504, {"kind": "Status", "message": "timeout"}) if unheard else (201, body)))
 
     def do_DELETE(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))

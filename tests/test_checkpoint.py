@@ -366,6 +366,29 @@ def test_another_seed_is_refused_and_other_settings_are_said(tmp_path: Path) -> 
     assert (step, notes) == (3, ["goes on with another training.learning_rate: 1.0 before, 2.0 now"])
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_another_runs_checkpoints_are_neither_loaded_nor_removed(damaged: bool, tmp_path: Path) -> None:
+    mine, theirs = "Monday on one", "Tuesday on two"
+    save(tmp_path, 3, run=theirs)
+    if damaged:
+        (tmp_path / "step-00000003" / "rank-00000.safetensors").unlink()
+    state = zeros(tensors())
+    with pytest.raises(UserError, match=f"is of another run with this id .made {theirs}; this one {mine}") as caught:
+        keeper(state, tmp_path, run=mine).resume(Kept())
+    assert "\n" not in str(caught.value)
+    assert not state["model/table"].any()
+    for step in (2, 4, 5):  # both began when the folder was empty
+        save(tmp_path, step, run=mine, keep=1)
+    assert folder.steps(tmp_path) == [5, 3]
+
+
+def test_checkpoints_that_do_not_say_whose_they_are_stay_their_runs(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    assert keeper(zeros(tensors()), tmp_path, run="mine").resume(Kept()) == (3, [])
+    save(tmp_path, 6, run="mine", keep=1)
+    assert folder.steps(tmp_path) == [6]
+
+
 def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
     save(tmp_path, 3)
     manifest = read_json(tmp_path / "step-00000003" / "manifest.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from launcher.cli import main
 from launcher.recipes import recipe_names
 from tests.recipes import tiny_recipe, tiny_tree, write_recipe
 from vqscale.config.load import dump_yaml, load_recipe, parse
+from vqscale.config.plain import load_yaml
 from vqscale.config.recipe import Recipe
 from vqscale.errors import UserError
 
@@ -170,6 +172,8 @@ def test_long_values_are_not_quoted() -> None:
         ("\tname: a\n", "line 1: is not YAML"),
         ("when: 2024-13-45\n", "is not YAML (month must be in 1..12"),
         ("name: !!python/object/apply:os.system ['true']\n", "is not YAML"),
+        ("seed: 1\nname: a\nseed: 2\n", "r.yaml, line 3: is not YAML ('seed' stands there twice)"),
+        ("data: {streams: 1, packet: 2, streams: 3}\n", "line 1: is not YAML ('streams' stands there twice)"),
         ("- a\n- b\n", "holds no settings"),
         ("", "holds no settings"),
         ("just words", "holds no settings"),
@@ -213,6 +217,16 @@ def test_overrides_act(recipe_file: Path) -> None:
     assert recipe.name == "other"
 
 
+def test_texts_that_look_like_numbers_of_yaml_1_1_stay_texts(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["name=010"]).name == "010"
+    path = recipe_file.with_name("again.yaml")
+    path.write_text(dump_yaml(load_recipe(recipe_file, ["name=010"])))
+    assert load_recipe(path).name == "010"
+    plain = "a: [0, -3, +4, 1_000, 0x1f, 0b11, 1.5, .5, 1.5e+3, -.inf, 010, 1:30, 1:30.5]\nb: [1]"
+    assert load_yaml(plain)["a"] == [0, -3, 4, 1000, 31, 3, 1.5, 0.5, 1500.0, -math.inf, "010", "1:30", "1:30.5"]
+    assert load_yaml("a: &a {b: 1, c: 2}\nd: {<<: *a, b: 3}")["d"] == {"b": 3, "c": 2}, "a merged key is no second one"
+
+
 def test_the_last_override_wins(recipe_file: Path) -> None:
     assert load_recipe(recipe_file, ["seed=1", "seed=2"]).seed == 2
 
@@ -237,6 +251,12 @@ def test_a_section_can_be_replaced(recipe_file: Path) -> None:
         ("name.x=3", "'name' is a single value and has no settings below it"),
         ("seed.x=3", "'seed' is {"),
         ("seed=[1", "the value '[1' is not YAML; quote it"),
+        ("seed=010", "seed is 010; write a number without zeros before it"),
+        ("seed='010'", "seed is 010; write"),
+        ("seed=1:30", "'seed' is '1:30' (a str); input should be a valid integer"),
+        ("seed=-1", "'seed' is -1 (a int); input should be greater than or equal to 0"),
+        ("tokenizer.training.micro_batch=true", "tokenizer.training.micro_batch is true; write a number"),
+        ("evaluate={batch: 3, batch: 4}", "is not YAML"),
         ("seed=2024-13-45", "is not YAML"),
         ("seed={", "is not YAML"),
         ("seed=" + "[" * 5000, "is not YAML"),
@@ -249,6 +269,38 @@ def test_a_section_can_be_replaced(recipe_file: Path) -> None:
 )
 def test_faulty_overrides(override: str, expected: str, recipe_file: Path) -> None:
     assert expected in override_fault(recipe_file, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["seed=3", "resources.processes=0"], "resources.processes=0"),
+        (["resources={processes: 0}", "seed=3"], "resources={processes: 0}"),
+        (["seed=1", "seed=x"], "seed=x"),
+        (["sed=3"], "sed=3"),
+        (["prior.networks.0.kind=rnn"], "prior.networks.0.kind=rnn"),
+        (["prior.training={global_batch: 8}"], "prior.training={global_batch: 8}"),
+        (["resources.processes=5"], "resources.processes=5"),
+        (["tokenizer.quantizer.continuous_steps=9", "seed=1"], "tokenizer.quantizer.continuous_steps=9"),
+        (["tokenizer.training.steps=3", "tokenizer.quantizer.continuous_steps=2", "seed=-1"], "seed=-1"),
+        (["tokenizer.levels.1.name=bottom"], None),
+        (["data.image_size=18"], "data.image_size=18"),
+    ],
+)
+def test_the_place_of_a_fault_is_the_override_that_made_it(
+    overrides: list[str], where: str | None, recipe_file: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file, overrides)
+    assert caught.value.where == (where or str(recipe_file))
+
+
+def test_the_place_of_a_fault_in_the_file_stays_the_file(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "r.yaml", tokenizer__hidden="wide")
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, ["seed=3", "tokenizer.training.steps=9"])
+    assert caught.value.where == str(path)
+    assert len(override_fault(write_recipe(path), "name=" + "x" * 5000)) < 300
 
 
 def test_newlines_never_give_two_lines(recipe_file: Path) -> None:

@@ -35,7 +35,7 @@ from launcher import doctor as doctor_module
 from launcher import process
 from launcher.backends.everywhere import Errand, run_everywhere
 from launcher.cli import main
-from launcher.commands.doctor import folded
+from launcher.commands.doctor import _nodes, folded
 from tests import sshd
 from vqscale.errors import UserError
 
@@ -473,6 +473,35 @@ def test_a_host_that_cannot_be_reached_does_not_silence_the_others(ssh_config: P
     assert any(line.startswith("lost.invalid: ") for line in lines)
     with pytest.raises(UserError, match="profile hosts has 3 hosts"):
         run_everywhere(Errand(profile, "told", (), tmp_path, nodes=4, wait_s=0, limit_s=60))
+    without = profile.without(["lost.invalid"])
+    lines = list(run_everywhere(Errand(without, "told", (), tmp_path, nodes=2, wait_s=0, limit_s=60)))
+    assert sorted(lines) == ["one: one 0\n", "two: two 1\n"]
+
+
+@pytest.mark.parametrize(
+    ("words", "exclude", "expected"),
+    [
+        (("--nodes", "3"), ("b",), "3 nodes; profile hosts has 2 hosts that are not excluded"),
+        ((), ("a", "b", "c"), "1 nodes; profile hosts has 0 hosts that are not excluded"),
+    ],
+)
+def test_nodes_that_there_are_not_are_refused_before_anything_is_checked(
+    home: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], exclude: tuple[str, ...], expected: str
+) -> None:
+    profile = over_ssh(home / "config", "a", "b", "c")
+    path = home / "hosts.yaml"
+    path.write_text(yaml.safe_dump({**profile, "ssh": {**dict(profile["ssh"]), "exclude": list(exclude)}}))  # type: ignore[call-overload]
+    assert main(["doctor", "--on", str(path), *words]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"error: --nodes: {expected}\n"
+    assert main(["doctor", "--nodes", "2"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_excluded_hosts_are_not_asked_by_the_doctor(home: Path) -> None:
+    profile = Profile.model_validate(over_ssh(home / "config", "a", "b", "c")).without(["b"])
+    assert _nodes(None, profile) == 2
 
 
 def test_what_setuptools_brings_along_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

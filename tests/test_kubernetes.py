@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher import process
+from launcher import kube_api, process
 from launcher.backends.base import STAGE_TAG
 from launcher.cli import main
 from launcher.plan import make_plan
@@ -24,6 +24,7 @@ from launcher.state import RunState
 from tests.fake_kubernetes import Cluster, server
 from tests.recipes import write_recipe
 from vqscale.config.layout import RunLayout
+from vqscale.errors import UserError
 from vqscale.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,6 +200,26 @@ def test_a_cluster_that_does_not_answer_is_waited_for(cluster: Cluster, layout: 
     for path in layout.stage("generate").glob("on-*"):
         path.with_name(path.name.replace("on-", "go-")).touch()
     assert supervisor.wait(30) == 0, agent_log(layout)
+
+
+@pytest.mark.fault
+def test_an_outage_while_the_object_is_made_is_waited_for(cluster: Cluster, layout: RunLayout) -> None:
+    """Leftovers are looked for, and the object is made, as patiently as it is watched; made twice it is once."""
+    cluster.faults += [429, 503]
+    cluster.unheard = 1
+    assert start(layout, "generate=pods:done").wait(60) == 0, agent_log(layout)
+    assert [line.partition(" ")[0] for line in cluster.asked[:6]] == ["GET", "GET", "GET", "POST", "POST", "GET"]
+    assert RunState.read(layout).stages["generate"].attempt == 1
+
+
+@pytest.mark.fault
+def test_an_object_that_was_there_before_is_not_taken_for_ours(cluster: Cluster) -> None:
+    manifest = {"kind": "JobSet", "metadata": {"name": "a"}}
+    cluster.objects["a"], cluster.pods["a"] = manifest, []
+    asked = kube_api.Cluster(None, "default", "JobSet")
+    with pytest.raises(UserError, match="409: already exists"):
+        asked.create(manifest)
+    asked.create(manifest, again=True)
 
 
 def test_a_refusal_is_told_in_the_servers_words(cluster: Cluster, layout: RunLayout) -> None:

@@ -208,3 +208,21 @@ def test_flags_of_processors(tmp_path: Path) -> None:
         path = tmp_path / str(len(text))
         path.write_text(text)
         assert has_bf16(str(path)) is found
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("grace_s: yes", "grace_s is true; write a number"),
+        ("grace_s: 030", "grace_s is 030; write a number without zeros before it"),
+        ("slurm: {nodes: true, cpus_per_task: 1}", "slurm.nodes is true; write a number"),
+        ("network: {within_gb_s: .inf}", "'network.within_gb_s' is inf"),
+        ("name: again", "stands there twice"),
+    ],
+)
+def test_a_profile_is_as_strict_as_a_recipe(line: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(f"name: mine\n{line}\n")
+    with pytest.raises(UserError) as caught:
+        load_profile(str(path))
+    assert expected in str(caught.value)

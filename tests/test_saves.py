@@ -42,11 +42,21 @@ def test_half_of_the_grace_is_for_a_save(
 
 
 def test_only_runs_of_this_recipe_and_profile_count(home: Path) -> None:
-    saved(home / "other-1", "tokenizer", 0, 60)  # its directory does not begin with the recipe's name
     saved(home / "tiny-1", "tokenizer", 0, 60)
     assert not [line for line in make_plan(str(home / "tiny-1.yaml"), "devslurm").warnings if "save" in line]
+    assert not [
+        line for line in make_plan(str(home / "tiny-1.yaml"), overrides=["name=other"]).warnings if "save" in line
+    ]
     saved(home / "tiny-2", "tokenizer", 0, 1)
     assert not [line for line in make_plan(str(home / "tiny-1.yaml")).warnings if "save" in line], "the newest one says"
+
+
+def test_runs_in_directories_of_any_name_count(home: Path) -> None:
+    saved(home / "mine", "tokenizer", 0, 60)
+    broken = saved(home / "newer", "tokenizer", 0, 1)
+    broken.info.write_text("{")
+    (warning,) = [line for line in make_plan(str(home / "mine.yaml")).warnings if "save" in line]
+    assert "the last save of tokenizer in mine took 60.0 s" in warning
 
 
 def test_going_on_warns_too(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from cluster.preflight.node import ADDRESS, ENDPOINT, INDEX
 from cluster.profile import Profile
 from cluster.rendezvous import NODE, agent_environment, inherited
 from cluster.slurm import SlurmSettings
-from cluster.ssh import Host, SshSettings, parse_host
+from cluster.ssh import Host, SshSettings
 from launcher.backends.base import SOURCE
 from launcher.backends.containers import Inside, before_command, srun_options
 from launcher.backends.kubernetes import FOR_CLIENT, refuse_unseen
@@ -58,11 +58,26 @@ def run_everywhere(errand: Errand) -> Iterator[str]:
     """Lines that the nodes print, standard error among them, in the order in which they come.
 
     Raises:
-        UserError: the backend's program is not there, or the nodes cannot see the folder.
+        UserError: the backend's program is not there, the nodes cannot see the folder, or there are not so many.
     """
+    refuse_too_many(errand.profile, errand.nodes)
     allowed = (*errand.profile.inherit, "SLURM_CONF", "SSH_AUTH_SOCK", *FOR_CLIENT)
     environment = inherited(os.environ, allowed) | _variables(errand.profile)
     return _lines(_COMMANDS[errand.profile.backend](errand), environment, errand.wait_s + errand.limit_s)
+
+
+def refuse_too_many(profile: Profile, nodes: int) -> None:
+    """Where no cluster chooses the nodes, the profile says how many there are.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if profile.backend == "local" and nodes != 1:
+        raise UserError(f"{nodes} nodes", where="--nodes", mend=f"profile {profile.name} is one machine")
+    if profile.ssh and nodes > len(profile.ssh.usable):
+        but = " that are not excluded" if profile.ssh.exclude else ""
+        mend = f"profile {profile.name} has {len(profile.ssh.usable)} hosts{but}"
+        raise UserError(f"{nodes} nodes", where="--nodes", mend=mend)
 
 
 def _variables(profile: Profile) -> dict[str, str]:
@@ -75,8 +90,6 @@ def _module(errand: Errand, python: str = sys.executable) -> tuple[str, ...]:
 
 
 def _local(errand: Errand) -> Sequence[Sequence[str]]:
-    if errand.nodes != 1:
-        raise UserError(f"{errand.nodes} nodes", where="--nodes", mend=f"profile {errand.profile.name} is one machine")
     return [_module(errand)]
 
 
@@ -128,10 +141,7 @@ def _ssh(errand: Errand) -> Sequence[Sequence[str]]:
     """`launcher.hosts` for each host by itself: one that cannot be reached does not end the others."""
     ssh = errand.profile.ssh
     assert ssh is not None
-    hosts = tuple(map(parse_host, ssh.hosts))[: errand.nodes]
-    if len(hosts) < errand.nodes:
-        mend = f"profile {errand.profile.name} has {len(hosts)} hosts"
-        raise UserError(f"{errand.nodes} nodes", where="--nodes", mend=mend)
+    hosts = ssh.usable[: errand.nodes]
     write_json(RunLayout(errand.folder).info, {"doctor": True})  # what a host looks for before it starts anything
     port = ssh.rendezvous_port or 20000 + zlib.crc32(str(errand.folder).encode()) % 10000
     endpoint = f"{hosts[0].address}:{port}" if len(hosts) > 1 else ""

@@ -15,6 +15,8 @@ from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
 
+_THERE = "cancel it there; if that machine is gone for good, vqscale requeue --take-over first"
+
 
 class Supervised:
     """Runs stages one after the other, each by a command of a detached supervisor on this machine.
@@ -102,7 +104,7 @@ class Supervised:
         identity = read_json(layout.supervisor)
         alive = process.is_alive(identity) if identity else False
         if alive is None:
-            raise UserError(f"runs on {identity['host']}", where=layout.root.name, mend="cancel it there")
+            raise UserError(f"runs on {identity['host']}", where=layout.root.name, mend=_THERE)
         if identity and alive:
             process.terminate(identity)
             _wait_for_end(layout, identity)

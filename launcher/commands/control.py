@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 
 from cluster.profile import Profile
 from launcher.backends import Backend, backend_for
@@ -18,6 +19,7 @@ from launcher.saves import short_of_time
 from launcher.state import ENDED, RunState, StageState
 from launcher.status import read_status
 from launcher.sweep import find as find_sweep
+from launcher.taking_over import left_elsewhere, taken_over
 from launcher.wording import what_next
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import TRAINED
@@ -66,26 +68,31 @@ def requeue(arguments: argparse.Namespace) -> int:
     """Start the supervisor of a run again, or what is left of a sweep."""
     found = find_sweep(arguments.run)
     if found:
-        if arguments.stages or arguments.follow or arguments.on or arguments.overrides:
-            what = "--stages, --on, --follow and other resources are for one run"
+        if arguments.stages or arguments.follow or arguments.on or arguments.overrides or arguments.take_over:
+            what = "--stages, --on, --follow, --take-over and other resources are for one run"
             raise UserError(what, where=found[1].id, mend="name one of its runs")
         return requeue_sweep(*found, arguments.json)
     layout = resolve(arguments.run)
     before = read_status(layout)
     if before.alive:
         raise UserError("is running", where=before.id, mend=f"vqscale status {before.id} --watch shows it")
-    if before.alive is None:
-        raise UserError(f"cannot be gone on with from here: {before.note}", where=before.id, mend="requeue it there")
+    lost = left_elsewhere(layout) if before.alive is None else None
+    if before.alive is None and not (lost and arguments.take_over):
+        mend = "requeue it there" + (", or if that machine is gone for good, add --take-over" if lost else "")
+        raise UserError(f"cannot be gone on with from here: {before.note}", where=before.id, mend=mend)
     state = RunState.read(layout)
     if arguments.stages:
         _add_stages(layout, state, arguments.stages)
     if all(layout.done(stage).exists() for stage in state.stages):
         raise UserError("is done", where=before.id, mend="there is nothing to go on with; submit a new run")
-    if arguments.on or arguments.overrides:
-        move(layout, arguments.on, arguments.overrides)
-    state.reopen(layout)
-    state.write(layout)
-    _backend(layout).submit(layout)
+    with taken_over(layout, lost) if lost else nullcontext() as unsure:
+        if arguments.on or arguments.overrides:
+            move(layout, arguments.on, arguments.overrides)
+        state.reopen(layout)
+        state.write(layout)
+        _backend(layout).submit(layout)
+    if unsure:
+        print(f"warning: {unsure}", file=sys.stderr)
     for warning in short_of_time([layout], read_json(layout.info)["profile"]["grace_s"]):
         print(f"warning: {warning}", file=sys.stderr)
     unfinished = [name for name, stage in state.stages.items() if stage.state != "done"]
@@ -100,7 +107,8 @@ def requeue(arguments: argparse.Namespace) -> int:
 def _add_stages(layout: RunLayout, state: RunState, text: str) -> None:
     recipe = layout.read_recipe()
     wanted = {*state.stages, *select_stages(recipe, text, layout)}
-    state.stages = {name: state.stages.get(name, StageState()) for name in recipe.stages if name in wanted}
+    fresh = {name: StageState(tasks=recipe.resources.array_of(name)) for name in recipe.stages}
+    state.stages = {name: state.stages.get(name, fresh[name]) for name in recipe.stages if name in wanted}
 
 
 def _backend(layout: RunLayout) -> Backend:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cluster.preflight.verdict import Verdict
 from cluster.profile import Profile
+from launcher.backends.everywhere import refuse_too_many
 from launcher.doctor import TOGETHER, Examination
 from launcher.plan import load_profile
 from launcher.tables import console
@@ -53,10 +54,10 @@ def _nodes(asked: int | None, profile: Profile) -> int:
     """As many as a stage has; two where that is left open, since one shows nothing of the network."""
     if asked is not None and asked < 1:
         raise UserError(f"{asked} nodes", where="--nodes", mend="choose 1 or more")
-    if profile.ssh is not None:
-        return asked or len(profile.ssh.hosts)
     section = profile.slurm or profile.kubernetes
-    return asked or (1 if section is None else section.nodes or 2)
+    usual = max(1, len(profile.ssh.usable)) if profile.ssh else 1 if section is None else section.nodes or 2
+    refuse_too_many(profile, asked or usual)
+    return asked or usual
 
 
 def folded(found: Sequence[Verdict]) -> list[Verdict]:

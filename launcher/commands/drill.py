@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from launcher.drill import Drill, Kill, Outcome, random_kills, shortened, standard_faults
 from launcher.registry import resolve
 from vqscale.config.load import load_recipe
+from vqscale.config.recipe import Recipe
 from vqscale.errors import UserError
 from vqscale.faults import Fault, parse_faults
 
@@ -25,10 +26,12 @@ def drill(arguments: argparse.Namespace) -> int:
     run = resolve(arguments.run)
     overrides = shortened(run.read_recipe(), arguments.stage, arguments.overrides)
     recipe = load_recipe(run.recipe, overrides)
+    faults = _faults(arguments, recipe)
     trial = Drill(run, recipe, arguments.stage)
     outcomes = [trial.undisturbed()]
     _say(outcomes[0], 0, 0)
-    faults = _faults(arguments, trial)
+    if arguments.random is not None:
+        faults = random_kills(recipe, arguments.stage, arguments.random, arguments.seed, trial.seconds)
     for number, fault in enumerate(faults, 1):
         outcomes.append(trial.under(fault, number))
         _say(outcomes[-1], number, len(faults))
@@ -41,16 +44,20 @@ def drill(arguments: argparse.Namespace) -> int:
     return EXIT_DIFFERS if bad else 0
 
 
-def _faults(arguments: argparse.Namespace, trial: Drill) -> list[Fault | Kill]:
+def _faults(arguments: argparse.Namespace, recipe: Recipe) -> list[Fault | Kill]:
+    """What is asked for, all of it checked; none where it is left to chance, which needs to know how long it takes."""
     if arguments.random is not None:
         if arguments.random < 1:
             raise UserError(f"{arguments.random} kills", where="--random", mend="ask for one or more")
-        return random_kills(trial.recipe, trial.stage, arguments.random, arguments.seed, trial.seconds)
+        return []
     if arguments.faults:
-        return [*parse_faults(arguments.faults)]
-    if trial.stage == "extract":
+        try:
+            return [*parse_faults(arguments.faults)]
+        except UserError as error:
+            raise UserError(error.what, where="--faults", mend=error.mend) from None
+    if arguments.stage == "extract":
         raise UserError("has no steps for faults", where="--stage extract", mend="use --random N")
-    return [*standard_faults(trial.recipe, trial.stage)]
+    return [*standard_faults(recipe, arguments.stage)]
 
 
 def _say(outcome: Outcome, number: int, of: int) -> None:

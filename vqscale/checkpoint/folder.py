@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from vqscale.checkpoint.manifest import (
     LARGEST,
     MANIFEST,
     STATE,
+    SUBMITTED,
     FaultError,
     Manifest,
     parse,
@@ -182,6 +183,13 @@ def require(where: str | Path, stage: str) -> Stored:
     return found
 
 
+def _is_foreign(where: str | Path, step: int, made_by: Mapping[str, str]) -> bool:
+    try:
+        return is_foreign(open_stored(where, step).manifest, made_by)
+    except FaultError:
+        return False
+
+
 def remove(where: str | Path, step: int) -> None:
     """Remove a checkpoint; its manifest goes first, so that a removal that is cut off leaves no checkpoint.
 
@@ -193,12 +201,19 @@ def remove(where: str | Path, step: int) -> None:
     storage.remove_folder(url)
 
 
-def retire(where: str | Path, step: int, keep: int) -> list[int]:
+def is_foreign(manifest: Manifest, made_by: Mapping[str, str]) -> bool:
+    """Whether another run wrote a checkpoint; one that does not say is nobody else's."""
+    mine = made_by.get(SUBMITTED)
+    return mine is not None and manifest.made_by.get(SUBMITTED, mine) != mine
+
+
+def retire(where: str | Path, step: int, keep: int, made_by: Mapping[str, str]) -> list[int]:
     """Remove all but the newest `keep` up to `step`, which has just been committed; returns the steps that went.
 
-    Later ones go too: they were damaged, or the run would not have been resumed before them.
+    Later ones go too: they were damaged, or the run would not have been resumed before them. Those of another run are
+    left to it.
     """
-    found = steps(where)
+    found = [one for one in steps(where) if not _is_foreign(where, one, made_by)]
     kept = [one for one in found if one <= step][:keep]
     gone = [one for one in found if one not in kept]
     for one in gone:

@@ -95,6 +95,8 @@ class TensorRecord(_Record):
 
 CODES_OF = "codes_of"
 """Key in `Manifest.made_by` of a prior: fingerprint of the tokenizer whose codes it was trained on."""
+SUBMITTED = "submitted"
+"""Key in `Manifest.made_by`: when and where the run was made, which tells it from others of the same id."""
 
 
 class Manifest(_Record):
@@ -111,7 +113,8 @@ class Manifest(_Record):
     strategy: str
     """How the model was spread over them; any other can read it."""
     made_by: dict[str, str] = {}
-    """Recipe, code and versions, for people; and of a prior whose codes it knows (`CODES_OF`)."""
+    """Recipe, code and versions, for people; which run it is (`SUBMITTED`); of a prior whose codes it knows
+    (`CODES_OF`)."""
     files: dict[FileName, FileRecord]
     """All files but this one."""
     tensors: dict[Name, TensorRecord]

@@ -36,6 +36,7 @@ RUN/
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from vqscale.config.load import load_recipe
@@ -75,6 +76,14 @@ class RunLayout:
     def id(self) -> str:
         """The run's name in the index; that of its directory, where nobody has put it there."""
         return str((read_json(self.info) or {}).get("id", self.root.name))
+
+    @property
+    def submitted(self) -> str | None:
+        """When and where the run was made, which no other run of the same id shares; None where nobody wrote it."""
+        info = read_json(self.info) or {}
+        if "created" not in info:
+            return None
+        return f"{datetime.fromtimestamp(info['created'], UTC).isoformat()} on {info.get('host', '?')}"
 
     @property
     def code(self) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -11,10 +12,14 @@ import yaml
 from pydantic import BaseModel, Tag, ValidationError
 
 from vqscale.arguments import did_you_mean
+from vqscale.config.plain import load_yaml
 from vqscale.config.recipe import Recipe
 from vqscale.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_LONGEST = 60
+"""Letters of a value that are quoted in a line."""
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -33,19 +38,25 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def load_model(model: type[Model], path: str | Path, overrides: Iterable[str] = ()) -> Model:
     """Read any typed YAML file (a recipe, a profile) with the errors that `load_recipe` promises."""
-    source = str(path)
-    tree = _read_yaml(Path(path))
-    for text in overrides:
+    tree, changes = _read_yaml(Path(path)), tuple(overrides)
+    for text in changes:
         _apply_override(tree, text)
-    return parse(model, tree, source)
+    return parse(model, tree, str(path), changes)
 
 
-def parse(model: type[Model], tree: Mapping[str, Any], source: str) -> Model:
-    """Check a tree of plain values against a model; `source` names it in errors."""
+def parse(model: type[Model], tree: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Model:
+    """Check a tree of plain values against a model.
+
+    Args:
+        model: the model.
+        tree: the values.
+        source: names the tree in errors.
+        overrides: those that the tree has already; one that is at fault is named instead.
+    """
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise _explain(model, error, source) from None
+        raise _explain(model, error, source, overrides) from None
 
 
 def dump_yaml(model: BaseModel) -> str:
@@ -55,7 +66,7 @@ def dump_yaml(model: BaseModel) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("no such file", where=str(path), mend="check the path") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -74,7 +85,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     if not separator or not key:
         raise UserError(f"{text!r} is no override", mend="write dotted.key=value")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = load_yaml(value)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2024-13-45
         raise UserError(f"the value {value!r} is not YAML", where=key, mend="quote it") from None
     node: Any = tree
@@ -104,7 +115,7 @@ def _index(node: list[Any], part: str, key: str) -> int:
     raise UserError(f"'{part}' is no item of a list of {len(node)}", where=key, mend=f"use 0 to {len(node) - 1}")
 
 
-def _explain(model: type[BaseModel], error: ValidationError, source: str) -> UserError:
+def _explain(model: type[BaseModel], error: ValidationError, source: str, overrides: Sequence[str]) -> UserError:
     """The first fault as one line; the number of further ones behind it."""
     # Unknown keys first: a misspelt key that is required is also missing.
     faults = sorted(filter(_is_fault, error.errors(include_url=False)), key=lambda f: f["type"] != "extra_forbidden")
@@ -112,6 +123,7 @@ def _explain(model: type[BaseModel], error: ValidationError, source: str) -> Use
     more = f" ({len(faults) - 1} more below it)" if len(faults) > 1 else ""
     location, section = _follow(model, [str(part) for part in fault["loc"]])
     key = ".".join(location)
+    source = _override_at_fault(overrides, location, fault) or source
     if fault["type"] == "extra_forbidden":
         return UserError(f"unknown key '{key}'{more}", where=source, mend=_valid_keys(section, location))
     if fault["type"] == "missing":
@@ -126,14 +138,28 @@ def _explain(model: type[BaseModel], error: ValidationError, source: str) -> Use
     return UserError(f"'{key}' is {got}{more}", where=source, mend=fault["msg"][:1].lower() + fault["msg"][1:])
 
 
+def _override_at_fault(overrides: Sequence[str], location: list[str], fault: Any) -> str:
+    """The last override that has set the key at fault, one above it, or one that the message names; else empty."""
+    place = [*location, "kind"] if fault["type"] == "union_tag_invalid" else location
+    said = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else ""
+    for text in reversed(overrides):
+        key = text.partition("=")[0]
+        path = key.split(".")
+        below = ".".join(path[len(location) :]) if path[: len(location)] == location else key
+        named = re.search(rf"(?<![\w.])({re.escape(key)}|{re.escape(below)})(?![\w.])", said) if below else None
+        if path == place[: len(path)] or named:
+            return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return ""
+
+
 def _is_fault(fault: Any) -> bool:
     """A list whose items are wrong is reported as too short besides."""
     return fault["type"] != "too_short" or len(fault["input"]) < fault["ctx"]["min_length"]
 
 
-def _short(value: Any, limit: int = 60) -> str:
+def _short(value: Any) -> str:
     text = f"{value!r} (a {type(value).__name__})"
-    return text if len(text) <= limit else f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"a {type(value).__name__}"
 
 
 def _valid_keys(section: type[BaseModel], location: list[str]) -> str:

@@ -208,7 +208,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     """Name of the experiment; runs are called name-date-time."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything: data order, initialisation, restarts, dropout."""
     data: Data
     """Images."""

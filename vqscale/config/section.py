@@ -10,6 +10,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationInfo, field_validator
 from pydantic.json_schema import JsonSchemaValue
 
+from vqscale.numbers import number_fault
+
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -32,11 +34,9 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _numbers_are_no_flags(cls, value: Any, info: ValidationInfo) -> Any:
-        """`steps: true` is a slip of the pen, not one step."""
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and annotation in (int, float):
-            raise ValueError(f"is {str(value).lower()}; write a number")
+    def _numbers_are_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        if fault := number_fault(value, cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(fault)
         return value
 
     @classmethod

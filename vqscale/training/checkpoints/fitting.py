@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from vqscale.checkpoint.folder import Stored, open_stored, steps
-from vqscale.checkpoint.manifest import CODES_OF, FaultError
+from vqscale.checkpoint.folder import Stored, is_foreign, open_stored, steps
+from vqscale.checkpoint.manifest import CODES_OF, SUBMITTED, FaultError
 from vqscale.errors import UserError
+from vqscale.events import newest
 from vqscale.training.pieces import EXTRA
 
 Entry = tuple[tuple[int, ...], str]
@@ -47,6 +49,34 @@ def require_seed(stored: Stored, state: Mapping[str, Any], seed: int) -> None:
         raise UserError(
             f"was trained with seed {state.get('seed')}, the recipe has {seed}", where=stored.url, mend=_MEND
         )
+
+
+def require_run(stored: Stored, made_by: Mapping[str, str]) -> None:
+    """In a folder for many runs another one may have had the same id: one that was deleted, or of another user.
+
+    Raises:
+        UserError: another run wrote it.
+    """
+    if is_foreign(stored.manifest, made_by):
+        theirs, mine = (one.get(SUBMITTED) for one in (stored.manifest.made_by, made_by))
+        what = f"is of another run with this id (made {theirs}; this one {mine})"
+        mend = "remove its folder if nobody needs it, or submit with another --run NAME or resources.checkpoints"
+        raise UserError(what, where=stored.url, mend=mend)
+
+
+def require_none(where: str, events: Path | None, notes: Sequence[str]) -> None:
+    """Where no valid checkpoint is found there was none: a folder that is not mounted looks as an empty one.
+
+    Raises:
+        UserError: one was committed, as the stage's events tell.
+    """
+    last = newest(events, "checkpoint").get("checkpoint") if events else None
+    if last is None:
+        return
+    told = "; ".join(notes) or "there is none"
+    what = f"step {last['step']} was committed, but no valid checkpoint is found ({told})"
+    mend = f"bring the storage back and requeue; to begin anew on purpose, remove {events}"
+    raise UserError(what, where=where, mend=mend)
 
 
 def require_codes(stored: Stored, made_by: Mapping[str, str]) -> None:

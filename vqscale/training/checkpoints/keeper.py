@@ -26,7 +26,7 @@ from vqscale.errors import UserError
 from vqscale.faults import NO_FAULTS, Faults
 from vqscale.training.checkpoints.background import Background
 from vqscale.training.checkpoints.faults import no_room, storage_fault
-from vqscale.training.checkpoints.fitting import changed_settings, require_codes, require_seed
+from vqscale.training.checkpoints.fitting import changed_settings, require_codes, require_none, require_seed
 from vqscale.training.checkpoints.group import Group
 from vqscale.training.checkpoints.held import Held, hold
 from vqscale.training.checkpoints.reader import Checkpoint
@@ -149,19 +149,24 @@ class Checkpoints:
         if self._background.busy:
             self._report(self._background.wait(), journal)
 
-    def resume(self, task: Task) -> tuple[int, list[str]]:
+    def resume(self, task: Task, events: Path | None = None) -> tuple[int, list[str]]:
         """Load the newest valid checkpoint; collective.
 
         Rank 0 looks which ones there are; the ranks share the checking of the files. All of them go by what all found.
+
+        Args:
+            task: is filled.
+            events: of the stage, which tell whether there has to be one.
 
         Returns:
             Its step (0: there is none), and lines about what was passed over or has changed.
 
         Raises:
-            UserError: it does not fit the recipe, or cannot be reached.
+            UserError: it does not fit the recipe, is another run's, is gone, or cannot be reached.
         """
-        stored, notes = choose(self._where, self._group)
+        stored, notes = choose(self._where, self._group, self._made_by)
         if stored is None:
+            self._group.first_says(lambda: require_none(self._where, events, notes))
             return 0, notes
         chosen, training = Checkpoint(stored), self._engine.training
         saved = self._group.first_says(chosen.state)
@@ -209,7 +214,7 @@ class Checkpoints:
 
     def _retire(self, step: int) -> str:
         try:
-            folder.retire(self._where, step, self._engine.training.keep)
+            folder.retire(self._where, step, self._engine.training.keep, self._made_by)
         except (OSError, UserError) as error:
             return f"old checkpoints could not be removed ({error})"
         return ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -10,23 +12,24 @@ from vqscale.checkpoint.folder import Stored
 from vqscale.checkpoint.manifest import FaultError
 from vqscale.errors import UserError
 from vqscale.training.checkpoints.faults import storage_fault
-from vqscale.training.checkpoints.fitting import Entry, require_fit
+from vqscale.training.checkpoints.fitting import Entry, require_fit, require_run
 from vqscale.training.checkpoints.group import Group
 from vqscale.training.checkpoints.held import hold
 from vqscale.training.checkpoints.reader import HeldPlanner, Reader
 from vqscale.training.checkpoints.seams import Engine, Task
 
 
-def choose(where: str, group: Group) -> tuple[Stored | None, list[str]]:
+def choose(where: str, group: Group, made_by: Mapping[str, str]) -> tuple[Stored | None, list[str]]:
     """The newest valid checkpoint by all ranks' judgement, and a line for each one passed over; collective.
 
     Raises:
-        UserError: the storage cannot be reached by one of them.
+        UserError: the storage cannot be reached by one of them, or holds another run's.
     """
     notes: list[str] = []
     for step in group.first_says(lambda: folder.steps(where)):
         found, fault = group.first_says(lambda step=step: _open(where, step))  # type: ignore[misc]
         if found is not None:
+            require_run(found, made_by)
             fault = next(filter(None, group.each(lambda found=found: _check(found, group))), "")  # type: ignore[misc]
             if not fault:
                 return found, notes
