@@ -191,8 +191,7 @@ def peers(bench: Bench, problem: Problem, ours: VQVAE) -> Iterator[Contender]:
     for name, half in (("plain", False), ("plain_bf16", True)):
         network = PlainVQVAE2(package, shape, settings.quantizer.decay, commitment).to(problem.device)
         if not half:
-            with torch.backends.cudnn.flags(allow_tf32=False):
-                check_networks(bench, ours, network, normalised(problem.sets[2][:2]), commitment)
+            check_networks(bench, ours, network, normalised(problem.sets[2][:2]), commitment)
         network.take(ours)
         trainer = PlainTrainer(network, settings.training.learning_rate, half=half)
         yield problem.contender(name, trainer.step)

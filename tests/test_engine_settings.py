@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.recipes import tiny_recipe
-from tests.training_helpers import Experiment, clock_run, code_shards, one_process, prior_experiment
+from tests.training_helpers import Experiment, clock_run, code_shards, one_process, prior_experiment, tf32_allowed
 from vqscale.errors import UserError
 from vqscale.training.distributed import Ranks
 from vqscale.training.transfer import DeviceBatch
@@ -60,6 +60,13 @@ def test_a_micro_batch_is_checked_against_the_ranks_that_there_are() -> None:
     assert batch.split(None) == [batch]
     with pytest.raises(UserError, match=r"training\.micro_batch: 3 does not divide the 8 samples of a rank"):
         batch.split(3)
+
+
+def test_fp32_is_exact_on_gpus_where_a_stage_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tf32_allowed() as allowed:
+        assert allowed()
+        with one_process(monkeypatch):
+            assert not allowed()
 
 
 def test_zero_without_deepspeed_is_one_clear_line(alone: Ranks, codes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
