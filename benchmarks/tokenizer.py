@@ -111,7 +111,7 @@ class Ours:
     def step(self, images: Tensor) -> Tensor:
         """What `vqscale.training.loop` does in a step, on this rank's uint8 [B, S, S, 3] of the batch; the loss."""
         torch.manual_seed(mix(self._seed, self._step, self._rank))
-        index = self._rank * len(images) + torch.arange(len(images), device=images.device)
+        index = self._rank * len(images) + torch.arange(len(images))
         self._steps.take(DeviceBatch(self._step, {"image": images}, index))
         self._step += 1
         return self._steps.losses["total"]
