@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,11 +18,13 @@ from torch._dynamo.testing import CompileCounter
 from tests.recipes import tiny_recipe
 from tests.training_helpers import Experiment, clock_run, code_shards, one_process, prior_experiment, tf32_allowed
 from vqscale.config.training import Training
+from vqscale.data.loader import Batch
 from vqscale.errors import UserError
 from vqscale.models.convnets import Stack
+from vqscale.models.quantizer import Donors
 from vqscale.training.distributed import Ranks
 from vqscale.training.engine import _equip
-from vqscale.training.transfer import DeviceBatch
+from vqscale.training.transfer import DeviceBatch, _on
 
 T = "prior__training__"
 
@@ -102,6 +105,16 @@ def test_fp32_is_exact_on_gpus_where_a_stage_begins(monkeypatch: pytest.MonkeyPa
         assert allowed()
         with one_process(monkeypatch):
             assert not allowed()
+
+
+def test_places_in_the_global_batch_stay_on_the_cpu() -> None:
+    """Their copy would be one from pageable memory, which waits for all before it; donors are found without them."""
+    device = torch.device("meta")
+    batch = _on(Batch(0, {"label": np.arange(8)}, np.arange(8)), device)
+    assert batch.fields["label"].device == device
+    assert batch.index.tolist() == list(range(8))
+    drawn = Donors(batch.index, 8, 0).draw(torch.empty(8, 4, 3, device=device), 0, 5)
+    assert (drawn.device, drawn.shape) == (device, (5, 3))
 
 
 def test_zero_without_deepspeed_is_one_clear_line(alone: Ranks, codes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
