@@ -131,8 +131,8 @@ class Ours:
     def step(self, codes: Tensor) -> Tensor:
         """What `vqscale.training.loop` does in a step, on int64 [B, side, side]; the loss."""
         torch.manual_seed(mix(0, self._step, 0))
-        index = torch.arange(len(codes), device=codes.device)
-        self._steps.take(DeviceBatch(self._step, {LEVEL: codes, "label": torch.full_like(index, -1)}, index))
+        labels = torch.full((len(codes),), -1, device=codes.device)
+        self._steps.take(DeviceBatch(self._step, {LEVEL: codes, "label": labels}, torch.arange(len(codes))))
         self._step += 1
         return self._steps.losses["total"]
 

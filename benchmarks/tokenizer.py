@@ -111,7 +111,7 @@ class Ours:
     def step(self, images: Tensor) -> Tensor:
         """What `vqscale.training.loop` does in a step, on this rank's uint8 [B, S, S, 3] of the batch; the loss."""
         torch.manual_seed(mix(self._seed, self._step, self._rank))
-        index = self._rank * len(images) + torch.arange(len(images), device=images.device)
+        index = self._rank * len(images) + torch.arange(len(images))
         self._steps.take(DeviceBatch(self._step, {"image": images}, index))
         self._step += 1
         return self._steps.losses["total"]
@@ -191,8 +191,7 @@ def peers(bench: Bench, problem: Problem, ours: VQVAE) -> Iterator[Contender]:
     for name, half in (("plain", False), ("plain_bf16", True)):
         network = PlainVQVAE2(package, shape, settings.quantizer.decay, commitment).to(problem.device)
         if not half:
-            with torch.backends.cudnn.flags(allow_tf32=False):
-                check_networks(bench, ours, network, normalised(problem.sets[2][:2]), commitment)
+            check_networks(bench, ours, network, normalised(problem.sets[2][:2]), commitment)
         network.take(ours)
         trainer = PlainTrainer(network, settings.training.learning_rate, half=half)
         yield problem.contender(name, trainer.step)

@@ -123,11 +123,13 @@ class PlainTrainer:
     def step(self, images: Tensor) -> Tensor:
         """One step on uint8 [B, S, S, 3]; the loss."""
         x = normalised(images)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._half):
-            rebuilt, _, commitment = self.network(x)
-        loss = F.mse_loss(rebuilt.float(), x) + commitment
-        self._optimizer.zero_grad()
-        loss.backward()
+        # TF32 in convolutions is torch's default, which our processes switch off.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self._half):
+                rebuilt, _, commitment = self.network(x)
+            loss = F.mse_loss(rebuilt.float(), x) + commitment
+            self._optimizer.zero_grad()
+            loss.backward()
         self._optimizer.step()
         return loss.detach()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vqscale.models import cross_entropy as module
 from vqscale.models.cross_entropy import cross_entropy
@@ -60,3 +61,11 @@ def test_no_copy_of_the_logits_is_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         cross_entropy(logits, torch.randint(32, (64,)))
     assert kept == [(logits.shape, torch.bfloat16), (torch.Size([64]), torch.int64)]
+
+
+@pytest.mark.parametrize(("device", "parts"), [("cuda", 8), ("cpu", 512)])
+def test_a_gpu_is_given_few_large_parts(device: str, parts: int) -> None:
+    """32 sequences of 4,096 codes of 8,192: a part costs about ten kernel launches, forward and backward."""
+    with FakeTensorMode():
+        logits = torch.empty(32 * 4096, 8192, dtype=torch.bfloat16, device=device)
+        assert len(module._parts(logits)[0]) == parts

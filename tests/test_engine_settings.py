@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounter
 
 from tests.recipes import tiny_recipe
-from tests.training_helpers import Experiment, clock_run, code_shards, one_process, prior_experiment
+from tests.training_helpers import Experiment, clock_run, code_shards, one_process, prior_experiment, tf32_allowed
+from vqscale.config.training import Training
+from vqscale.data.loader import Batch
 from vqscale.errors import UserError
+from vqscale.models.convnets import Stack
+from vqscale.models.quantizer import Donors
 from vqscale.training.distributed import Ranks
-from vqscale.training.transfer import DeviceBatch
+from vqscale.training.engine import _equip
+from vqscale.training.transfer import DeviceBatch, _on
 
 T = "prior__training__"
 
@@ -60,6 +70,51 @@ def test_a_micro_batch_is_checked_against_the_ranks_that_there_are() -> None:
     assert batch.split(None) == [batch]
     with pytest.raises(UserError, match=r"training\.micro_batch: 3 does not divide the 8 samples of a rank"):
         batch.split(3)
+
+
+class Many(nn.Module):
+    """Units that all are shaped otherwise, as the stacks of four levels are."""
+
+    units = (Stack,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stacks = nn.ModuleList(Stack(nn.Linear(2, 3 + place)) for place in range(12))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [stack(x) for stack in self.stacks]
+
+
+def test_all_units_are_compiled_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter, model, x = CompileCounter(), Many(), torch.ones(1, 2)
+    expected = model(x)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        _equip(model, Training(steps=1, global_batch=1, learning_rate=1.0, compile=True))
+        assert all(map(torch.equal, model(x), expected))
+        assert counter.frame_count == len(model.stacks)
+        torch._dynamo.config.recompile_limit = 1
+        with pytest.raises(FailOnRecompileLimitHit):
+            model(torch.ones(1, 2, dtype=torch.float64).requires_grad_().float())
+    torch._dynamo.reset()
+
+
+def test_fp32_is_exact_on_gpus_where_a_stage_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tf32_allowed() as allowed:
+        assert allowed()
+        with one_process(monkeypatch):
+            assert not allowed()
+
+
+def test_places_in_the_global_batch_stay_on_the_cpu() -> None:
+    """Their copy would be one from pageable memory, which waits for all before it; donors are found without them."""
+    device = torch.device("meta")
+    batch = _on(Batch(0, {"label": np.arange(8)}, np.arange(8)), device)
+    assert batch.fields["label"].device == device
+    assert batch.index.tolist() == list(range(8))
+    drawn = Donors(batch.index, 8, 0).draw(torch.empty(8, 4, 3, device=device), 0, 5)
+    assert (drawn.device, drawn.shape) == (device, (5, 3))
 
 
 def test_zero_without_deepspeed_is_one_clear_line(alone: Ranks, codes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -14,6 +15,7 @@ import torch
 
 from pipelines.export import main
 from tests.trained import copy_of, trained_run
+from tests.training_helpers import tf32_allowed
 from vqscale import load_prior, load_tokenizer, storage
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
@@ -63,6 +65,14 @@ def test_any_storage_will_do(trained: Path) -> None:
         require_same(trained, url)
     finally:
         fsspec.filesystem("memory").rm("/exported", recursive=True)
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_prior])
+def test_fp32_is_exact_on_gpus_where_a_model_is_loaded(trained: Path, load: Callable[[Path], object]) -> None:
+    """And where a stage begins: `test_engine_settings.py::test_fp32_is_exact_on_gpus_where_a_stage_begins`."""
+    with tf32_allowed() as allowed:
+        load(trained)
+        assert not allowed()
 
 
 def test_a_tokenizer_alone(trained: Path, tmp_path: Path) -> None:

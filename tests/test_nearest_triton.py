@@ -129,10 +129,12 @@ def test_of_equal_codes_the_lowest_is_taken(kernels: ModuleType) -> None:
 
 
 @kernel_test
-def test_vectors_with_nan_get_code_0_and_leave_the_others_alone(kernels: ModuleType) -> None:
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF])
+def test_vectors_with_nan_get_code_0_and_leave_the_others_alone(kernels: ModuleType, bits: int) -> None:
+    """NaN as a CPU writes it, and as a GPU's arithmetic does."""
     z, codes = cloud(140, 50, 24)
     spoilt = z.clone()
-    spoilt[7, 3], spoilt[8, 2] = float("nan"), float("inf")
+    spoilt[7, 3], spoilt[8, 2] = torch.tensor(bits, dtype=torch.int32).view(torch.float32), float("inf")
     rest = (torch.arange(140) != 7) & (torch.arange(140) != 8)
     plain, found = run(kernels, z, codes), run(kernels, spoilt, codes)
     assert found.codes[7] == 0

@@ -92,6 +92,58 @@ def test_a_sample_depends_on_its_seed_alone(kinds: tuple[str, ...]) -> None:
     assert len(together[1].flatten(1).unique(dim=0)) > 60
 
 
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+@pytest.mark.parametrize("kinds", [("transformer",), ("masked", "blockwise")])
+@torch.no_grad()
+def test_a_gpu_draws_as_many_at_once_as_its_memory_holds(
+    kinds: tuple[str, ...], guidance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior, sampling, classes, seeds = make(*kinds), Sampling(guidance=guidance), torch.arange(8) % 4, range(8)
+    whole = prior.generate(classes, seeds, sampling)
+    rows = max(network.row_bytes(torch.float32) for network in prior.networks)  # type: ignore[operator]
+    batches: list[int] = []
+
+    def watched(self: Prior, classes: Tensor, *rest: Any) -> list[Tensor]:
+        batches.append(len(classes))
+        return draw(self, classes, *rest)
+
+    draw = Prior._draw
+    monkeypatch.setattr(Prior, "_draw", watched)
+    monkeypatch.setattr("vqscale.models.prior.free_memory", lambda device: 8 * rows)  # of which 0.8 are taken
+    parts = prior.generate(classes, seeds, sampling)
+    assert batches == ([6, 2] if guidance == 1 else [3, 3, 2])
+    assert all(torch.equal(one, other) for one, other in zip(parts, whole, strict=True))
+    monkeypatch.setattr("vqscale.models.prior.free_memory", lambda device: 1)
+    assert len(prior.generate(classes[:2], seeds[:2], sampling)[0]) == 2, "one at a time at least"
+
+
+def test_the_cache_of_the_imagenet_recipe_is_as_large_as_is_said() -> None:
+    """In docs/sampling.md: 480 MiB a row in bf16, two rows an image, and 256 images at once."""
+    recipe = load_recipe(ROOT / "pipelines/recipes/imagenet256.yaml")
+    assert (recipe.sample.batch, recipe.sample.guidance, recipe.prior.training.precision) == (256, 1.5, "bf16")
+    with torch.device("meta"):
+        prior = build_prior(recipe.prior, grid_shapes(recipe.levels), 1000)
+    (network,) = prior.networks
+    assert network.row_bytes(torch.bfloat16) // 2**20 == 480  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", SMALL)
+@torch.no_grad()
+def test_drawing_as_a_gpu_does_after_training_in_bf16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most codes are those of fp32: rounding decides between codes that are nearly as likely."""
+    training = {"prior__training__precision": "bf16"}
+    prior, plain = make("transformer", kind, **training), make("transformer", kind)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (prior.drawing_dtype(gpu), prior.drawing_dtype(cpu)) == (torch.bfloat16, None)
+    assert plain.drawing_dtype(gpu) is None
+    classes, seeds = torch.arange(64) % 4, range(64)
+    exact = plain.generate(classes, seeds, Sampling(guidance=1.5))
+    assert all(map(torch.equal, prior.generate(classes, seeds, Sampling(guidance=1.5)), exact)), "on a CPU the same"
+    monkeypatch.setattr(Prior, "drawing_dtype", lambda prior, device: torch.bfloat16)
+    for codes, wanted in zip(prior.generate(classes, seeds, Sampling(guidance=1.5)), exact, strict=True):
+        assert 0.8 < (codes == wanted).float().mean() <= 1
+
+
 @every_kind
 @torch.no_grad()
 def test_guidance_of_one_is_none(kinds: tuple[str, ...]) -> None:

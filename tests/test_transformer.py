@@ -93,6 +93,29 @@ def test_cached_steps_equal_the_full_forward(name: str, given: int, masked: bool
     assert all(torch.equal(a, b) for a, b in zip(decoder.codes(), codes[given:], strict=True))
 
 
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_steps_in_bf16_are_the_forward_under_autocast(name: str) -> None:
+    """And the cache is as large as is said, which a GPU's batches are bounded by."""
+    model, codes, classes = make(name), sample_codes(4), torch.tensor([0, 1, 2, 3])
+    exact = model([], codes, classes)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = model([], codes, classes)
+    decoder = Decoder(model, classes, dtype=torch.bfloat16)
+    flat, off, allowed = torch.cat([grid.flatten(1) for grid in codes], dim=1), 0.0, 0.0
+    for position in range(model.length):
+        level, cell = model.locate(position)
+        at = torch.tensor([position])
+        step = decoder.logits(level, at, position + 1)
+        assert step.dtype == torch.bfloat16
+        off += (step - exact[level][:, cell]).square().sum().item()
+        allowed += (narrow[level][:, cell] - exact[level][:, cell]).square().sum().item()
+        decoder.put(flat[:, position], at)
+    assert 0 < off < 2 * allowed, "rounding errors are of the same size"
+    caches = [part for block in decoder._blocks for part in (block._keys, block._values)]
+    assert sum(part.numel() * part.itemsize for part in caches) == 4 * model.shape.cache_bytes(20, torch.bfloat16)
+
+
 @torch.no_grad()
 def test_what_is_given_reaches_every_code() -> None:
     model, codes, classes = make(given=1), sample_codes(1), torch.tensor([1])

@@ -7,11 +7,13 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.ranks import run_ranks
+from vqscale.training import watchdog
 from vqscale.training.pace import Pace
 from vqscale.training.preemption import Notice
 from vqscale.training.vigil import Vigil
@@ -66,11 +68,31 @@ def test_a_silent_rank_leaves_stacks_and_a_note(tmp_path: Path) -> None:
 def test_all_ranks_dump_when_one_is_over_time(tmp_path: Path) -> None:
     ended = [threading.Event(), threading.Event()]
     with (
-        Watchdog(tmp_path, 0, limit_s=3600, end=ended[0].set),
+        Watchdog(tmp_path, 0, limit_s=50, end=ended[0].set),
         Watchdog(tmp_path, 1, limit_s=0.2, end=ended[1].set),
     ):
         assert all(event.wait(30) for event in ended)
     assert sorted(path.name for path in (tmp_path / "hang").glob("rank-*")) == ["rank-00000.json", "rank-00001.json"]
+
+
+def test_a_rank_seldom_asks_the_shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ten minutes of training, on a clock of the test: a hundred times, and not when the other ranks do."""
+    clock, looked = [0.0], dict[int, list[float]]()
+
+    def wait(seconds: float) -> bool:
+        clock[0] += seconds
+        watched.beat("own part", int(clock[0]))
+        return clock[0] > 600
+
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for rank in (0, 4, 8, 12):
+        clock[0], seen = 0.0, looked.setdefault(rank, [])
+        watched = Watchdog(tmp_path, rank, limit_s=300, end=_never)
+        monkeypatch.setattr(watched, "_over", SimpleNamespace(wait=wait))
+        monkeypatch.setattr(watched, "_noted", lambda seen=seen: bool(seen.append(clock[0])))
+        watched._look()
+    assert all(90 <= len(times) <= 100 for times in looked.values())
+    assert len({times[5] for times in looked.values()}) == 4
 
 
 def test_the_start_may_take_four_times_as_long(tmp_path: Path) -> None:

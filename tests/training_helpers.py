@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -110,6 +110,18 @@ def many_streams(**overrides: Any) -> dict[str, Any]:
         "prior__training__global_batch": 24,
     }
     return common | overrides
+
+
+@contextmanager
+def tf32_allowed() -> Iterator[Callable[[], bool]]:
+    """As torch allows it by default in convolutions, in all products; gives what says whether any may still have it."""
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cublas.allow_tf32
+    cudnn.allow_tf32 = cublas.allow_tf32 = True
+    try:
+        yield lambda: cudnn.allow_tf32 or cublas.allow_tf32
+    finally:
+        cudnn.allow_tf32, cublas.allow_tf32 = before
 
 
 @contextmanager

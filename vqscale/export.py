@@ -20,6 +20,7 @@ from vqscale.config.tokenizers import Tokenizer
 from vqscale.data.manifest import read_manifest
 from vqscale.errors import UserError
 from vqscale.exported import fill, is_run, read_exported
+from vqscale.models.fp32 import exact_fp32
 from vqscale.models.latents import centres, draw
 from vqscale.models.noise import normals_of
 from vqscale.models.pixels import from_uint8, to_grey_levels, to_uint8
@@ -127,7 +128,7 @@ class TrainedTokenizer:
 
 
 def load_tokenizer(place: str | Path, device: str | torch.device = "cpu") -> TrainedTokenizer:
-    """A trained tokenizer, with the averaged weights if it has them.
+    """A trained tokenizer, with the averaged weights if it has them. From here on fp32 is exact on GPUs (`exact_fp32`).
 
     Args:
         place: a run directory, whose newest valid checkpoint is taken; or what `vqscale export` has written: a folder
@@ -155,6 +156,7 @@ def load_tokenizer(place: str | Path, device: str | torch.device = "cpu") -> Tra
 def _ready(
     network: ImageTokenizer, settings: Tokenizer, image_size: int, fingerprint: str, device: str | torch.device
 ) -> TrainedTokenizer:
+    exact_fp32()
     network.to(device)
     network.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     names = tuple(level.name for level in settings.levels_of(image_size))
@@ -175,13 +177,18 @@ def load_prior(place: str | Path, device: str | torch.device = "cpu") -> Prior:
         shapes = grid_shapes(exported.levels)
         prior = build_prior(exported.prior, shapes, len(exported.classes))
         fill(prior, place, exported, PRIOR)
-        return prior.to(device).eval()
+        return _ready_prior(prior, device)
     layout = RunLayout(Path(place))
     recipe = layout.read_recipe()
     found = require(layout.checkpoints(recipe, "prior"), "prior")
     network = build_prior(recipe.prior, grid_shapes(recipe.levels), len(class_names(layout, recipe)))
     load_network(network, found)
-    return network.to(device).eval()
+    return _ready_prior(network, device)
+
+
+def _ready_prior(prior: Prior, device: str | torch.device) -> Prior:
+    exact_fp32()
+    return prior.to(device).eval()
 
 
 def class_names(layout: RunLayout, recipe: Recipe) -> tuple[str, ...]:

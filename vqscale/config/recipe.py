@@ -157,7 +157,7 @@ class Sample(Section):
     """What is written: a PNG file an image, WebDataset shards that can be trained on, or one `samples.npz` as ADM's
     evaluation reads it (Dhariwal & Nichol 2021)."""
     batch: Positive = 256
-    """Images that are drawn at once on each rank."""
+    """Images that are drawn at once on each rank; on a GPU fewer where its memory does not hold so many."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Softmax temperature."""
     top_k: Annotated[int, Field(ge=0)] = 0

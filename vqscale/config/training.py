@@ -37,7 +37,8 @@ class Training(Section):
     """Gradient norm is clipped to this; 0 switches clipping off (the norm is still logged)."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """`bf16` runs the networks under autocast; weights, codebooks and the code search stay fp32. `auto` is bf16 on GPUs
-    and on processors of this machine that have units for it, else fp32: settled when the run is made, and recorded."""
+    and on processors of this machine that have units for it, else fp32: settled when the run is made, and recorded.
+    `fp32` on GPUs is without TF32."""
     checkpoint_activations: bool = False
     """Keep no activations inside encoders, decoders and transformer blocks, and compute them again in the backward."""
     compile: bool = False

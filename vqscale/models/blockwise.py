@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
-from vqscale.models.generate import Draws
+from vqscale.models.generate import LOGIT_BYTES, Draws
 from vqscale.models.network import CodeNetwork, GridShape
 from vqscale.models.pass_order import Order, make_passes, spread_parts, wave_parts
 from vqscale.models.steady import steady
@@ -110,7 +110,7 @@ class Blockwise(CodeNetwork):
         window: int,
     ) -> None:
         super().__init__(grids, classes, given)
-        shape = Shape(layers, width, heads, dropout, key_value_heads, norm, feed, feed_width, positions)
+        shape = self.shape = Shape(layers, width, heads, dropout, key_value_heads, norm, feed, feed_width, positions)
         (self.grid,) = grids
         side = self.grid.side
         parts = wave_parts(side) if order == "wave" else spread_parts(side, passes, schedule)
@@ -150,7 +150,7 @@ class Blockwise(CodeNetwork):
     def sample(self, given: Sequence[Tensor], classes: Tensor, draws: Draws, known: Sequence[Tensor]) -> list[Tensor]:
         """Draw pass after pass."""
         condition = None if self.condition is None else draws.spread(self.condition.apart(given))
-        steps = BlockwiseSteps(self, self.context(draws.rows(classes, self.no_class), condition))
+        steps = BlockwiseSteps(self, self.context(draws.rows(classes, self.no_class), condition), draws.dtype)
         scales = draws.sampling.scales(len(self.sizes)).to(classes.device)
         uniforms = draws.uniforms(self.grid.length)
         codes = known[0].flatten(1).clone()
@@ -159,6 +159,10 @@ class Blockwise(CodeNetwork):
             drawn = draws.codes(logits.flatten(0, 1), uniforms[:, cells].flatten()).view(-1, len(cells))
             codes[:, cells] = torch.where(codes[:, cells] < 0, drawn, codes[:, cells])
         return [codes.view_as(known[0])]
+
+    def row_bytes(self, dtype: torch.dtype) -> int:
+        """Keys and values of all positions, and the logits of the largest pass."""
+        return self.shape.cache_bytes(self.grid.length, dtype) + LOGIT_BYTES * max(self.sizes) * self.grid.codes
 
     def context(self, classes: Tensor, condition: Tensor | None) -> Tensor:
         """What is known of each place's cell beforehand: [B, side², width]."""
@@ -197,13 +201,14 @@ class BlockwiseSteps:
     Args:
         network: in evaluation mode; its weights are those of the moment.
         context: what is known of each place's cell beforehand, [B, side², width].
+        dtype: of the blocks' matrices, keys and values; None: that of the weights.
     """
 
-    def __init__(self, network: Blockwise, context: Tensor) -> None:
+    def __init__(self, network: Blockwise, context: Tensor, dtype: torch.dtype | None = None) -> None:
         self._network, self._context, self._table = network, context, network.table()
-        self._head = steady(network.head)
+        self._head = steady(network.head, dtype)
         self._blocks = [
-            PassSteps(block, len(context), network.grid.length)
+            PassSteps(block, len(context), network.grid.length, dtype)
             for block in network.blocks
             if isinstance(block, PassBlock)
         ]
@@ -231,16 +236,17 @@ class PassSteps:
         block: whose weights are taken.
         rows: B.
         length: T.
+        dtype: as for `BlockwiseSteps`.
     """
 
-    def __init__(self, block: PassBlock, rows: int, length: int) -> None:
+    def __init__(self, block: PassBlock, rows: int, length: int, dtype: torch.dtype | None = None) -> None:
         shape, weight = block.shape, block.project.weight
         first, self._bend, last = block.feed
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)
-        self._block, self._into, self._out = block, steady(first), steady(last)
-        self._query_key_value, self._project = steady(block.query_key_value), steady(block.project)
-        self._keys = weight.new_empty(rows, shape.groups, length, shape.head_width)
+        self._block, self._into, self._out = block, steady(first, dtype), steady(last, dtype)
+        self._query_key_value, self._project = steady(block.query_key_value, dtype), steady(block.project, dtype)
+        self._keys = weight.new_empty(rows, shape.groups, length, shape.head_width, dtype=dtype)
         self._values = torch.empty_like(self._keys)
 
     def run(self, x: Tensor, start: int, turns: Tensor | None) -> Tensor:

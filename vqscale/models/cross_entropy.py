@@ -13,6 +13,8 @@ from torch import Tensor
 
 _VALUES = 1 << 21
 """Logits that are fp32 at a time."""
+_VALUES_ON_GPU = 1 << 27
+"""The same where launching kernels for so few would take longer than computing them; 512 MiB a copy."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -62,5 +64,6 @@ def _wide(logits: Tensor) -> torch.dtype:
 
 
 def _parts(logits: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
-    rows = max(1, _VALUES // logits.shape[1])
+    values = _VALUES_ON_GPU if logits.is_cuda else _VALUES
+    rows = max(1, values // logits.shape[1])
     return [tensor.split(rows) for tensor in (logits, *others)]

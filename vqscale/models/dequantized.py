@@ -17,7 +17,9 @@ from vqscale.models.generate import Draws
 from vqscale.models.network import GridShape, Network, unknown
 from vqscale.models.realnvp import Coupling, RealNVP
 
-_HALF_STEP = 2.0**-25  # uniform numbers in fp32 are multiples of 2^-24; between two of them no quantile is infinite
+_HALF_STEP = 2.0**-25
+"""Uniform numbers in fp32 are multiples of 2^-24; between two of them no quantile is infinite. In fp32 the last such
+place is 1, so it takes fp64."""
 
 
 class Dequantized(Network):
@@ -67,7 +69,7 @@ class Dequantized(Network):
         def density(values: Tensor) -> Tensor:
             return self.flow.nats(given, [values], classes, chance[:, :0], smoothing)[0]
 
-        normals = torch.special.ndtri(chance + _HALF_STEP).view_as(levels)
+        normals = torch.special.ndtri(chance.double() + _HALF_STEP).to(levels).view_as(levels)
         return [dequantized_nats(self.noise, density, levels, normals, self.half_range)]
 
     def sample(self, given: Sequence[Tensor], classes: Tensor, draws: Draws, known: Sequence[Tensor]) -> list[Tensor]:

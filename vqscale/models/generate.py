@@ -25,6 +25,11 @@ class Sampling:
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the scale rises from 1 at a sequence's first code to `guidance` at its last; `constant` has it everywhere."""
 
+    @property
+    def guided(self) -> bool:
+        """Whether logits without the class are needed too."""
+        return self.guidance != 1.0
+
     def scales(self, length: int) -> Tensor:
         """Scale of guidance at each of `length` positions, fp32."""
         share = torch.linspace(0, 1, length, dtype=torch.float64)
@@ -33,6 +38,11 @@ class Sampling:
         elif self.guidance_schedule == "cosine":
             share = (1 - torch.cos(math.pi * share)) / 2
         return (1 + (self.guidance - 1) * share).float()
+
+
+LOGIT_BYTES = 48
+"""What drawing takes a logit at its peak: as it is computed and in fp32, and in fp64 before and behind the softmax,
+sorted and added up."""
 
 
 class Draws:
@@ -44,10 +54,13 @@ class Draws:
         sampling: temperature, truncation, guidance.
         seeds: one a sample.
         device: of what is drawn.
+        dtype: in which networks multiply, and keep what they look at again; None: that of their weights.
     """
 
-    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device) -> None:
-        self.sampling, self._device = sampling, device
+    def __init__(
+        self, sampling: Sampling, seeds: Sequence[int], device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
+        self.sampling, self.dtype, self._device = sampling, dtype, device
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def uniforms(self, count: int) -> Tensor:
@@ -62,8 +75,8 @@ class Draws:
 
     @property
     def guided(self) -> bool:
-        """Whether logits without the class are needed too."""
-        return self.sampling.guidance != 1.0
+        """As `Sampling.guided`."""
+        return self.sampling.guided
 
     def rows(self, classes: Tensor, no_class: int) -> Tensor:
         """The classes that logits are needed for: those of the samples, and as often none if they are guided."""

@@ -43,7 +43,7 @@ class LatentWatch:
         """Take in the posteriors [B, 2C, H, W] of some images."""
         means = torch.cat([means_and_scales(own)[0].flatten(1) for own in posteriors], dim=1).double()
         divergences = torch.cat([divergence(own) for own in posteriors], dim=1).double()
-        count = self._sums.new_tensor([len(means)])
+        count = self._sums.new_full((1,), len(means))
         self._sums += torch.cat([count, means.sum(0), means.square().sum(0), divergences.sum(0)])
 
     def meet(self, sum_over_ranks: SumOverRanks) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
-from vqscale.models.generate import Draws
+from vqscale.models.generate import LOGIT_BYTES, Draws
 from vqscale.models.network import CodeNetwork, GridShape, nats
 from vqscale.models.pass_order import SCHEDULES
 from vqscale.models.steady import steady
@@ -73,7 +73,7 @@ class Masked(CodeNetwork):
         choice_temperature: float,
     ) -> None:
         super().__init__(grids, classes, given)
-        shape = Shape(layers, width, heads, dropout, key_value_heads, norm, feed, feed_width, positions)
+        shape = self.shape = Shape(layers, width, heads, dropout, key_value_heads, norm, feed, feed_width, positions)
         (self.grid,) = grids
         self.chances = 1 + self.grid.length
         self.passes, self.schedule, self.choice_temperature = passes, SCHEDULES[schedule], choice_temperature
@@ -117,7 +117,7 @@ class Masked(CodeNetwork):
     def sample(self, given: Sequence[Tensor], classes: Tensor, draws: Draws, known: Sequence[Tensor]) -> list[Tensor]:
         """Draw all codes that are masked, keep the surest, and again."""
         condition = None if self.condition is None else draws.spread(self.condition.apart(given))
-        steps = MaskedSteps(self, self._context(draws.rows(classes, self.no_class), condition))
+        steps = MaskedSteps(self, self._context(draws.rows(classes, self.no_class), condition), draws.dtype)
         scales = draws.sampling.scales(self.passes).to(classes.device)
         uniforms = draws.uniforms(2 * self.passes * self.grid.length).view(len(classes), self.passes, 2, -1)
         codes = known[0].flatten(1)
@@ -132,6 +132,11 @@ class Masked(CodeNetwork):
             left = self._left(free, (codes < 0).sum(dim=1, keepdim=True), done)
             codes = _keep_surest(codes, drawn, sure, left)
         return [codes.view_as(known[0])]
+
+    def row_bytes(self, dtype: torch.dtype) -> int:
+        """The logits of all cells, and what a block makes of them."""
+        inside = 4 * self.shape.width + 2 * self.shape.inner
+        return self.grid.length * (LOGIT_BYTES * self.grid.codes + 4 * inside)
 
     def _left(self, free: Tensor, masked: Tensor, done: float) -> Tensor:
         """How many codes [B, 1] stay masked: by the schedule, but at least one is kept in each pass."""
@@ -154,12 +159,13 @@ class MaskedSteps:
     Args:
         network: in evaluation mode; its weights are those of the moment.
         context: what is known of each cell beforehand, [B, side², width].
+        dtype: of the matrices; None: that of the weights.
     """
 
-    def __init__(self, network: Masked, context: Tensor) -> None:
+    def __init__(self, network: Masked, context: Tensor, dtype: torch.dtype | None = None) -> None:
         self._network, self._context = network, context
-        self._around, self._head = steady(network.around), steady(network.head)
-        self._blocks = [_steady_block(block) for block in network.blocks if isinstance(block, Block)]
+        self._around, self._head = steady(network.around, dtype), steady(network.head, dtype)
+        self._blocks = [_steady_block(block, dtype) for block in network.blocks if isinstance(block, Block)]
 
     def logits(self, flat: Tensor) -> Tensor:
         """Logits [B, side², K] of codes [B, side²], negative where they are masked."""
@@ -171,13 +177,14 @@ class MaskedSteps:
         return self._head(self._network.norm(x))
 
 
-def _steady_block(block: Block) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _steady_block(block: Block, dtype: torch.dtype | None) -> Callable[[Tensor, Tensor | None], Tensor]:
     """A block's forward without dropout, with linear layers that are `steady`."""
     first, bend, last = block.feed
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)
-    project, into, out = steady(block.project), steady(first), steady(last)
-    query_key_value = steady(block.query_key_value)
+    query_key_value, project, into, out = (
+        steady(layer, dtype) for layer in (block.query_key_value, block.project, first, last)
+    )
 
     def run(x: Tensor, turns: Tensor | None) -> Tensor:
         query, key, value = split_heads(query_key_value(block.norm_attention(x)), block.shape)

@@ -76,8 +76,10 @@ def choose(block_dim: int, size: int, shared_memory: int) -> Launch:
 
 @triton.jit
 def _to_tf32(x: tl.tensor) -> tl.tensor:
-    """Rounded to the 10 bits of a TF32's mantissa; half away from zero."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    """Rounded to the 10 bits of a TF32's mantissa; half away from zero. What is not a number stays so."""
+    rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    # A GPU's own NaN, 0x7fffffff, would overflow into the sign, and become -0.
+    return tl.where(x == x, rounded, x)
 
 
 @triton.jit

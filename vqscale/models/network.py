@@ -99,6 +99,14 @@ class Network(nn.Module, ABC):
                 latents, NaN where they are drawn.
         """
 
+    def row_bytes(self, dtype: torch.dtype) -> int:
+        """Memory that `sample` takes for each row of `Draws.rows`, if so much that it may bound their number; else 0.
+
+        Args:
+            dtype: in which the network multiplies.
+        """
+        return 0
+
     def see(self, first: int, posteriors: Sequence[Tensor], classes: Tensor) -> None:
         """Take in some of the `wanted` images; by itself a network keeps nothing of them.
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from vqscale.models.generate import Draws, Sampling
 from vqscale.models.network import Network, unknown
 
+_SHARE = 0.8
+"""Of a GPU's free memory, what samples that are drawn together may take; the rest is for what is not counted."""
+
 
 class Prior(nn.Module):
     """The product of its networks' likelihoods, each given the levels of those before it.
@@ -18,10 +21,13 @@ class Prior(nn.Module):
     Args:
         networks: the first models the coarsest levels, each of the others the next finer ones, given all before.
         label_smoothing: share of the target that training spreads over all codes.
+        bf16: whether it is trained under bf16 autocast. GPUs then draw in bf16 too, where a network has large matrices;
+            CPUs draw in fp32, so that rows depend neither on the batch nor on threads.
     """
 
-    def __init__(self, networks: Sequence[Network], label_smoothing: float = 0.0) -> None:
+    def __init__(self, networks: Sequence[Network], label_smoothing: float = 0.0, *, bf16: bool = False) -> None:
         super().__init__()
+        self.bf16 = bf16
         self.networks = nn.ModuleList(networks)
         self.label_smoothing = label_smoothing
         self.classes, self.no_class = networks[0].classes, networks[0].no_class
@@ -70,7 +76,7 @@ class Prior(nn.Module):
     def generate(
         self, classes: Tensor, seeds: Sequence[int], sampling: Sampling, known: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
-        """Draw one set of latents a class entry, a level, the coarsest first.
+        """Draw one set of latents a class entry, a level, the coarsest first; on a GPU as many at once as fit.
 
         Args:
             classes: int64 [B].
@@ -81,7 +87,25 @@ class Prior(nn.Module):
         """
         if known is None:
             known = [unknown(grid, len(classes), classes.device) for grid in self.grids]
-        draws = Draws(sampling, seeds, classes.device)
+        size = self._at_once(sampling, classes.device) or max(1, len(classes))
+        parts = [slice(start, start + size) for start in range(0, max(1, len(classes)), size)]
+        drawn = [self._draw(classes[part], seeds[part], sampling, [grid[part] for grid in known]) for part in parts]
+        return [torch.cat(grids) for grids in zip(*drawn, strict=True)]
+
+    def drawing_dtype(self, device: torch.device) -> torch.dtype | None:
+        """In which networks multiply while they draw; None: that of their weights."""
+        return torch.bfloat16 if self.bf16 and device.type == "cuda" else None
+
+    def _at_once(self, sampling: Sampling, device: torch.device) -> int | None:
+        """Samples that fit into the device's memory together; None: any number."""
+        free, dtype = free_memory(device), self.drawing_dtype(device) or torch.float32
+        row = max(network.row_bytes(dtype) for network in self._networks())
+        if free is None or not row:
+            return None
+        return max(1, int(_SHARE * free / row) // (2 if sampling.guided else 1))
+
+    def _draw(self, classes: Tensor, seeds: Sequence[int], sampling: Sampling, known: Sequence[Tensor]) -> list[Tensor]:
+        draws = Draws(sampling, seeds, classes.device, self.drawing_dtype(classes.device))
         grids: list[Tensor] = []
         for network in self._networks():
             wanted = known[len(grids) : len(grids) + len(network.grids)]
@@ -92,6 +116,14 @@ class Prior(nn.Module):
         for network in self.networks:
             assert isinstance(network, Network)
             yield network
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU that nobody has, or torch keeps without use; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _chance(codes: Sequence[Tensor], count: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqscale.models.nearest import Assignment, assign
+from vqscale.models.upload import upload
 from vqscale.seeds import mix
 
 SumOverRanks = Callable[[Tensor], Tensor]
@@ -44,7 +45,7 @@ class Donors:
     """Which latents of the *global* batch are drawn as restart donors; the same draw on every rank.
 
     Args:
-        index: int64 [B], ascending: position of this rank's samples in the global batch.
+        index: int64 [B], ascending, on the CPU: position of this rank's samples in the global batch.
         global_batch: samples of the step over all ranks.
         seed: one number made of (run, step); the level is mixed in by `positions`.
     """
@@ -57,11 +58,12 @@ class Donors:
         """fp32 [count, D]: drawn rows of `latents` [B, n, D] that this rank holds, zero rows for the others."""
         batch, cells, dim = latents.shape
         generator = torch.Generator().manual_seed(mix(self.seed, level))
-        drawn = torch.randint(self.global_batch * cells, (count,), generator=generator).to(latents.device)
+        drawn = torch.randint(self.global_batch * cells, (count,), generator=generator)
         sample, cell = drawn // cells, drawn % cells
         place = torch.searchsorted(self.index, sample).clamp(max=batch - 1)
-        held = (self.index[place] == sample).unsqueeze(1)
-        return torch.where(held, latents[place, cell].float(), torch.zeros(1, dim, device=latents.device))
+        held = self.index[place] == sample
+        place, cell, held = upload(torch.stack([place, cell, held]), latents.device)
+        return torch.where(held[:, None] > 0, latents[place, cell].float(), torch.zeros(1, dim, device=latents.device))
 
 
 class Quantized(NamedTuple):

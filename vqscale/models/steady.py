@@ -19,17 +19,24 @@ _ROWS = 64
 """Number of rows for which the layout of the weights is chosen; it has to be the same for all batches."""
 
 
-def steady(layer: nn.Linear | nn.Conv2d) -> Linear:
+def steady(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype | None = None) -> Linear:
     """The layer as a function of [..., in], without gradient. On a CPU with fp32 weights it holds a copy of them.
 
     A convolution becomes a function of windows, flattened as its kernels are: [..., channels · rows · columns].
+
+    Args:
+        layer: whose weights are taken.
+        dtype: in which is multiplied, as under autocast, but that the weights are cast once; None: that of the weights.
     """
-    return steady_matrix(layer.weight.flatten(1), layer.bias)
+    return steady_matrix(layer.weight.flatten(1), layer.bias, dtype)
 
 
-def steady_matrix(weight: Tensor, bias: Tensor | None) -> Linear:
+def steady_matrix(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Linear:
     """As `steady`, of a matrix [out, in] and what is added, [out]."""
     weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if dtype not in (None, weight.dtype):
+        narrow, added = weight.to(dtype), None if bias is None else bias.to(dtype)
+        return lambda x: F.linear(x.to(dtype), narrow, added)
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)

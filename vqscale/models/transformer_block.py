@@ -72,6 +72,10 @@ class Shape:
             return 4 * self.width
         return -(-8 * self.width // (3 * _FEED_MULTIPLE)) * _FEED_MULTIPLE
 
+    def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
+        """Keys and values of all layers, for each row of a batch of sequences that are drawn."""
+        return 2 * self.layers * self.groups * self.head_width * length * dtype.itemsize
+
     @property
     def projections(self) -> list[int]:
         """Widths of queries, keys and values in the output of their common projection."""

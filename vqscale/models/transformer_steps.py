@@ -30,16 +30,17 @@ class BlockSteps:
         block: whose weights are taken.
         rows: B.
         length: T.
+        dtype: as for `Decoder`.
     """
 
-    def __init__(self, block: Block, rows: int, length: int) -> None:
+    def __init__(self, block: Block, rows: int, length: int, dtype: torch.dtype | None = None) -> None:
         shape, weight = block.shape, block.project.weight
         self._shape, self._block = shape, block
-        self._query_key_value, self._project = steady(block.query_key_value), steady(block.project)
+        self._query_key_value, self._project = steady(block.query_key_value, dtype), steady(block.project, dtype)
         first, self._bend, last = block.feed
-        self._into, self._out = _linear(first), _linear(last)
+        self._into, self._out = _linear(first, dtype), _linear(last, dtype)
         # Zeros: what is masked may not be NaN, of which even nothing is NaN.
-        self._keys = weight.new_zeros(rows, shape.groups, length, shape.head_width)
+        self._keys = weight.new_zeros(rows, shape.groups, length, shape.head_width, dtype=dtype)
         self._values = torch.zeros_like(self._keys)
 
     def run(self, x: Tensor, at: Tensor, end: int, mask: Tensor | None, turns: Tensor | None) -> Tensor:
@@ -69,13 +70,20 @@ class Decoder:
         network: in evaluation mode; its weights are those of the moment.
         classes: int64 [B].
         context: what the given levels say of the first level's cells, [B, side², width].
+        dtype: of matrices, keys and values; None: that of the weights. The residual stream and norms keep that.
     """
 
-    def __init__(self, network: TransformerBody, classes: Tensor, context: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        network: TransformerBody,
+        classes: Tensor,
+        context: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.network = network
         self._context = context
-        self._blocks = [BlockSteps(_block(block), len(classes), network.length) for block in network.blocks]
-        self._heads = [_linear(head) for head in network.heads]
+        self._blocks = [BlockSteps(_block(block), len(classes), network.length, dtype) for block in network.blocks]
+        self._heads = [_linear(head, dtype) for head in network.heads]
         self._everywhere = network.class_everywhere(classes)[:, None]
         # History: the class, then the codes, each numbered over all levels as rows of one table. Column 0, the class,
         # also stands for "nothing there": in the tables of codes above and over a cell its rows are zero.
@@ -207,9 +215,9 @@ def _offsets(network: TransformerBody) -> Tensor:
     return torch.cat(parts)
 
 
-def _linear(layer: nn.Module) -> Linear:
+def _linear(layer: nn.Module, dtype: torch.dtype | None) -> Linear:
     assert isinstance(layer, nn.Linear)
-    return steady(layer)
+    return steady(layer, dtype)
 
 
 def _block(block: nn.Module) -> Block:

@@ -130,7 +130,7 @@ def build_prior(settings: Prior, grids: Sequence[GridShape], classes: int) -> Pr
             build = NETWORKS[section.kind]
             networks.append(build(grids[first : first + each], classes, grids[:first], **section.sizes))
         done += levels
-    return PriorNetwork(networks, settings.label_smoothing)
+    return PriorNetwork(networks, settings.label_smoothing, bf16=settings.training.precision == "bf16")
 
 
 def grid_shapes(levels: Sequence[CodeLevel]) -> list[GridShape]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from vqscale.errors import UserError
+from vqscale.models.fp32 import exact_fp32
 
 _OWN: list[dist.ProcessGroup] = []
 """Groups besides the one of the process, as long as that one lives."""
@@ -58,7 +59,7 @@ class Ranks:
 
 @contextmanager
 def process_group(device: str = "auto", timeout_s: int = 600) -> Iterator[Ranks]:
-    """Join the process group that the environment describes; leave it on every way out.
+    """Join the process group that the environment describes; leave it on every way out. fp32 is exact from here on.
 
     Nothing falls back to one process or to localhost: an incomplete environment is an error.
 
@@ -77,6 +78,7 @@ def process_group(device: str = "auto", timeout_s: int = 600) -> Iterator[Ranks]
         )
     local_rank = int(os.environ["LOCAL_RANK"])
     chosen = choose_device(device, local_rank)
+    exact_fp32()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group(

@@ -27,6 +27,9 @@ from vqscale.training.zero import zero
 
 STRATEGIES: dict[str, Make] = {**TORCH, **{f"zero{stage}": functools.partial(zero, stage) for stage in (1, 2, 3)}}
 
+_GRAPHS = 8
+"""Graphs of one module: of batches of other sizes, and of forwards with and without gradient."""
+
 
 class Engine:
     """Model, optimizer and learning rate of one stage, spread over the ranks.
@@ -144,12 +147,26 @@ class Engine:
 
 def _equip(model: nn.Module, training: Training) -> None:
     """Recompute and compile the network's units. Inside of what a strategy hangs on them, so their names stay."""
-    for module in model.modules():
-        if isinstance(module, units(model)):
-            if training.compile:
-                module.forward = torch.compile(module.forward)
-            if training.checkpoint_activations:
-                module.forward = _recomputed(module.forward)
+    found = [module for module in model.modules() if isinstance(module, units(model))]
+    if training.compile:
+        _expect_graphs(len(found))
+    for module in found:
+        if training.compile:
+            module.forward = torch.compile(module.forward)
+        if training.checkpoint_activations:
+            module.forward = _recomputed(module.forward)
+
+
+def _expect_graphs(count: int) -> None:
+    """Let so many modules be compiled, and fail where there are too many graphs.
+
+    A single function of torch's own stands for all of them. By default it gets 8 graphs, of which every module that is
+    shaped otherwise takes one, and what comes later stays eager upon no more than a warning. Now each may have 8.
+    """
+    settings = torch._dynamo.config
+    settings.recompile_limit += _GRAPHS * count
+    settings.accumulated_recompile_limit += _GRAPHS * count
+    settings.fail_on_recompile_limit_hit = True
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

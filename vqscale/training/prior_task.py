@@ -13,8 +13,9 @@ from vqscale.config.recipe import Prior as Settings
 from vqscale.config.recipe import Recipe
 from vqscale.models.latents import draw, values_of
 from vqscale.models.network import unknown
-from vqscale.models.noise import normals_of
+from vqscale.models.noise import normals_at, normals_of, uniforms_at
 from vqscale.models.prior import Prior
+from vqscale.models.upload import upload
 from vqscale.seeds import mix
 from vqscale.training.dashboard import Charts
 from vqscale.training.engine import Engine
@@ -75,10 +76,13 @@ class PriorTask(Task):
 
     def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:
         """Cross-entropy in nats a code, or a value: over all of them (`total`) and by level."""
-        classes = self._drop(self._classes(batch.fields), batch)
-        chance = self._chance(batch, "network", self._model.chances)
-        latents = draw(self._encoded(batch.fields), self._normals(batch)).latents
-        return self._nats(self.engine.model, latents, classes, chance)
+        chance = self._drawn(uniforms_at, batch, "chance", 1 + self._model.chances)
+        normals = self._drawn(normals_at, batch, "posterior", self._values)
+        # Forget the class of a share of the samples.
+        dropped = chance[:, 0] < self._settings.class_dropout
+        classes = torch.where(dropped, self._model.no_class, self._classes(batch.fields))
+        latents = draw(self._encoded(batch.fields), normals).latents
+        return self._nats(self.engine.model, latents, classes, chance[:, 1:])
 
     def validate(self) -> dict[str, float]:
         """Nats a code, or a value, of held-out latents, and bits of a whole sample, with the class given.
@@ -130,26 +134,12 @@ class PriorTask(Task):
     def _classes(self, fields: CodeFields) -> Tensor:
         return self._model.classes_of(fields["label"])
 
-    def _drop(self, classes: Tensor, batch: DeviceBatch) -> Tensor:
-        """Forget the class of a share of the samples."""
-        dropped = self._chance(batch, "class", 1)[:, 0] < self._settings.class_dropout
-        return torch.where(dropped, self._model.no_class, classes)
-
-    def _chance(self, batch: DeviceBatch, purpose: str, count: int) -> Tensor:
-        """Uniform numbers fp32 [B, count] that depend on seed, step, purpose and the samples' global indices alone."""
-        numbers = torch.rand(
-            self._settings.training.global_batch, count, generator=self._generator(batch.step, purpose)
-        )
-        return numbers.to(batch.index.device)[batch.index]
-
-    def _normals(self, batch: DeviceBatch) -> Tensor:
-        """As `_chance`, from the standard normal distribution: what latents are drawn with, [B, values]."""
-        shape = (self._settings.training.global_batch, self._values)
-        numbers = torch.randn(shape, generator=self._generator(batch.step, "posterior"))
-        return numbers.to(batch.index.device)[batch.index]
-
-    def _generator(self, step: int, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(mix(self._seed, step, purpose))
+    def _drawn(
+        self, kind: Callable[[int, Tensor, int], Tensor], batch: DeviceBatch, purpose: str, count: int
+    ) -> Tensor:
+        """Numbers fp32 [B, count] that depend on seed, step, purpose and the samples' global indices alone."""
+        numbers = kind(mix(self._seed, batch.step, purpose), batch.index, count)
+        return upload(numbers, self.engine.ranks.device)
 
 
 def _unit(*, continuous: bool) -> str:

@@ -23,7 +23,7 @@ class DeviceBatch:
     fields: dict[str, Tensor]
     """`image` uint8 [B, S, S, 3], or codes uint16 [B, side, side] or posteriors by level; `label` int64 [B]."""
     index: Tensor
-    """int64 [B]: place of each sample in the global batch."""
+    """int64 [B], on the CPU: place of each sample in the global batch."""
 
     def split(self, size: int | None) -> list[DeviceBatch]:
         """Micro-batches of `size` samples, in order; None: the batch as it is.
@@ -101,7 +101,7 @@ class DeviceBatches:
         # given a whole step, so it has nearly always ended.
         done.synchronize()
         compute = torch.cuda.current_stream(self._device)
-        for tensor in (*copied.fields.values(), copied.index):
+        for tensor in copied.fields.values():
             tensor.record_stream(compute)  # made on the other stream: the allocator must not give it away too early
         return copied
 
@@ -119,4 +119,4 @@ def tensors(fields: Mapping[str, NDArray[Any]], device: torch.device) -> dict[st
 
 
 def _on(batch: Batch, device: torch.device) -> DeviceBatch:
-    return DeviceBatch(batch.step, tensors(batch.fields, device), torch.from_numpy(batch.index).to(device))
+    return DeviceBatch(batch.step, tensors(batch.fields, device), torch.from_numpy(batch.index))

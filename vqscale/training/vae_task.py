@@ -15,8 +15,9 @@ from vqscale.config.vae import GaussianVAE
 from vqscale.models import bounds
 from vqscale.models.latent_watch import LatentWatch, divergence
 from vqscale.models.latents import centres
-from vqscale.models.noise import normals_of
+from vqscale.models.noise import normals_at, normals_of
 from vqscale.models.pixels import from_uint8
+from vqscale.models.upload import upload
 from vqscale.models.vae import VAE, Terms
 from vqscale.seeds import mix
 from vqscale.training.dashboard import Charts
@@ -197,9 +198,9 @@ class VAETask(ImageTask):
 
     def _noise(self, batch: DeviceBatch) -> Tensor:
         """Standard normal [B, K, values], from seed, step and the samples' global indices alone."""
-        generator = torch.Generator().manual_seed(mix(self._seed, batch.step, "posterior"))
-        shape = (self._settings.training.global_batch, self._settings.samples, self._values)
-        return torch.randn(shape, generator=generator).to(batch.index.device)[batch.index]
+        seed, samples = mix(self._seed, batch.step, "posterior"), self._settings.samples
+        numbers = normals_at(seed, batch.index, samples * self._values)
+        return upload(numbers.view(-1, samples, self._values), self.engine.ranks.device)
 
     def _warn(self, levels: Mapping[str, Mapping[str, float]]) -> None:
         """Warn, once each time it begins, of a level whose posterior has become the prior."""

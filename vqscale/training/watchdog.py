@@ -24,8 +24,12 @@ EXIT_HANG = 75
 """Exit code of a rank that hung, or waited for one that did (sysexits' temporary failure)."""
 
 _LOOK_S = 0.5
+_NOTES = 50
+"""Times within the longest silence that a rank looks for notes: each costs the shared file system a lookup, and there
+may be thousands of ranks."""
+_PHASES = 16  # ranks look one after the other, not all at once
 _START = 4  # times as long a silence is borne until the second step: kernels are compiled, workers started
-_OTHERS_S = 3.0  # that other ranks are given to notice the note and dump
+_OTHERS_S = 3.0  # that other ranks are given at least to notice the note and dump
 
 
 class Watchdog:
@@ -42,6 +46,7 @@ class Watchdog:
     def __init__(self, folder: Path, rank: int, limit_s: float, end: Callable[[], None]) -> None:
         self._folder, self._rank, self._limit = folder / "hang", rank, limit_s
         self._end = end
+        self._notes_s = max(_LOOK_S, limit_s / _NOTES)
         self._last = (time.monotonic(), "start", 0)
         self._first: int | None = None
         self._patience = _START
@@ -71,9 +76,13 @@ class Watchdog:
         self._last = (time.monotonic(), *self._last[1:])
 
     def _look(self) -> None:
+        due = time.monotonic() + self._notes_s * (self._rank % _PHASES) / _PHASES
         while not self._over.wait(_LOOK_S):
-            silent = time.monotonic() - self._last[0]
-            if silent > self._limit * self._patience or self._noted():
+            now = time.monotonic()
+            silent, noted = now - self._last[0], False
+            if now >= due:
+                due, noted = now + self._notes_s, self._noted()
+            if noted or silent > self._limit * self._patience:
                 self._dump(silent)
                 return
 
@@ -99,7 +108,7 @@ class Watchdog:
         # What the collectives of this rank were, as torch recorded them (TORCH_FR_BUFFER_SIZE entries).
         (self._folder / f"flight-{number}.json").write_bytes(_flight_record())
         write_json(self._folder / f"rank-{number}.json", note)
-        if not self._over.wait(_OTHERS_S):
+        if not self._over.wait(max(_OTHERS_S, 2 * self._notes_s)):
             self._end()
 
 
