@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from launcher import registry
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import TRAINED
+from vqscale.errors import UserError
 from vqscale.events import newest
 from vqscale.files import read_json
 
@@ -28,12 +30,21 @@ def earlier_runs(name: str, profile: str) -> list[RunLayout]:
     """The newest runs of a recipe under a profile, the newest first."""
     found = []
     for entry in reversed(registry.entries()):
-        info = read_json(RunLayout(entry.path).info) if entry.id.startswith(f"{name}-") else None
+        info = _info(entry) if entry.id.startswith(f"{name}-") else None
         if info and info["name"] == name and info["profile"]["name"] == profile:
             found.append(RunLayout(entry.path))
         if len(found) == _LOOKED_AT:
             break
     return found
+
+
+def _info(entry: registry.Entry) -> dict[str, Any] | None:
+    """None where it cannot be read: a damaged run must not keep others from being planned."""
+    try:
+        info: dict[str, Any] | None = read_json(RunLayout(entry.path).info)
+    except (UserError, OSError):
+        return None
+    return info
 
 
 def short_of_time(layouts: Iterable[RunLayout], grace_s: int) -> list[str]:
