@@ -25,3 +25,12 @@ def home(_no_rank_variables: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("VQSCALE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("VQSCALE_RUNS", str(tmp_path / "runs"))
     return tmp_path
+
+
+@pytest.fixture
+def idle_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A controller that answers and knows no jobs; what becomes of `sbatch` is the test's own."""
+    from launcher.backends import slurm_queue
+
+    monkeypatch.setattr(slurm_queue, "jobs", lambda fresh=False: {})
+    monkeypatch.setattr(slurm_queue, "release", lambda job: None)

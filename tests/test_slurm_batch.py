@@ -12,15 +12,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from launcher import batch, registry
 from launcher.backends import slurm_queue
 from launcher.backends.slurm import SlurmBackend
 from launcher.cli import main
 from launcher.logs import LogChoice, print_logs
 from launcher.plan import make_plan
+from launcher.retry import Limits
 from launcher.rundir import create
 from launcher.state import RunState, StageState
 from launcher.status import read_status
@@ -79,6 +82,8 @@ def stand_in(folder: Path, name: str, script: str) -> None:
 def start(
     layout: RunLayout, *command: str, job: str = "7", requeues: int = 2, **surroundings: str
 ) -> subprocess.Popen[bytes]:
+    number = surroundings.get("SLURM_ARRAY_JOB_ID", job)
+    write_json(layout.slurm, {"cancelled": False, **(read_json(layout.slurm) or {}), "jobs": {"generate": number}})
     own = ("--run", str(layout.root), "--stage", "generate", "--requeues", str(requeues), "--grace", "5")
     own += ("--retries", "2", "--pause", "7")
     return subprocess.Popen(
@@ -357,7 +362,7 @@ def queued(fakes: Path, *rows: str) -> None:
     """What `squeue` answers; rows are `NUMBER|STATE|REASON`, jobs 10 and 20 those of the run `mine`."""
     names = {"10": "vqscale-mine-generate", "20": "vqscale-mine-pack"}
     parts = [row.split("|") for row in rows]
-    rows = tuple(f"{number}|{state}|{names.get(number, 'other')}|{reason}" for number, state, reason in parts)
+    rows = tuple(f"{n}|{state}|{names.get(n, 'other')}|{reason}|/elsewhere" for n, state, reason in parts)
     stand_in(fakes, "squeue", f"cat <<'END'\n{''.join(row + chr(10) for row in rows)}END")
 
 
@@ -367,12 +372,123 @@ def test_a_chain_is_submitted_whole(layout: RunLayout, fakes: Path) -> None:
     poll = SlurmBackend().submit(layout)
     assert (poll.alive, poll.words) == (True, "Slurm jobs 10, 20")
     assert (fakes / "sent").read_text().splitlines() == [
-        f"--parsable {layout.script('generate')}",
+        f"--parsable --hold {layout.script('generate')}",
         f"--parsable --dependency=afterok:10 --kill-on-invalid-dep=yes {layout.script('pack')}",
     ]
     planned = make_plan(str(layout.recipe), "devslurm", run=layout.root, stages="generate,pack").commands
     assert [layout.script(command.stage).read_text() for command in planned] == [c.script for c in planned]
     assert read_json(layout.slurm)["jobs"] == {"generate": "10", "pack": "20"}
+    assert (fakes / "asked").read_text() == "release 10\n", "when both are recorded"
+
+
+NUMBERS = """cd "$(dirname "$0")"; echo "$@" >> sent; echo "$(wc -l < sent | tr -d ' ')0" """
+"""An `sbatch` that gives the numbers 10, 20, ..."""
+
+
+def slurm_with_memory(fakes: Path, layout: RunLayout) -> None:
+    """A `squeue` that knows the jobs of `sbatch` that nobody has cancelled, a `scancel` that takes them away."""
+    names = 'if (NR % 2) n = "generate"; else n = "pack"'
+    line = f'print NR "0|PENDING|vqscale-mine-" n "|JobHeldUser|{layout.root}"'
+    stand_in(
+        fakes,
+        "squeue",
+        f"""cd "$(dirname "$0")"; touch sent ended; awk '{{{names}; {line}}}' sent > rows
+while read -r number; do sed -i "/^$number|/d" rows; done < ended; cat rows""",
+    )
+    stand_in(fakes, "scancel", """cd "$(dirname "$0")"; shift; for one; do echo "$one" >> ended; done""")
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_submission_that_is_killed_leaves_no_second_chain(layout: RunLayout, fakes: Path, call: int) -> None:
+    """At the first job, at the second, or before the first was released: each time Slurm has taken the job."""
+    slurm_with_memory(fakes, layout)
+    kill = f'[ "$(wc -l < sent)" -lt {call} ] || kill -KILL $PPID'
+    stand_in(fakes, "sbatch", f"{NUMBERS}; {kill}" if call < 3 else NUMBERS)
+    if call == 3:
+        stand_in(fakes, "scontrol", "kill -KILL $PPID")
+    words = [sys.executable, "-m", "launcher", "requeue", str(layout.root)]
+    assert subprocess.run(words, cwd=ROOT, check=False, capture_output=True).returncode == -signal.SIGKILL
+    recorded = (read_json(layout.slurm) or {"jobs": {}})["jobs"]
+    assert list(recorded.values()) == ["10", "20"][: call - 1], "all but the one that was being submitted"
+    assert "--hold" in (fakes / "sent").read_text().splitlines()[0]
+
+    stand_in(fakes, "sbatch", NUMBERS)
+    stand_in(fakes, "scontrol", 'echo "$@" >> "$(dirname "$0")/asked"')
+    if recorded:
+        assert "Slurm job 10 (generate) is held" in read_status(layout).words
+        with pytest.raises(UserError, match="is running already; vqscale cancel ends it"):
+            SlurmBackend().submit(layout)
+        assert main(["cancel", str(layout.root)]) == 0
+    SlurmBackend().submit(layout)
+    asked = slurm_queue.jobs(fresh=True)
+    assert sorted(asked) == sorted(read_json(layout.slurm)["jobs"].values()), "those that were left are ended"
+    assert len(asked) == 2
+
+
+def test_an_answer_that_never_comes_is_no_job(layout: RunLayout, fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm takes the second job and does not say so."""
+    slurm_with_memory(fakes, layout)
+    monkeypatch.setattr(slurm_queue, "_ANSWER_S", 2)
+    stand_in(fakes, "sbatch", f'{NUMBERS}; [ "$(wc -l < sent)" -lt 2 ] || exec sleep 60')
+    with pytest.raises(UserError, match="sbatch has not answered for 2 s"):
+        SlurmBackend().submit(layout)
+    assert (fakes / "ended").read_text().split() == ["10", "20"]
+    assert not layout.slurm.exists()
+    assert "prepared only" in read_status(layout).words
+
+
+def test_a_job_that_is_not_recorded_does_nothing(
+    layout: RunLayout, fakes: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = batch.Batch(layout, "generate", fake(layout, "done"), "7", Limits(2, 2, 7), 5)
+    monkeypatch.setattr(batch, "_RECORD_S", 0.0)
+    before = layout.state.read_bytes()
+    for known, named in (({}, "none"), ({"generate": "8", "pack": "7"}, "8")):
+        write_json(layout.slurm, {"jobs": known, "cancelled": False})
+        assert job.run() == 1
+        assert f"generate: job 7 does nothing: slurm.json names {named} for this stage" in capfd.readouterr().out
+    assert layout.state.read_bytes() == before
+    assert not layout.attempt("generate", 1).exists()
+
+
+def test_a_job_waits_for_a_record_that_its_host_cannot_see_yet(
+    layout: RunLayout, fakes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        write_json(layout.slurm, {"jobs": {"generate": "7"}, "cancelled": False})
+
+    monkeypatch.setattr(batch, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    job = batch.Batch(layout, "generate", fake(layout, "done"), "7", Limits(2, 2, 7), 5)
+    assert job._is_the_runs()
+
+
+def test_without_a_controller_nothing_is_made(
+    layout: RunLayout, fakes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(fakes, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    place = layout.root.with_name("other")
+    words = ["submit", str(layout.root.with_name("r.yaml")), "--on", "devslurm", "--run", str(place)]
+    for more in ([], ["--sweep", "seed=1,2"]):
+        assert main([*words, *more]) == 2
+        assert "Unable to contact slurm controller" in capsys.readouterr().err
+        assert not place.exists()
+
+
+def test_a_chain_that_is_refused_leaves_no_run(
+    layout: RunLayout, fakes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command can be repeated when that is mended."""
+    slurm_with_memory(fakes, layout)
+    place = layout.root.with_name("other")
+    words = ["submit", str(layout.root.with_name("r.yaml")), "--on", "devslurm", "--run", str(place)]
+    for more in ([], ["--sweep", "seed=1,2"]):
+        stand_in(fakes, "sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1")
+        assert main([*words, *more]) == 2
+        assert "invalid partition" in capsys.readouterr().err
+        assert not place.exists()
+        assert [entry.id for entry in registry.everything()] == ["mine"]
+    stand_in(fakes, "sbatch", NUMBERS)
+    assert main([*words, "--sweep", "seed=1,2"]) == 0
 
 
 def test_a_chain_that_is_refused_leaves_no_job(layout: RunLayout, fakes: Path) -> None:
@@ -438,7 +554,7 @@ def test_one_question_serves_all_runs(layout: RunLayout, fakes: Path, capsys: py
     others = [create(make_plan(str(layout.recipe), "devslurm", run=layout.root / f"../other-{n}")) for n in range(3)]
     for each in (layout, *others):
         write_json(each.slurm, {"jobs": {"generate": "10"}, "cancelled": False})
-    stand_in(fakes, "squeue", 'echo asked >> "$(dirname "$0")/questions"; echo "10|RUNNING|x|None"')
+    stand_in(fakes, "squeue", 'echo asked >> "$(dirname "$0")/questions"; echo "10|RUNNING|x|None|/"')
     assert main(["ls"]) == 0
     assert (fakes / "questions").read_text() == "asked\n"
 
@@ -448,7 +564,7 @@ def test_a_hundred_jobs_cost_a_question_every_few_seconds(
 ) -> None:
     """A display of a hundred runs, redrawn twice a second for ten seconds, on a clock of the test's own."""
     names = [f"many-{number}" for number in range(100)]
-    rows = "".join(f"{100 + n}|RUNNING|vqscale-{name}-generate|None\n" for n, name in enumerate(names))
+    rows = "".join(f"{100 + n}|RUNNING|vqscale-{name}-generate|None|/\n" for n, name in enumerate(names))
     stand_in(fakes, "squeue", f'echo asked >> "$(dirname "$0")/questions"; cat <<END\n{rows}END')
     runs = []
     for number, name in enumerate(names):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launcher import process, sweep, sweeper
+from launcher import process, registry, sweep, sweeper
 from launcher.backends import slurm_queue
 from launcher.backends.base import STAGE_TAG, Poll
 from launcher.cli import main
@@ -182,7 +182,7 @@ def no_page(folder: Path) -> None:
 
 
 def test_what_is_left_of_a_sweep_goes_on(
-    words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], home: Path, idle_slurm: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["submit", *words, "--prepare-only", "--on", "devslurm"]) == 0
     assert "start it:  vqscale requeue tries\n" in capsys.readouterr().out
@@ -277,7 +277,7 @@ def test_on_one_machine_the_others_wait(words: list[str], home: Path, capsys: py
     assert read_status(last).words == "cancelled"
 
 
-def test_a_queue_chains_them(words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queue_chains_them(words: list[str], home: Path, idle_slurm: None, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[list[str]] = []
 
     def submit(argv: list[str], *rest: Any) -> str:
@@ -299,8 +299,8 @@ def test_a_queue_chains_them(words: list[str], home: Path, monkeypatch: pytest.M
     assert not Sweep(**read_json(home / "tries/sweep.json")).runner, "nobody has to stay"
 
 
-def test_a_sweep_that_is_refused_leaves_no_job(
-    words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_sweep_that_is_refused_leaves_neither_jobs_nor_runs(
+    words: list[str], home: Path, idle_slurm: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     numbers = iter(["10", "20", "30"])
     cancelled: list[str] = []
@@ -319,3 +319,5 @@ def test_a_sweep_that_is_refused_leaves_no_job(
     monkeypatch.setattr(slurm_queue, "cancel", lambda found: cancelled.extend(found))
     assert main(["submit", *words, "--on", "devslurm"]) == 2
     assert sorted(cancelled) == ["10", "20", "30"], "those of a whole chain, and of the one that was refused"
+    assert not (home / "tries").exists()
+    assert not registry.everything()

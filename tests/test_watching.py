@@ -262,7 +262,7 @@ def fake_slurm(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs = home / "bin"
     programs.mkdir()
     asked = home / "asked"
-    lines = "".join(f"{n}|PENDING|vqscale-run-{n:03d}-generate|JobHeldUser\\n" for n in range(100))
+    lines = "".join(f"{n}|PENDING|vqscale-run-{n:03d}-generate|JobHeldUser|/\\n" for n in range(100))
     for name in ("squeue", "sacct"):
         (programs / name).write_text(f"#!/bin/sh\necho {name} >> {asked}\nprintf '{lines}'\n")
         (programs / name).chmod(0o755)
