@@ -34,3 +34,17 @@ def idle_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(slurm_queue, "jobs", lambda fresh=False: {})
     monkeypatch.setattr(slurm_queue, "release", lambda job: None)
+
+
+@pytest.fixture
+def fakes(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder at the head of PATH for stand-ins of Slurm's commands; its `scontrol` writes down what it is asked."""
+    from launcher.backends import slurm_queue
+    from tests.slurm_stand_ins import stand_in
+
+    folder = home / "fakes"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    slurm_queue._forget()
+    stand_in(folder, "scontrol", 'echo "$@" >> "$(dirname "$0")/asked"')
+    return folder
