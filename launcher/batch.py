@@ -12,6 +12,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TypeVar
 
 from cluster.rendezvous import Variable
 from launcher import retry
+from launcher.backends import slurm_jobs
 from launcher.backends import slurm_queue as queue
 from launcher.backends.base import ATTEMPT, StageCommand, task_variables
 from launcher.handover import check_handover
@@ -30,6 +32,10 @@ from vqscale.errors import EXIT_USER_ERROR, UserError
 from vqscale.files import read_json, write_json
 
 Answer = TypeVar("Answer")
+
+_RECORD_S = 60.0
+"""How long a host may see a file as it was before another host replaced it: what NFS allows unless it is told."""
+_RECORD_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Batch:
 
     def run(self) -> int:
         """Run the stage; 0 when it is done."""
+        if not self._is_the_runs():
+            return 1
         if self._was_lost_too_often():
             return 1
         supervisor = Supervisor(self.layout, self._command, self.stage, self._was_cancelled)
@@ -61,6 +69,17 @@ class Batch:
             if supervisor.request.signal in (None, signal.SIGUSR2):
                 self._go_on_or_end(entry, *judged)
         return 0 if entry.state == "done" else 1
+
+    def _is_the_runs(self) -> bool:
+        """Two jobs must never run one stage: only that does which the run's record names."""
+        own, limit = self.job.partition("_")[0], time.monotonic() + _RECORD_S
+        while (known := slurm_jobs.jobs(self.layout).get(self.stage)) != own:
+            if time.monotonic() > limit:
+                what = f"job {own} does nothing: slurm.json names {known or 'none'} for this stage"
+                print(f"{self.stage}: {what}; vqscale requeue {self.layout.root} submits it", flush=True)
+                return False
+            time.sleep(_RECORD_POLL_S)
+        return True
 
     def _command(self, layout: RunLayout, stage: str, attempt: int) -> StageCommand:
         check_handover(layout, stage)
@@ -82,7 +101,7 @@ class Batch:
         return RunState.read(self.layout.whole).stages[self.stage].tasks
 
     def _was_cancelled(self) -> bool:
-        return bool((read_json(self.layout.slurm) or {}).get("cancelled"))
+        return bool(slurm_jobs.record(self.layout).get("cancelled"))
 
     def _judged(self, entry: StageState) -> tuple[Judgement, list[Try]]:
         earlier = retry.read_tries(self.layout, self.stage, self.job)

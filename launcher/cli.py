@@ -107,7 +107,7 @@ def _add_watch(add: Add) -> None:
         "show how runs stand: one by stage, several (all if none is named) a line each",
         "vqscale status latest --watch",
     )
-    status.add_argument("runs", nargs="*", default=[], metavar="RUN", help=_RUN_HELP)
+    status.add_argument("runs", nargs="*", default=[], metavar="RUN", help=_RUNS_HELP)
     status.add_argument("--watch", action="store_true", help="show the progress until all of them are over")
     _filters(status)
     _json(status)
@@ -135,6 +135,8 @@ def _add_watch(add: Add) -> None:
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the run is over")
     logs.add_argument("--json", action="store_true", help="print each line as JSON, with its rank and time")
     listing = add("ls", "watch:ls", "list the runs of this user", "vqscale ls --state running,failed --since 2d")
+    prune = "forget those whose directories are gone, and list these"
+    listing.add_argument("--prune", action="store_true", help=prune)
     _filters(listing)
     _json(listing)
 
@@ -271,6 +273,7 @@ def _add_other(add: Add) -> None:
 
 
 _RUN_HELP = "run directory, id, beginning of an id, or latest"
+_RUNS_HELP = f"{_RUN_HELP}; or folder or id of a sweep"
 
 
 def _run(parser: OneLineParser) -> None:

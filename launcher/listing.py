@@ -11,12 +11,12 @@ from typing import Any, get_args
 
 from launcher.registry import Entry, entries
 from launcher.state import StageWord
-from launcher.status import Depth, RunStatus, read_many
+from launcher.status import UNREADABLE, Depth, RunStatus, read_many, unreadable
 from vqscale.arguments import did_you_mean
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 
-STATES = (*get_args(StageWord), "gone", "unreadable")
+STATES = (*get_args(StageWord), "gone", UNREADABLE)
 """Words that a list can show: those of a run, and two for directories that are not there or hold none."""
 _UNITS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
@@ -27,7 +27,7 @@ class Row:
 
     entry: Entry
     status: RunStatus | None
-    """None where it is gone or cannot be read."""
+    """None where it is gone."""
     state: str
     """One of `STATES`."""
     note: str
@@ -35,7 +35,7 @@ class Row:
     def facts(self) -> dict[str, Any]:
         """Plain values for `ls --json`."""
         head = {"id": self.entry.id, "path": str(self.entry.path), "created": self.entry.created}
-        profile = self.status.profile if self.status else None
+        profile = (self.status.profile if self.status else "") or None
         return {**head, "profile": profile, "state": self.state, "note": self.note}
 
 
@@ -108,5 +108,5 @@ def _row(entry: Entry, status: RunStatus | UserError | None) -> Row:
     if status is None:
         return Row(entry, None, "gone", "its directory is not there")
     if isinstance(status, UserError):
-        return Row(entry, None, "unreadable", str(status))
+        return _row(entry, unreadable(entry.id, entry.path, entry.created, status))
     return Row(entry, status, status.state, status.note)

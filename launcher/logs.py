@@ -127,6 +127,8 @@ def print_logs(layout: RunLayout, choice: LogChoice, follow: bool, say: Callable
     while True:
         over = not follow or _over(layout, choice)  # asked before reading, so that the last lines are not missed
         stage = choice.stage or RunState.read(layout).current
+        if stage is None and choice.attempt is not None and not follow:
+            raise UserError("no stage has begun", where=layout.root.name, mend="leave --attempt out")
         if stage and not (follow and not _places(layout, choice, stage)):
             files = choose(layout, choice, stage)
         else:
@@ -200,7 +202,10 @@ def _places(layout: RunLayout, choice: LogChoice, stage: str) -> list[Place]:
     wanted = range(tasks) if choice.task is None else (choice.task,)
     owns = [layout] if tasks == 1 else [layout.of_task(task) for task in wanted]
     entries = (RunState.read(own).stages.get(stage, StageState()) for own in owns)
-    places = [Place(own, stage, choice.attempt or one.attempt) for own, one in zip(owns, entries, strict=True)]
+    places = [
+        Place(own, stage, one.attempt if choice.attempt is None else choice.attempt)
+        for own, one in zip(owns, entries, strict=True)
+    ]
     return [place for place in places if place.folder.is_dir()]
 
 

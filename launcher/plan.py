@@ -43,6 +43,8 @@ class Plan:
     """Settings that were changed on the command line, as `dotted.key=value`."""
     shares: Shares | None = None
     """Stages whose output another run makes."""
+    named: bool = True
+    """Whether the directory was asked for by its name; otherwise another name is as good."""
 
     def facts(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -118,7 +120,7 @@ def make_plan(
     job = make_job(resolved, profile, run or choose_directory(resolved.name, None), chosen)
     late = short_of_time(earlier_runs(resolved.name, profile.name), profile.grace_s)
     told = (*warnings, *_machine_warnings(job), *late)
-    return Plan(job, backend_for(profile).render(job), told, recipe, changed, shares)
+    return Plan(job, backend_for(profile).render(job), told, recipe, changed, shares, named=run is not None)
 
 
 def load_profile(on: str) -> Profile:

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
-from vqscale.config.layout import RunLayout
+from vqscale.config.layout import LOCK, RunLayout
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of the index."""
+    """One run of the index, or one sweep: both have their ids from one set of names."""
 
     id: str
     path: Path
     created: float
+    kind: Literal["run", "sweep"] = "run"
 
     @property
     def exists(self) -> bool:
-        """Whether the run directory is still there."""
-        return RunLayout(self.path).info.exists()
+        """Whether the directory is still there."""
+        return self.path.is_dir() if self.kind == "sweep" else RunLayout(self.path).info.exists()
 
 
 def home() -> Path:
     """Folder of the index: $VQSCALE_HOME, else ~/.vqscale."""
-    return Path(os.environ.get("VQSCALE_HOME") or Path.home() / ".vqscale")
+    return Path(os.environ.get("VQSCALE_HOME") or "~/.vqscale").expanduser().absolute()
 
 
 def runs_root() -> Path:
@@ -38,7 +41,7 @@ def runs_root() -> Path:
 
 
 def choose_directory(name: str, asked: str | None, now: float | None = None, option: str = "--run") -> Path:
-    """Directory of a new run; nothing is made.
+    """Directory of a new run; nothing is made (`make_directory` does, if nobody else was faster).
 
     Args:
         name: the recipe's name.
@@ -54,30 +57,105 @@ def choose_directory(name: str, asked: str | None, now: float | None = None, opt
         _refuse_used(path, option)
         return path
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    taken = {entry.id for entry in entries()}
-    for number in range(1, 1000):
-        run_id = f"{name}-{stamp}" + (f"-{number}" if number > 1 else "")
+    taken = {file.stem for file in _folder().glob("*.json")}
+    for run_id in _names(f"{name}-{stamp}"):
         path = runs_root() / run_id
         if run_id not in taken and not path.exists():
             return path.resolve()
     raise UserError(f"too many runs called {name}-{stamp}", mend=f"choose a directory with {option} DIR")
 
 
+def make_directory(path: Path) -> bool:
+    """Make the directory of a new run or sweep; False where another command has it.
+
+    Several may have found it free, or empty: it is whose who makes the lock in it, which the kernel lets one do.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    lock = path / LOCK
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.open("x").close()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot be made ({error.strerror})", where=str(path), mend="choose another place") from None
+    if any(other.name != LOCK for other in path.iterdir()):
+        lock.unlink()
+        return False
+    return True
+
+
+def taken(path: Path) -> UserError:
+    """What to say where `make_directory` was too late for the directory that somebody wants."""
+    what = "another command makes it, or was killed while it did"
+    return UserError(what, where=str(path), mend="choose another directory, or remove it")
+
+
+def require_writable() -> None:
+    """Before anything is made: what is not in the index is not found again.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        _folder().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(error.strerror) from None
+    if not os.access(_folder(), os.W_OK | os.X_OK):
+        raise _unwritable("Permission denied")
+
+
+def claim(name: str, path: Path, created: float, kind: Literal["run", "sweep"] = "run") -> str:
+    """Put a new run or sweep into the index by its name; by NAME-2 and so on where that is taken. Returns its id.
+
+    The directory is the caller's (`make_directory`). So an entry of the same directory is what is left of one that was
+    removed, and is replaced. One whose directory is gone keeps its id: its storage may come back.
+    """
+    for run_id in _names(name):
+        entry = Entry(run_id, path, created, kind)
+        try:
+            with _file(run_id).open("x", encoding="utf-8") as file:
+                json.dump(_facts(entry), file)
+        except FileExistsError:
+            known = find(run_id)
+            if known is None or known.path != path:
+                continue
+            _write(entry)
+        return run_id
+    raise UserError(f"too many runs called {name}", mend="choose a directory of another name")
+
+
 def register(run_id: str, path: Path, created: float) -> None:
-    """Put a run into the index."""
-    write_json(home() / "runs" / f"{run_id}.json", {"id": run_id, "path": str(path), "created": created})
+    """Put a run into the index, whatever is there by this id."""
+    _write(Entry(run_id, path, created))
+
+
+def drop(entry: Entry) -> None:
+    """Forget a run or sweep; its directory is left as it is."""
+    _file(entry.id).unlink(missing_ok=True)
+
+
+def find(run_id: str) -> Entry | None:
+    """The run or sweep of an id; None where there is none, or its file is not ours."""
+    try:
+        tree = read_json(_file(run_id))
+        kind: Literal["run", "sweep"] = "sweep" if tree.get("kind") == "sweep" else "run"
+        return Entry(str(tree["id"]), Path(tree["path"]), float(tree["created"]), kind)
+    except (UserError, AttributeError, ValueError, KeyError, TypeError):
+        return None
+
+
+def everything() -> list[Entry]:
+    """All runs and sweeps of the index, the oldest first. A file that is not ours is passed over."""
+    found = (find(file.stem) for file in _folder().glob("*.json"))
+    return sorted((entry for entry in found if entry), key=lambda entry: (entry.created, entry.id))
 
 
 def entries() -> list[Entry]:
-    """All runs of the index, the oldest first. A file that is not ours is passed over."""
-    found = []
-    for file in (home() / "runs").glob("*.json"):
-        try:
-            tree = read_json(file)
-            found.append(Entry(str(tree["id"]), Path(tree["path"]), float(tree["created"])))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return sorted(found, key=lambda entry: (entry.created, entry.id))
+    """All runs of the index, the oldest first."""
+    return [entry for entry in everything() if entry.kind == "run"]
 
 
 def resolve(text: str) -> RunLayout:
@@ -97,6 +175,30 @@ def resolve(text: str) -> RunLayout:
     if len(fitting) == 1:
         return RunLayout(fitting[0].path)
     raise _unresolved(text, [entry.id for entry in known], [entry.id for entry in fitting])
+
+
+def _folder() -> Path:
+    return home() / "runs"
+
+
+def _file(run_id: str) -> Path:
+    return _folder() / f"{run_id}.json"
+
+
+def _names(name: str) -> list[str]:
+    return [name, *(f"{name}-{number}" for number in range(2, 1000))]
+
+
+def _facts(entry: Entry) -> dict[str, object]:
+    return {**asdict(entry), "path": str(entry.path)}
+
+
+def _write(entry: Entry) -> None:
+    write_json(_file(entry.id), _facts(entry))
+
+
+def _unwritable(why: str | None) -> UserError:
+    return UserError(f"cannot be written ({why})", where=str(_folder()), mend="set VQSCALE_HOME to a folder of yours")
 
 
 def _unresolved(text: str, known: list[str], fitting: list[str]) -> UserError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import shutil
 import socket
 import sys
 import time
@@ -16,22 +17,59 @@ from launcher.snapshot import write_snapshot
 from launcher.state import RunState
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml
-from vqscale.errors import UserError
 from vqscale.files import write_bytes, write_json
 
 
 def create(plan: Plan) -> RunLayout:
-    """Make the run directory of a plan: recipe, run.json, code identity, state; and put it into the index."""
-    layout = RunLayout(plan.job.run)
-    _make(layout.root)
+    """Make the run directory of a plan: recipe, run.json, code identity, state; and put it into the index.
+
+    Raises:
+        UserError: it cannot be made, or the index not written; nothing is left then.
+    """
+    registry.require_writable()
+    layout = RunLayout(_make(plan))
+    try:
+        _fill(layout, plan)
+    except BaseException:
+        remove(layout.root)
+        raise
+    return layout
+
+
+def remove(root: Path) -> None:
+    """Undo `create` where nothing has begun; also for the folder of several runs."""
+    for entry in registry.everything():
+        if entry.path == root:
+            registry.drop(entry)
+    shutil.rmtree(root, ignore_errors=True)
+    latest = root.parent / "latest"
+    if latest.is_symlink() and os.readlink(latest) == root.name:
+        latest.unlink()
+        earlier = [entry.path for entry in registry.entries() if entry.path.parent == root.parent and entry.exists]
+        if earlier:
+            _link_latest(earlier[-1])
+
+
+def _make(plan: Plan) -> Path:
+    """The directory of the plan; another one where that was taken meanwhile, and nobody has asked for it by name."""
+    path = plan.job.run
+    while not registry.make_directory(path):
+        if plan.named:
+            raise registry.taken(path)
+        path = registry.choose_directory(plan.job.recipe.name, None)
+    return path
+
+
+def _fill(layout: RunLayout, plan: Plan) -> None:
     created = time.time()
-    run_id = _unused_id(layout.root.name)
     write_bytes(layout.recipe, dump_yaml(plan.job.recipe).encode())
     write_snapshot(plan.job.source, layout.code)
     resources = plan.job.recipe.resources
     RunState.new(plan.job.stages, {stage: resources.array_of(stage) for stage in plan.job.stages}).write(layout)
+    if plan.shares:
+        link(layout, plan.shares)
     info = {
-        "id": run_id,
+        "id": registry.claim(layout.root.name, layout.root, created),
         "name": plan.job.recipe.name,
         "created": created,
         "host": socket.gethostname(),
@@ -44,26 +82,8 @@ def create(plan: Plan) -> RunLayout:
         "warnings": list(plan.warnings),
         **({"shares": plan.shares.facts()} if plan.shares else {}),
     }
-    if plan.shares:
-        link(layout, plan.shares)
     write_json(layout.info, info)  # last: a directory with run.json is a whole run
-    registry.register(run_id, layout.root, created)
     _link_latest(layout.root)
-    return layout
-
-
-def _make(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot be made ({error.strerror})", where=str(path), mend="choose --run DIR") from None
-
-
-def _unused_id(name: str) -> str:
-    """Directories chosen by the user may have equal names in different places; ids may not."""
-    taken = {entry.id for entry in registry.entries() if entry.exists}
-    candidates = [name, *(f"{name}-{number}" for number in range(2, 1000))]
-    return next(candidate for candidate in candidates if candidate not in taken)
 
 
 def _link_latest(path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from launcher import registry
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import TRAINED
+from vqscale.errors import UserError
 from vqscale.events import newest
 from vqscale.files import read_json
 
@@ -29,16 +30,17 @@ def measured(layout: RunLayout) -> tuple[str, float] | None:
 
 def earlier_runs(name: str, profile: str) -> list[RunLayout]:
     """The newest runs of a recipe under a profile, the newest first."""
-    newest_first = (RunLayout(entry.path) for entry in registry.entries()[: -_LOOKED_THROUGH - 1 : -1])
-    return list(itertools.islice((layout for layout in newest_first if _is_of(layout, name, profile)), _LOOKED_AT))
+    newest_first = registry.entries()[: -_LOOKED_THROUGH - 1 : -1]
+    found = (RunLayout(entry.path) for entry in newest_first if _is_of(entry, name, profile))
+    return list(itertools.islice(found, _LOOKED_AT))
 
 
-def _is_of(layout: RunLayout, name: str, profile: str) -> bool:
+def _is_of(entry: registry.Entry, name: str, profile: str) -> bool:
     """By its record, since `--run` gives ids of any name; one that cannot be read says nothing."""
     try:
-        info = read_json(layout.info) or {}
+        info = read_json(RunLayout(entry.path).info) or {}
         return bool(info.get("name") == name and info["profile"]["name"] == profile)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -81,7 +81,7 @@ class RunStatus:
     created: float
     profile: str
     state: str
-    """waiting, running, done, failed, preempted or cancelled."""
+    """waiting, running, done, failed, preempted or cancelled; unreadable where nothing else is known."""
     alive: bool | None
     """Whether somebody runs it; None when this machine cannot tell."""
     note: str
@@ -111,7 +111,7 @@ class RunStatus:
     @property
     def over(self) -> bool:
         """Whether nothing more will happen by itself."""
-        finished = self.state in ENDED
+        finished = self.state in (*ENDED, UNREADABLE)
         return self.alive is False or (self.alive is None and finished)
 
     def facts(self) -> dict[str, Any]:
@@ -126,6 +126,15 @@ class Machine:
     def processes(self) -> Counter[str]:
         """Run directory → processes of its stages on this machine."""
         return process.tags(STAGE_TAG)
+
+
+UNREADABLE = "unreadable"
+"""In the place of a state: the directory is there, but holds no run, or a damaged one."""
+
+
+def unreadable(run: str, path: Path, created: float, fault: UserError) -> RunStatus:
+    """What stands in a list for a run that cannot be read."""
+    return RunStatus(run, path, created, "", UNREADABLE, alive=None, note=str(fault), stages=(), current=None)
 
 
 Depth = Literal["all", "current", "none"]

@@ -9,18 +9,18 @@ there. Whatever happens, no process of a stage outlives the supervisor. The task
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TextIO
 
 from launcher import again, process
 from launcher.attempt import Attempts, Render, Request, say
 from launcher.backends import backend_for
 from launcher.backends.base import StageCommand
 from launcher.handover import check_handover
+from launcher.locks import held
 from launcher.state import RunState, StageState, StageWord, tasks_left
 from vqscale.config.layout import RunLayout
 from vqscale.errors import EXIT_USER_ERROR, UserError
@@ -117,8 +117,7 @@ def supervise(root: Path, render: Render | None = None) -> int:
         UserError: no run, or another supervisor works on it.
     """
     layout = RunLayout(root.resolve())
-    with _lock(layout) as lock:
-        _hold(lock, layout)
+    with _supervising(layout):
         write_json(layout.supervisor, process.identity(os.getpid()))
         return 0 if Supervisor(layout, render or _own_render, persists=True).run() == "done" else 1
 
@@ -129,8 +128,8 @@ def require_free(layout: RunLayout) -> None:
     Raises:
         UserError: somebody does.
     """
-    with _lock(layout) as lock:
-        _hold(lock, layout)
+    with _supervising(layout):
+        pass
 
 
 def _own_render(layout: RunLayout, stage: str, attempt: int) -> StageCommand:
@@ -139,16 +138,8 @@ def _own_render(layout: RunLayout, stage: str, attempt: int) -> StageCommand:
     return backend_for(job.profile).render(job, {stage: attempt})[0]
 
 
-def _lock(layout: RunLayout) -> TextIO:
-    return (layout.root / "supervisor.lock").open("w")
-
-
-def _hold(lock: TextIO, layout: RunLayout) -> None:
-    """The kernel lets go of the lock when its holder dies, however it dies."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError("another supervisor works on this run", where=str(layout.root)) from None
+def _supervising(layout: RunLayout) -> AbstractContextManager[None]:
+    return held(layout.root / "supervisor.lock", "another supervisor works on this run")
 
 
 def main() -> int:

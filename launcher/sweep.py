@@ -12,6 +12,8 @@ SWEEP/
 from __future__ import annotations
 
 import itertools
+import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,9 +48,16 @@ class Sweep:
 
     @classmethod
     def read(cls, folder: Path) -> Sweep | None:
-        """The record in a folder; None when there is none."""
+        """The record in a folder; None when there is none.
+
+        Raises:
+            UserError: it is not one of ours.
+        """
         tree = read_json(folder / _RECORD) if folder.is_dir() else None
-        return None if tree is None else cls(**tree)
+        try:
+            return None if tree is None else cls(**tree)
+        except TypeError:
+            raise UserError("holds no record of a sweep", where=str(folder / _RECORD)) from None
 
     def earlier(self, layouts: Sequence[RunLayout], number: int) -> list[RunLayout]:
         """Those of some of its runs that have to be over before one of them may start in a queue."""
@@ -60,10 +69,14 @@ class Sweep:
         """The runs' directories."""
         return [RunLayout(folder / run) for run in self.runs]
 
+    def enter(self, folder: Path) -> None:
+        """Put it into the index, which may give it another id, and down."""
+        self.id = registry.claim(folder.name, folder, time.time(), "sweep")
+        self.write(folder)
+
     def write(self, folder: Path) -> None:
-        """Put it down, and into the index."""
+        """Put it down."""
         write_json(folder / _RECORD, asdict(self))
-        write_json(registry.home() / "sweeps" / f"{self.id}.json", {"path": str(folder)})
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
@@ -110,13 +123,16 @@ def points(axes: Iterable[tuple[str, list[str]]]) -> list[tuple[str, ...]]:
 
 
 def find(text: str) -> tuple[Path, Sweep] | None:
-    """A sweep by its folder or id; None when there is none of this name."""
-    record = read_json(registry.home() / "sweeps" / f"{Path(text).name}.json") or {}
-    for folder in (Path(text).expanduser().resolve(), Path(record.get("path", "/dev/null"))):
-        sweep = Sweep.read(folder)
-        if sweep is not None:
-            return folder, sweep
-    return None
+    """A sweep by its folder or id; None when a run lies there, or there is none of this name."""
+    folder = Path(text).expanduser().resolve()
+    if RunLayout(folder).info.exists():
+        return None
+    sweep = Sweep.read(folder)
+    if sweep is None and text and os.sep not in text:  # an id is no path
+        entry = registry.find(text)
+        if entry and entry.kind == "sweep":
+            folder, sweep = entry.path, Sweep.read(entry.path)
+    return (folder, sweep) if sweep else None
 
 
 def turn(layout: RunLayout) -> str:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Read = Callable[[], Sequence[RunStatus]]
 """Reads the runs that are shown, anew each time."""
 
+EXIT_FAILED = 1
+"""Exit code when a run that was followed is not done."""
+
 _REFRESH_S = 0.5
 _REFRESH_MANY_S = 2.0
 _LINE_EVERY_S = 10.0

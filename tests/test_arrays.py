@@ -170,7 +170,7 @@ def test_the_state_of_an_array_is_made_of_its_tasks(layout: RunLayout) -> None:
     assert said("done", "done", "done").state == "done"
 
 
-def test_what_is_sent_to_slurm(layout: RunLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_sent_to_slurm(layout: RunLayout, idle_slurm: None, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = "generate,pack,tokenizer,extract,prior"
     made = make_plan(str(layout.recipe), "devslurm", run=layout.root.with_name("other"), stages=stages)
     scripts = {command.stage: command.script for command in made.commands}
@@ -188,7 +188,7 @@ def test_what_is_sent_to_slurm(layout: RunLayout, monkeypatch: pytest.MonkeyPatc
         write_json(layout.done(stage), {"stage": stage})
     write_json(layout.of_task(1).done("extract"), {})
     SlurmBackend().submit(layout)
-    assert sent[0] == ["sbatch", "--parsable", "--array=0,2", str(layout.script("extract"))]
+    assert sent[0] == ["sbatch", "--parsable", "--array=0,2", "--hold", str(layout.script("extract"))]
     assert sent[1][2] == "--dependency=afterok:10", "of the whole array"
 
 

@@ -208,7 +208,9 @@ def test_run_again_it_goes_on_with_what_is_missing(
     assert started[1] == started[0]
 
 
-def test_a_queue_waits_for_what_is_shared(words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queue_waits_for_what_is_shared(
+    words: list[str], home: Path, idle_slurm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sent: list[str] = []
 
     def submit(argv: list[str], *rest: Any) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 
 from launcher import process, registry, snapshot
 from launcher.cli import main
+from launcher.locks import alone
 from launcher.logs import LogChoice, print_logs
 from launcher.plan import make_plan
 from launcher.registry import choose_directory, resolve
@@ -86,6 +90,140 @@ def test_names_collide_into_suffixes(home: Path) -> None:
     first = choose_directory("tiny", None, now)
     first.mkdir(parents=True)
     assert choose_directory("tiny", None, now).name == f"{first.name}-2"
+
+
+SUBMITS = """
+import sys
+from launcher import registry
+from launcher.cli import main
+make, together = registry.make_directory, []
+def wait(path):
+    if not together:  # until all have chosen, and found it free
+        together.append(sys.stderr.write("ready\\n"))
+        sys.stdin.readline()
+    return make(path)
+registry.make_directory = wait
+registry.time.strftime = lambda *a: "20260101-000000"
+sys.exit(main(["submit", *sys.argv[1:], "--prepare-only", "--json"]))
+"""
+
+
+def at_once(*command_lines: list[str]) -> list[tuple[int, str, str]]:
+    """Code, output and errors of submits that have all chosen their directories before the first makes its own."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = [subprocess.Popen([sys.executable, "-c", SUBMITS, *line], text=True, **pipes) for line in command_lines]  # type: ignore[call-overload]
+    try:
+        for one in started:
+            assert one.stderr.readline() == "ready\n"
+        for one in started:
+            one.stdin.write("go\n")
+            one.stdin.flush()
+        said = [one.communicate(timeout=60) for one in started]
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+    return [(one.returncode, *words) for one, words in zip(started, said, strict=True)]
+
+
+def test_runs_that_are_submitted_at_once_have_directories_of_their_own(home: Path) -> None:
+    recipe = str(write_recipe(home / "r.yaml"))
+    ended = at_once(*([recipe, f"seed={seed}"] for seed in (1, 2, 3)))
+    assert [code for code, *_ in ended] == [0, 0, 0], ended
+    made = [json.loads(out) for _, out, _ in ended]
+    stem = "tiny-20260101-000000"
+    assert sorted(one["id"] for one in made) == [stem, f"{stem}-2", f"{stem}-3"]
+    assert [RunLayout(Path(one["path"])).read_recipe().seed for one in made] == [1, 2, 3]
+    assert {(entry.id, str(entry.path)) for entry in registry.entries()} == {(one["id"], one["path"]) for one in made}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_directory_that_two_ask_for_is_given_to_one(home: Path, there: bool) -> None:
+    """A sweep is no exception, nor is an empty folder that is there already."""
+    recipe, place = str(write_recipe(home / "r.yaml")), home / "same"
+    if there:
+        place.mkdir()
+    words = [recipe, "--run", str(place)]
+    ended = at_once([*words, "seed=1"], [*words, "seed=2"], [*words, "--sweep", "seed=3,4"])
+    assert sorted(code for code, *_ in ended) == [0, 2, 2], ended
+    refused = [error for code, _, error in ended if code]
+    expected = f"error: {place}: another command makes it, or was killed while it did; choose another directory"
+    assert [one.startswith(expected) and one.count("\n") == 1 for one in refused] == [True, True], refused
+    assert len(registry.everything()) == (3 if (place / "sweep.json").exists() else 1)
+
+
+def test_ids_are_of_one_at_most(home: Path) -> None:
+    """Runs and sweeps have one set of names. What is gone keeps its own, but for a run in the same directory."""
+    first = new_run(home, "a/mine")
+    assert registry.claim("mine", home / "b/mine", 1.0, "sweep") == "mine-2"
+    assert new_run(home, "c/mine").id == "mine-3"
+    shutil.rmtree(first.root)
+    assert new_run(home, "d/mine").id == "mine-4"
+    assert new_run(home, "a/mine").id == "mine"
+
+
+def test_what_cannot_be_made_leaves_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["submit", str(write_recipe(home / "r.yaml")), "--prepare-only"]
+    assert main(words) == 0
+    (before,) = registry.entries()
+    with monkeypatch.context() as broken:
+        broken.setattr("launcher.rundir._link_latest", lambda path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main([*words, "--run", str(home / "runs/mine")])
+    assert registry.entries() == [before]
+    assert sorted(path.name for path in (home / "runs").iterdir()) == sorted(["latest", before.id])
+    capsys.readouterr()
+    monkeypatch.setenv("VQSCALE_HOME", "/dev/null/x")
+    for more in ([], ["--sweep", "seed=1,2"]):
+        assert main([*words, "--run", str(home / "mine"), *more]) == 2
+        assert capsys.readouterr().err == (
+            "error: /dev/null/x/runs: cannot be written (Not a directory); set VQSCALE_HOME to a folder of yours\n"
+        )
+    assert not (home / "mine").exists()
+
+
+def test_the_index_is_where_its_variable_says(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    for text in ("~/index", "index"):
+        monkeypatch.setenv("VQSCALE_HOME", text)
+        assert registry.home() == home / "index"
+
+
+def test_a_damaged_file_is_one_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = new_run(home, "mine")
+    new_run(home, "other")
+    layout.state.write_text('{"stages": {')
+    fault = f"{layout.state}: is not JSON; "
+    for command in ("status", "show", "logs", "cancel", "requeue"):
+        assert main([command, "mine"]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: {fault}"), told
+        assert told.count("\n") == 1
+    for command in ("ls", "status"):
+        assert main([command]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (row,) = (line for line in lines if line.startswith("mine "))
+        assert "unreadable" in row
+        assert any(fault in line for line in lines)
+        assert any(line.startswith("other ") for line in lines)
+    assert main(["status", "--json"]) == 0
+    facts = {one["id"]: one for one in json.loads(capsys.readouterr().out)}
+    assert (facts["mine"]["state"], facts["other"]["state"]) == ("unreadable", "waiting")
+    assert facts["mine"].keys() == facts["other"].keys()
+    layout.info.write_text("{")
+    assert main(["plan", str(home / "r.yaml")]) == 0, "another run of the recipe is nobody's concern"
+
+
+def test_one_command_at_a_time_changes_a_run(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = new_run(home, "mine")
+    with alone(layout.root):
+        for command in ("requeue", "cancel"):
+            assert main([command, "mine"]) == 2
+            assert "another command starts, requeues or cancels it; try again" in capsys.readouterr().err
+    assert main(["cancel", "mine"]) == 0
 
 
 def test_chosen_directories(home: Path) -> None:

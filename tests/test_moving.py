@@ -51,7 +51,9 @@ def layout(home: Path) -> RunLayout:
     return made
 
 
-def test_a_run_goes_on_elsewhere(layout: RunLayout, submitted: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_goes_on_elsewhere(
+    layout: RunLayout, submitted: list[str], idle_slurm: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["requeue", "mine", "--on", "devslurm", "resources.processes=1", "resources.timeout_s=60"]) == 0
     assert submitted == ["SlurmBackend"]
     assert "mine goes on with tokenizer" in capsys.readouterr().out

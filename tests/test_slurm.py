@@ -18,7 +18,7 @@ import yaml
 from cluster.devslurm import INSTALL, DevSlurm, missing
 from cluster.profile import PROFILES
 from launcher import process
-from launcher.backends import slurm_queue
+from launcher.backends import slurm_jobs, slurm_queue
 from launcher.backends.base import STAGE_TAG
 from launcher.cli import main
 from launcher.keeper import TAG
@@ -272,7 +272,24 @@ def test_what_slurm_refuses_is_one_line(conf: Path, home: Path, capsys: pytest.C
     told = capsys.readouterr().err
     assert told.startswith("error: sbatch: ")
     assert told.count("\n") == 1
-    assert not RunLayout(home / "mine").slurm.exists()
+    assert not (home / "mine").exists(), "the same command can be repeated"
+
+
+def test_a_job_that_nobody_recorded_is_ended(conf: Path, home: Path) -> None:
+    """As a submission leaves it that is killed behind `sbatch`."""
+    layout = packed(home, recipe(home, 1), stages="generate,pack", done=("generate",))
+    name = slurm_jobs.job_name(layout.root, "pack")
+    argv = ["sbatch", "--parsable", "--hold", f"--job-name={name}", "--wrap", "true"]
+    left = slurm_queue.submit(argv, layout.root, os.environ)
+    elsewhere = slurm_queue.submit(argv, home, os.environ)
+    assert read_status(layout).words.endswith("prepared only: vqscale requeue mine starts it")
+    assert main(["requeue", "mine"]) == 0
+    recorded = read_json(layout.slurm)["jobs"]["pack"]
+    assert left not in queue()
+    assert elsewhere in queue(), "of another folder"
+    assert len({left, elsewhere, recorded}) == 3
+    until(lambda: read_status(layout).over, layout)
+    assert read_status(layout).words == "done", told(layout)
 
 
 @pytest.mark.fault

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from launcher.backends import slurm_queue
-from launcher.backends.slurm import SlurmBackend
-from launcher.cli import main
+from launcher import batch
 from launcher.logs import LogChoice, print_logs
 from launcher.plan import make_plan
+from launcher.retry import Limits
 from launcher.rundir import create
 from launcher.state import RunState, StageState
-from launcher.status import read_status
-from tests.processor import in_imports
 from tests.recipes import write_recipe
+from tests.slurm_stand_ins import stand_in
 from vqscale.config.layout import RunLayout
-from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,26 +55,11 @@ def layout(home: Path, fakes: Path) -> RunLayout:
     return create(make_plan(str(recipe), "devslurm", run=home / "mine", stages="generate,pack"))
 
 
-@pytest.fixture
-def fakes(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder at the head of PATH for stand-ins; a `scontrol` that writes down what it is asked is in it."""
-    folder = home / "fakes"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    slurm_queue._forget()
-    stand_in(folder, "scontrol", 'echo "$@" >> "$(dirname "$0")/asked"')
-    return folder
-
-
-def stand_in(folder: Path, name: str, script: str) -> None:
-    slurm_queue._forget()
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
-
-
 def start(
     layout: RunLayout, *command: str, job: str = "7", requeues: int = 2, **surroundings: str
 ) -> subprocess.Popen[bytes]:
+    number = surroundings.get("SLURM_ARRAY_JOB_ID", job)
+    write_json(layout.slurm, {"cancelled": False, **(read_json(layout.slurm) or {}), "jobs": {"generate": number}})
     own = ("--run", str(layout.root), "--stage", "generate", "--requeues", str(requeues), "--grace", "5")
     own += ("--retries", "2", "--pause", "7")
     return subprocess.Popen(
@@ -353,139 +334,29 @@ def test_outside_of_a_job_it_says_so(layout: RunLayout) -> None:
     assert "runs inside a job of Slurm" in done.stderr
 
 
-def queued(fakes: Path, *rows: str) -> None:
-    """What `squeue` answers; rows are `NUMBER|STATE|REASON`, jobs 10 and 20 those of the run `mine`."""
-    names = {"10": "vqscale-mine-generate", "20": "vqscale-mine-pack"}
-    parts = [row.split("|") for row in rows]
-    rows = tuple(f"{number}|{state}|{names.get(number, 'other')}|{reason}" for number, state, reason in parts)
-    stand_in(fakes, "squeue", f"cat <<'END'\n{''.join(row + chr(10) for row in rows)}END")
+def test_a_job_that_is_not_recorded_does_nothing(
+    layout: RunLayout, fakes: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = batch.Batch(layout, "generate", fake(layout, "done"), "7", Limits(2, 2, 7), 5)
+    monkeypatch.setattr(batch, "_RECORD_S", 0.0)
+    before = layout.state.read_bytes()
+    for known, named in (({}, "none"), ({"generate": "8", "pack": "7"}, "8")):
+        write_json(layout.slurm, {"jobs": known, "cancelled": False})
+        assert job.run() == 1
+        assert f"generate: job 7 does nothing: slurm.json names {named} for this stage" in capfd.readouterr().out
+    assert layout.state.read_bytes() == before
+    assert not layout.attempt("generate", 1).exists()
 
 
-def test_a_chain_is_submitted_whole(layout: RunLayout, fakes: Path) -> None:
-    queued(fakes)
-    stand_in(fakes, "sbatch", 'cd "$(dirname "$0")"; echo "$@" >> sent; echo "$(wc -l < sent | tr -d " ")0;cluster"')
-    poll = SlurmBackend().submit(layout)
-    assert (poll.alive, poll.words) == (True, "Slurm jobs 10, 20")
-    assert (fakes / "sent").read_text().splitlines() == [
-        f"--parsable {layout.script('generate')}",
-        f"--parsable --dependency=afterok:10 --kill-on-invalid-dep=yes {layout.script('pack')}",
-    ]
-    planned = make_plan(str(layout.recipe), "devslurm", run=layout.root, stages="generate,pack").commands
-    assert [layout.script(command.stage).read_text() for command in planned] == [c.script for c in planned]
-    assert read_json(layout.slurm)["jobs"] == {"generate": "10", "pack": "20"}
-
-
-def test_a_chain_that_is_refused_leaves_no_job(layout: RunLayout, fakes: Path) -> None:
-    queued(fakes)
-    refuse = "*afterok*) echo 'sbatch: error: invalid partition' >&2; exit 1;;"
-    stand_in(fakes, "sbatch", f'case "$*" in {refuse} *) echo 10;; esac')
-    stand_in(fakes, "scancel", 'echo "$@" > "$(dirname "$0")/cancelled"')
-    with pytest.raises(UserError, match="sbatch: invalid partition"):
-        SlurmBackend().submit(layout)
-    assert (fakes / "cancelled").read_text() == "--quiet 10\n"
-    assert "prepared only" in read_status(layout).words
-
-
-def test_a_slurm_that_is_not_found_names_the_mend(layout: RunLayout, fakes: Path) -> None:
-    queued(fakes)
-    stand_in(fakes, "sbatch", "echo 'sbatch: fatal: Could not establish a configuration source' >&2; exit 1")
-    with pytest.raises(UserError, match=r"configuration source; set SLURM_CONF; vqscale cluster status names"):
-        SlurmBackend().submit(layout)
-
-
-def test_status_compares_slurm_and_the_run_directory(layout: RunLayout, fakes: Path) -> None:
-    write_json(layout.slurm, {"jobs": {"generate": "10", "pack": "20"}, "cancelled": False})
-    stand_in(fakes, "sacct", "exit 1")
-
-    def said(word: str, *rows: str) -> str:
-        state = RunState.new(("generate", "pack"))
-        if word != "waiting":
-            state.begin("generate", 1)
-            state.end("generate", word)  # type: ignore[arg-type]
-        state.write(layout)
-        queued(fakes, *rows)
-        return read_status(layout).words
-
-    waits = "20|PENDING|Dependency"
-    assert said("waiting", "10|PENDING|Priority", waits) == (
-        "waiting, Slurm job 10 (generate) waits behind jobs of higher priority (Priority)"
-    )
-    assert said("running", "10|RUNNING|None", waits) == "running"
-    assert said("running", "10|PENDING|BeginTime", waits).startswith("running, but Slurm job 10 (generate) waits until")
-    assert said("preempted", "10|PENDING|BeginTime", waits).startswith("preempted, Slurm job 10 (generate) waits until")
-    stays = "failed, but Slurm job 20 (pack) waits for the stage before (Dependency)"
-    assert said("failed", "10|FAILED|NonZeroExitCode", waits) == stays
-    lost = "but its Slurm job 10 (TIMEOUT) is gone: vqscale requeue mine"
-    assert said("running", "10|TIMEOUT|TimeLimit", "20|CANCELLED|None") == f"running, {lost}"
-    assert said("running", "99|RUNNING|None") == "running, but its Slurm job 10 is gone: vqscale requeue mine"
-    stand_in(fakes, "sacct", "echo '10|CANCELLED by 0|vqscale-mine-generate'")
-    assert "Slurm job 10 (CANCELLED) is gone" in said("running")
-    stand_in(fakes, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
-    assert "Slurm cannot be asked (squeue: Unable to contact slurm controller)" in read_status(layout).words
-    assert read_status(layout).alive is None
-
-
-def test_a_number_that_came_again_is_not_ours(layout: RunLayout, fakes: Path) -> None:
-    write_json(layout.slurm, {"jobs": {"generate": "99"}, "cancelled": False})
-    queued(fakes, "99|RUNNING|None")
-    stand_in(fakes, "scancel", 'touch "$(dirname "$0")/cancelled"')
-    assert read_status(layout).alive is False
-    SlurmBackend().cancel(layout)
-    assert not (fakes / "cancelled").exists()
-
-
-def test_one_question_serves_all_runs(layout: RunLayout, fakes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    others = [create(make_plan(str(layout.recipe), "devslurm", run=layout.root / f"../other-{n}")) for n in range(3)]
-    for each in (layout, *others):
-        write_json(each.slurm, {"jobs": {"generate": "10"}, "cancelled": False})
-    stand_in(fakes, "squeue", 'echo asked >> "$(dirname "$0")/questions"; echo "10|RUNNING|x|None"')
-    assert main(["ls"]) == 0
-    assert (fakes / "questions").read_text() == "asked\n"
-
-
-def test_a_hundred_jobs_cost_a_question_every_few_seconds(
+def test_a_job_waits_for_a_record_that_its_host_cannot_see_yet(
     layout: RunLayout, fakes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A display of a hundred runs, redrawn twice a second for ten seconds, on a clock of the test's own."""
-    names = [f"many-{number}" for number in range(100)]
-    rows = "".join(f"{100 + n}|RUNNING|vqscale-{name}-generate|None\n" for n, name in enumerate(names))
-    stand_in(fakes, "squeue", f'echo asked >> "$(dirname "$0")/questions"; cat <<END\n{rows}END')
-    runs = []
-    for number, name in enumerate(names):
-        root = layout.root.with_name(name)
-        shutil.copytree(layout.root, root)
-        write_json(root / "slurm.json", {"jobs": {"generate": str(100 + number)}, "cancelled": False})
-        runs.append(RunLayout(root))
-    clock = itertools.count(1000.0, 0.5)
-    now = next(clock)
-    monkeypatch.setattr(slurm_queue.time, "monotonic", lambda: now)
-    for _ in range(20):
-        now = next(clock)
-        assert all(SlurmBackend().poll(run).alive for run in runs)
-    assert 3 <= len((fakes / "questions").read_text().splitlines()) <= 4
+    def sleep(seconds: float) -> None:
+        write_json(layout.slurm, {"jobs": {"generate": "7"}, "cancelled": False})
 
-
-def test_submit_returns_at_once(layout: RunLayout, fakes: Path) -> None:
-    """Seven jobs, with a queue that answers at once."""
-    stand_in(fakes, "sbatch", 'cd "$(dirname "$0")"; echo x >> sent; wc -l < sent')
-    queued(fakes)
-    command = [sys.executable, "-m", "launcher", "submit", str(layout.recipe), "--on", "devslurm"]
-    places = [str(layout.root.with_name(f"quick-{number}")) for number in range(3)]
-    assert in_imports([[*command, "--run", place] for place in places]) < 6.5
-    assert len((fakes / "sent").read_text().splitlines()) == 21
-
-
-def test_without_slurm_there_is_one_clear_line(
-    layout: RunLayout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_json(layout.slurm, {"jobs": {"generate": "10"}, "cancelled": False})
-    monkeypatch.setenv("PATH", str(layout.root))
-    slurm_queue._forget()
-    for command in (["cancel", "mine"], ["requeue", "mine"]):
-        assert main(command) == 2
-        told = capsys.readouterr().err
-        assert "is not installed here" in told
-        assert told.count("\n") == 1
+    monkeypatch.setattr(batch, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    job = batch.Batch(layout, "generate", fake(layout, "done"), "7", Limits(2, 2, 7), 5)
+    assert job._is_the_runs()
 
 
 def test_logs_are_by_the_rank_in_the_whole_job(layout: RunLayout) -> None:

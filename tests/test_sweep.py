@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher import process, sweep, sweeper
+from launcher import process, registry, sweep, sweeper
 from launcher.backends import slurm_queue
 from launcher.backends.base import STAGE_TAG, Poll
 from launcher.cli import main
@@ -91,7 +92,7 @@ def test_words_that_do_not_go_together(words: list[str], capsys: pytest.CaptureF
 def test_runs_are_runs_like_others(words: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", *words, "--prepare-only"]) == 0
     folder = home / "tries"
-    assert sorted(path.name for path in folder.iterdir()) == ["sweep.json", *(f"tries.{n}" for n in range(4))]
+    assert sorted(path.name for path in folder.iterdir()) == ["lock", "sweep.json", *(f"tries.{n}" for n in range(4))]
     recipes = [RunLayout(folder / f"tries.{n}").read_recipe() for n in range(4)]
     assert [(recipe.prior.networks[0].layers, recipe.seed) for recipe in recipes] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     capsys.readouterr()
@@ -102,8 +103,86 @@ def test_runs_are_runs_like_others(words: list[str], home: Path, capsys: pytest.
     assert read_status(RunLayout(folder / "tries.3")).state == "cancelled"
 
 
-def test_what_is_left_of_a_sweep_goes_on(
+def test_a_name_is_a_path_first_and_one_sweep_or_run(
     words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run and a sweep of equal names in two places: each command is for the one that it names."""
+    assert main(["submit", words[0], "--run", str(home / "a/tries"), "--prepare-only"]) == 0
+    words[words.index("--run") + 1] = str(home / "b/tries")
+    assert main(["submit", *words, "--prepare-only"]) == 0
+    run, folder = RunLayout(home / "a/tries"), home / "b/tries"
+    assert (run.id, Sweep(**read_json(folder / "sweep.json")).id) == ("tries", "tries-2")
+    assert sweep.find("tries") is None
+    for text in (str(run.root), f"{home}/c/tries", "c/tries", ""):
+        assert sweep.find(text) is None, text
+    monkeypatch.chdir(home / "a")
+    for text in ("tries-2", str(folder), "../b/tries"):
+        found = sweep.find(text)
+        assert found
+        assert found[0] == folder
+    capsys.readouterr()
+    assert main(["cancel", str(run.root)]) == 0
+    assert capsys.readouterr().out.startswith("tries: cancelled")
+    assert read_status(RunLayout(folder / "tries.0")).state == "waiting"
+
+
+def test_a_run_that_is_missing_keeps_no_other_from_anything(
+    words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", *words, "--prepare-only", "--at-most", "4"]) == 0
+    folder, fake = home / "tries", Fake()
+    shutil.rmtree(folder / "tries.1")
+    (folder / "tries.2/state.json").write_text("{")
+    capsys.readouterr()
+
+    assert main(["status", "tries"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:5]] == [
+        ["tries.0", "waiting"],
+        ["tries.1", "unreadable"],
+        ["tries.2", "unreadable"],
+        ["tries.3", "waiting"],
+    ]
+    missing = f"{folder}/tries.1: holds no run"
+    assert any(missing in line for line in lines)
+
+    with monkeypatch.context() as faked:
+        faked.setattr(sweeper, "_backend", lambda layout: fake)
+        faked.setattr("launcher.status.backend_for", lambda profile: fake)
+        faked.setattr(sweeper, "_POLL_S", 0)
+        faked.setattr("launcher.family.write_comparison", no_page)
+        assert sweeper.run(folder) == 1
+    assert sorted(group[-1] for group in fake.together) == ["tries.0", "tries.3"]
+    log = capsys.readouterr().out
+    assert f"left out: {missing}" in log
+    assert f"warning: {folder}: the comparison was not written" in log
+
+    for number in (0, 3):
+        layout = RunLayout(folder / f"tries.{number}")
+        state = RunState.read(layout)
+        for stage in state.stages:
+            layout.done(stage).unlink()
+        state.reopen(layout)
+        state.write(layout)
+    started: list[str] = []
+    monkeypatch.setattr(sweeper, "start", lambda folder, found, left: started.extend(one.root.name for one in left))
+    for command, told in (("requeue", "tries goes on with 2 runs\n"), ("cancel", "tries: 2 runs cancelled\n")):
+        assert main([command, "tries"]) == 2
+        out, err = capsys.readouterr()
+        assert out == told
+        faults = sorted(err.splitlines())
+        assert faults[0] == f"error: {folder}/tries.1: " + ("holds no run" if command == "requeue" else "is not there")
+        assert faults[1].startswith(f"error: {folder}/tries.2/state.json: is not JSON")
+    assert started == ["tries.0", "tries.3"]
+    assert read_status(RunLayout(folder / "tries.0")).state == "cancelled"
+
+
+def no_page(folder: Path) -> None:
+    raise UserError("the comparison was not written", where=str(folder))
+
+
+def test_what_is_left_of_a_sweep_goes_on(
+    words: list[str], home: Path, idle_slurm: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["submit", *words, "--prepare-only", "--on", "devslurm"]) == 0
     assert "start it:  vqscale requeue tries\n" in capsys.readouterr().out
@@ -198,7 +277,7 @@ def test_on_one_machine_the_others_wait(words: list[str], home: Path, capsys: py
     assert read_status(last).words == "cancelled"
 
 
-def test_a_queue_chains_them(words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queue_chains_them(words: list[str], home: Path, idle_slurm: None, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[list[str]] = []
 
     def submit(argv: list[str], *rest: Any) -> str:
@@ -220,8 +299,8 @@ def test_a_queue_chains_them(words: list[str], home: Path, monkeypatch: pytest.M
     assert not Sweep(**read_json(home / "tries/sweep.json")).runner, "nobody has to stay"
 
 
-def test_a_sweep_that_is_refused_leaves_no_job(
-    words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_sweep_that_is_refused_leaves_neither_jobs_nor_runs(
+    words: list[str], home: Path, idle_slurm: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     numbers = iter(["10", "20", "30"])
     cancelled: list[str] = []
@@ -240,3 +319,5 @@ def test_a_sweep_that_is_refused_leaves_no_job(
     monkeypatch.setattr(slurm_queue, "cancel", lambda found: cancelled.extend(found))
     assert main(["submit", *words, "--on", "devslurm"]) == 2
     assert sorted(cancelled) == ["10", "20", "30"], "those of a whole chain, and of the one that was refused"
+    assert not (home / "tries").exists()
+    assert not registry.everything()

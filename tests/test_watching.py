@@ -76,10 +76,19 @@ def test_several_runs_are_a_line_each(home: Path, capsys: pytest.CaptureFixture[
     facts = json.loads(said(capsys, "status", "first", third.root.name, "--json"))
     assert [one["id"] for one in facts] == ["first", "run-001"]
     assert [line.split()[0] for line in said(capsys, "status", "-n", "1").splitlines()[1:]] == ["run-001", "run-001:"]
-    assert said(capsys, "status", "--watch", "first", "run-000").splitlines()[-2:] == [
+    assert main(["status", "--watch", "first", "run-000"]) == 1, "as with `submit --follow`"
+    assert capsys.readouterr().out.splitlines()[-2:] == [
         "first: waiting, prepared only: vqscale requeue first starts it",
         "run-000: failed",
     ]
+    assert main(["status", "--watch", "run-000"]) == 1
+    assert "\nrun-000: failed; vqscale logs run-000 --failed says why" in capsys.readouterr().out
+    for stage in RunState.read(third).stages:
+        begin(third, stage, end="done")
+        write_json(third.done(stage), {})
+    for words in (["run-001"], ["run-001", "run-001"]):
+        assert main(["status", "--watch", *words]) == 0
+    capsys.readouterr()
 
 
 def test_a_live_table_follows_all_runs_to_their_end(
@@ -153,7 +162,13 @@ def test_filters(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "run-001" / "run.json").write_text("{")
     assert ids("--state", "gone") == ["first"]
     assert ids("--state", "unreadable") == ["run-000", "run-001"]
-    assert said(capsys, "status").endswith("3 more cannot be read or are gone: vqscale ls --state unreadable,gone\n")
+    lines = said(capsys, "status").splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("run-00")][:2] == ["unreadable", "unreadable"]
+    assert f"run-000: {home}/run-000/state.json: holds no state of a run" in lines
+    assert lines[-1] == "gone: 1 more; vqscale ls --state gone lists them, vqscale ls --prune forgets them"
+    assert said(capsys, "ls", "--prune", "--name", "run-*") == "nothing is gone\n"
+    assert said(capsys, "ls", "--prune") == f"forgotten: first  {home}/first\n"
+    assert ids() == ["run-000", "run-001", "run-002", "run-003"]
     assert said(capsys, "ls", "--name", "none") == "no run fits; vqscale ls shows all\n"
 
 
@@ -166,6 +181,10 @@ def test_filters(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("status", "mine", "--state", "failed"), "leave RUN or the filters out"),
         (("status", "mine", "mien"), "near: mine"),
         (("show", "mien"), "near: mine"),
+        (("status", "mine", "--watch", "--json"), "--watch and --json exclude each other; leave one out"),
+        (("requeue", "mine", "--follow", "--json"), "--follow and --json exclude each other; leave one out"),
+        (("logs", "mine", "--attempt", "0"), "--attempt: no attempt 0; they are counted from 1"),
+        (("logs", "mine", "--attempt", "5"), "mine: no stage has begun; leave --attempt out"),
     ],
 )
 def test_wrong_words_are_one_line(
@@ -243,7 +262,7 @@ def fake_slurm(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs = home / "bin"
     programs.mkdir()
     asked = home / "asked"
-    lines = "".join(f"{n}|PENDING|vqscale-run-{n:03d}-generate|JobHeldUser\\n" for n in range(100))
+    lines = "".join(f"{n}|PENDING|vqscale-run-{n:03d}-generate|JobHeldUser|/\\n" for n in range(100))
     for name in ("squeue", "sacct"):
         (programs / name).write_text(f"#!/bin/sh\necho {name} >> {asked}\nprintf '{lines}'\n")
         (programs / name).chmod(0o755)

@@ -72,6 +72,21 @@ def run_program(
         return 130
 
 
+def refuse_both(options: argparse.Namespace, command: str, *pair: str) -> None:
+    """Refuse two options that were both given.
+
+    Args:
+        options: what was parsed.
+        command: whose options they are.
+        pair: their names, such as `--follow`.
+
+    Raises:
+        UserError: both were given.
+    """
+    if all(getattr(options, name.strip("-").replace("-", "_")) for name in pair):
+        raise UserError(f"{' and '.join(pair)} exclude each other", where=command, mend="leave one out")
+
+
 def choose_command(parser: OneLineParser, commands: Iterable[str], words: Sequence[str]) -> str:
     """The command that a line begins with; `--help`, or nothing, prints the parser's help and exits.
 

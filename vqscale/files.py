@@ -9,6 +9,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from vqscale.errors import UserError
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: beside, synced, renamed. Readers see the old file or the new one, never a part."""
@@ -34,8 +36,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; None when there is none."""
+    """Read a JSON file; None when there is none.
+
+    Raises:
+        UserError: what it holds is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError):
+        # Such files are replaced as a whole: a kill does not leave a part of one.
+        mend = "storage or somebody's hand damaged it: put it right, or back from a copy"
+        raise UserError("is not JSON", where=str(path), mend=mend) from None

@@ -5,16 +5,13 @@ On every node of a job one task runs torch's elastic agent. `launcher.batch` wat
 
 from __future__ import annotations
 
-import re
 import shlex
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cluster.rendezvous import agent_arguments
 from cluster.slurm import SlurmSettings
-from launcher.backends import containers
+from launcher.backends import containers, slurm_jobs
 from launcher.backends import slurm_queue as queue
 from launcher.backends.base import STAGE_MODULES, Job, Poll, StageCommand
 from launcher.backends.slurm_words import explain
@@ -22,7 +19,7 @@ from launcher.job import job_of
 from launcher.state import RunState, tasks_left
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
-from vqscale.files import read_json, write_bytes, write_json
+from vqscale.files import read_json, write_bytes
 
 _END_S = 120
 """Longest wait for the end of cancelled jobs, above their grace."""
@@ -80,7 +77,12 @@ class SlurmBackend:
         )
 
     def check(self, job: Job) -> None:
-        """Nothing: `sbatch` itself refuses what cannot be."""
+        """Whether the controller answers; what a job asks for `sbatch` itself refuses.
+
+        Raises:
+            UserError: it does not.
+        """
+        queue.jobs()
 
     def submit(self, layout: RunLayout) -> Poll:
         """Write the scripts of all unfinished stages and submit them as a chain."""
@@ -88,11 +90,12 @@ class SlurmBackend:
 
     def submit_after(self, layout: RunLayout, earlier: Sequence[RunLayout]) -> Poll:
         """As `submit`, and the chain begins when the last jobs of all the others have ended."""
-        now = self.poll(layout)
-        if now.alive:
+        before = slurm_jobs.jobs(layout)
+        alive = slurm_jobs.alive(layout)
+        if not set(alive).isdisjoint(before.values()):
             raise UserError("is running already", where=layout.root.name, mend="vqscale cancel ends it")
-        if now.alive is None:
-            raise UserError(now.words, where=layout.root.name)
+        if alive:  # of a submission that was cut off
+            slurm_jobs.end(layout, alive, _END_S)
         state = RunState.read(layout)
         unfinished = [stage for stage in state.stages if not layout.done(stage).exists()]
         attempts = {stage: state.stages[stage].attempt + 1 for stage in unfinished}
@@ -103,26 +106,24 @@ class SlurmBackend:
                 write_bytes(layout.script(command.stage), command.script.encode())
                 argv = [word.format(**submitted) if "{" in word else word for word in command.argv[:-1]]
                 argv += _only_those_left(job, layout, command.stage)
-                if earlier and not submitted:
-                    last = [list(_jobs(one).values())[-1] for one in earlier]
-                    argv.append(f"--dependency=afterany:{':'.join(last)}")
-                environment = command.environment()
-                number = queue.submit([*argv, command.argv[-1]], command.directory, environment)
+                if not submitted:
+                    argv += ["--hold", *_behind(earlier)]
+                number = queue.submit([*argv, command.argv[-1]], command.directory, command.environment())
                 submitted[command.stage] = number
+                slurm_jobs.put_down(layout, submitted)
+            queue.release(next(iter(submitted.values())))
         except BaseException:
-            if submitted:  # a chain is whole, or there is none
-                queue.cancel(submitted.values())
+            _take_back(layout, submitted, before)
             raise
-        write_json(layout.slurm, {"jobs": submitted, "cancelled": False})
         return Poll(True, _words(submitted))
 
     def poll(self, layout: RunLayout) -> Poll:
         """What the controller says of the jobs, beside what the run directory says."""
-        jobs = _jobs(layout)
+        jobs = slurm_jobs.jobs(layout)
         if not jobs:
             return Poll(False, "never submitted", begun=False)
         try:
-            known = _ours(layout, queue.jobs())
+            known = slurm_jobs.ours(layout, queue.jobs())
         except UserError as error:
             return Poll(None, f"Slurm cannot be asked ({error})", who=_words(jobs))
         alive = {stage: row for stage, row in known.items() if row.alive}
@@ -132,12 +133,12 @@ class SlurmBackend:
 
     def cancel(self, layout: RunLayout) -> None:
         """Cancel all jobs of the run, and wait until Slurm has ended their processes."""
-        alive = _alive(layout)
+        recorded = slurm_jobs.jobs(layout)
+        alive = slurm_jobs.alive(layout) if recorded else []  # without any, Slurm need not be there
         if alive:
             # Before the request: the batch host has to know that it was a person.
-            write_json(layout.slurm, {**_record(layout), "cancelled": True})
-            queue.cancel(alive)
-            _wait_for_end(layout, read_json(layout.info)["profile"]["grace_s"] + _END_S)
+            slurm_jobs.put_down(layout, recorded, cancelled=True)
+            slurm_jobs.end(layout, alive, read_json(layout.info)["profile"]["grace_s"] + _END_S)
         state = RunState.read(layout)
         state.stop("cancelled", "cancelled")
         state.write(layout)
@@ -178,7 +179,7 @@ def _options(job: Job, slurm: SlurmSettings, stage: str) -> list[str]:
     """What stands behind #SBATCH: names that the profile's types have checked, and numbers."""
     tasks = job.recipe.resources.array_of(stage)
     asked: dict[str, Any] = {
-        "job-name": _job_name(job.run, stage),
+        "job-name": slurm_jobs.job_name(job.run, stage),
         "array": f"0-{tasks - 1}{_limit(job, stage)}" if tasks > 1 else None,
         "partition": slurm.partition,
         "account": slurm.account,
@@ -251,31 +252,22 @@ def _only_those_left(job: Job, layout: RunLayout, stage: str) -> list[str]:
     return [f"--array={','.join(map(str, left))}{_limit(job, stage)}"]
 
 
-def _record(layout: RunLayout) -> dict[str, Any]:
-    record: dict[str, Any] = read_json(layout.slurm) or {"jobs": {}, "cancelled": False}
-    return record
+def _behind(earlier: Sequence[RunLayout]) -> list[str]:
+    """The option by which a chain waits for the last jobs of others, however these end."""
+    last = [list(jobs.values())[-1] for jobs in map(slurm_jobs.jobs, earlier) if jobs]
+    return [f"--dependency=afterany:{':'.join(last)}"] if last else []
 
 
-def _jobs(layout: RunLayout) -> dict[str, str]:
-    """Stage → number of its newest job."""
-    return dict(_record(layout)["jobs"])
-
-
-def _job_name(run: Path, stage: str) -> str:
-    return "vqscale-" + re.sub(r"[^A-Za-z0-9._-]", "_", f"{run.name}-{stage}")
-
-
-def _ours(layout: RunLayout, rows: Mapping[str, queue.Row]) -> dict[str, queue.Row]:
-    """Stage → its job, among all jobs by number."""
-    found = {stage: rows[number] for stage, number in _jobs(layout).items() if number in rows}
-    return {stage: row for stage, row in found.items() if row.name == _job_name(layout.root, stage)}
-
-
-def _alive(layout: RunLayout) -> list[str]:
-    """Numbers of the run's jobs that have not ended, as of now."""
-    jobs = _jobs(layout)
-    rows = _ours(layout, queue.jobs(fresh=True)) if jobs else {}
-    return [jobs[stage] for stage, row in rows.items() if row.alive]
+def _take_back(layout: RunLayout, submitted: Mapping[str, str], before: Mapping[str, str]) -> None:
+    """A chain is whole, or there is none. What Slurm cannot be asked to end stays recorded, and held."""
+    try:
+        # One that was accepted without an answer among them.
+        accepted = list(dict.fromkeys([*submitted.values(), *slurm_jobs.alive(layout)]))
+        if accepted:
+            queue.cancel(accepted)
+    except UserError:
+        return
+    slurm_jobs.put_down(layout, before)
 
 
 def _words(jobs: Mapping[str, str]) -> str:
@@ -299,14 +291,5 @@ def _who(state: RunState, layout: RunLayout, jobs: Mapping[str, str], known: Map
     stage = next((stage for stage in jobs if state.stages[stage].state != "done"), None)
     if stage is None or state.word not in ("running", "waiting"):  # nobody misses it: the accounting is not asked
         return _words(jobs)
-    row = known.get(stage) or _ours(layout, queue.history([jobs[stage]])).get(stage)
+    row = known.get(stage) or slurm_jobs.ours(layout, queue.history([jobs[stage]])).get(stage)
     return f"Slurm job {jobs[stage]}" + (f" ({row.state})" if row else "")
-
-
-def _wait_for_end(layout: RunLayout, limit_s: float) -> None:
-    limit = time.monotonic() + limit_s
-    while left := _alive(layout):
-        if time.monotonic() > limit:
-            numbers = ",".join(left)
-            raise UserError(f"jobs {numbers} do not end", where="scancel", mend=f"see squeue -j {numbers}")
-        time.sleep(0.5)

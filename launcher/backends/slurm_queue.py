@@ -35,6 +35,8 @@ class Row:
     """What it was called when it was submitted. Numbers come again, after years or on a cluster that is set up anew."""
     reason: str = ""
     """Why it waits."""
+    place: str = ""
+    """Folder in which it was submitted; of a stage's job, the run directory. Empty where it was not asked for."""
 
     @property
     def alive(self) -> bool:
@@ -67,11 +69,11 @@ def jobs(fresh: bool = False) -> dict[str, Row]:
 
 def _ask() -> dict[str, Row] | UserError:
     try:
-        lines = call(("squeue", "--noheader", "--me", "--states=all", "--format=%i|%T|%j|%r")).splitlines()
+        lines = call(("squeue", "--noheader", "--me", "--states=all", "--format=%i|%T|%j|%r|%Z")).splitlines()
     except UserError as error:
         return error
-    rows = (line.strip().split("|", 3) for line in lines)
-    return _one_each((row[0], Row(*row[1:])) for row in rows if len(row) == 4)
+    rows = (line.strip().split("|", 4) for line in lines)
+    return _one_each((row[0], Row(*row[1:])) for row in rows if len(row) == 5)
 
 
 def _one_each(rows: Iterable[tuple[str, Row]]) -> dict[str, Row]:
@@ -115,6 +117,16 @@ def cancel(numbers: Iterable[str]) -> None:
     """Ask Slurm to end jobs; those that have ended already are no error."""
     _forget()
     call(("scancel", "--quiet", *numbers))
+
+
+def release(job: str) -> None:
+    """Let a job that was submitted as held run.
+
+    Raises:
+        UserError: Slurm refuses.
+    """
+    _forget()
+    call(("scontrol", "release", job))
 
 
 def requeue(job: str) -> None:

@@ -12,6 +12,7 @@ from launcher.backends import Backend, backend_for
 from launcher.commands.start import follow_or_detach
 from launcher.commands.sweep import cancel as cancel_sweep
 from launcher.commands.sweep import requeue as requeue_sweep
+from launcher.locks import alone
 from launcher.moving import move
 from launcher.plan import select_stages
 from launcher.registry import resolve
@@ -21,6 +22,7 @@ from launcher.status import read_status
 from launcher.sweep import find as find_sweep
 from launcher.taking_over import left_elsewhere, taken_over
 from launcher.wording import what_next
+from vqscale.arguments import refuse_both
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import TRAINED
 from vqscale.errors import UserError
@@ -33,10 +35,11 @@ def cancel(arguments: argparse.Namespace) -> int:
     if found:
         return cancel_sweep(*found, arguments.json)
     layout = resolve(arguments.run)
-    before = read_status(layout)
-    if before.state in ENDED and not before.alive:
-        raise UserError(f"is {before.state} already", where=before.id, mend="there is nothing to cancel")
-    _backend(layout).cancel(layout)
+    with alone(layout.root):
+        before = read_status(layout)
+        if before.state in ENDED and not before.alive:
+            raise UserError(f"is {before.state} already", where=before.id, mend="there is nothing to cancel")
+        _backend(layout).cancel(layout)
     now = read_status(layout)
     hint = f"; {words}" if (words := what_next(now)) else ""
     print(json.dumps(now.facts(), indent=2) if arguments.json else f"{now.id}: {now.words}{hint}")
@@ -66,6 +69,7 @@ def trace(arguments: argparse.Namespace) -> int:
 
 def requeue(arguments: argparse.Namespace) -> int:
     """Start the supervisor of a run again, or what is left of a sweep."""
+    refuse_both(arguments, "vqscale requeue", "--follow", "--json")
     found = find_sweep(arguments.run)
     if found:
         if arguments.stages or arguments.follow or arguments.on or arguments.overrides or arguments.take_over:
@@ -73,6 +77,21 @@ def requeue(arguments: argparse.Namespace) -> int:
             raise UserError(what, where=found[1].id, mend="name one of its runs")
         return requeue_sweep(*found, arguments.json)
     layout = resolve(arguments.run)
+    with alone(layout.root):
+        unfinished = _go_on(layout, arguments)
+    for warning in short_of_time([layout], read_json(layout.info)["profile"]["grace_s"]):
+        print(f"warning: {warning}", file=sys.stderr)
+    run = layout.id
+    if arguments.json:
+        print(json.dumps({"id": run, "path": str(layout.root), "stages": unfinished}, indent=2))
+    else:
+        watch = "" if arguments.follow else f"; vqscale status {run} --watch shows it"
+        print(f"{run} goes on with {', '.join(unfinished)}{watch}")
+    return follow_or_detach(layout) if arguments.follow else 0
+
+
+def _go_on(layout: RunLayout, arguments: argparse.Namespace) -> list[str]:
+    """Start what is left of a run that nobody runs; returns those stages."""
     before = read_status(layout)
     if before.alive:
         raise UserError("is running", where=before.id, mend=f"vqscale status {before.id} --watch shows it")
@@ -93,15 +112,7 @@ def requeue(arguments: argparse.Namespace) -> int:
         _backend(layout).submit(layout)
     if unsure:
         print(f"warning: {unsure}", file=sys.stderr)
-    for warning in short_of_time([layout], read_json(layout.info)["profile"]["grace_s"]):
-        print(f"warning: {warning}", file=sys.stderr)
-    unfinished = [name for name, stage in state.stages.items() if stage.state != "done"]
-    if arguments.json:
-        print(json.dumps({"id": before.id, "path": str(layout.root), "stages": unfinished}, indent=2))
-    else:
-        watch = "" if arguments.follow else f"; vqscale status {before.id} --watch shows it"
-        print(f"{before.id} goes on with {', '.join(unfinished)}{watch}")
-    return follow_or_detach(layout) if arguments.follow and not arguments.json else 0
+    return [name for name, stage in state.stages.items() if stage.state != "done"]
 
 
 def _add_stages(layout: RunLayout, state: RunState, text: str) -> None:

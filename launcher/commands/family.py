@@ -7,11 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+from launcher import registry, sweeper
 from launcher import sweep as sweeps
-from launcher import sweeper
 from launcher.backends import backend_for
 from launcher.backends.base import Queue
-from launcher.commands.start import EXIT_FAILED
 from launcher.family import (
     FACTS,
     MARKDOWN,
@@ -23,13 +22,14 @@ from launcher.family import (
     read_record,
     write_comparison,
 )
+from launcher.locks import alone
 from launcher.plan import load_profile
 from launcher.recipes import find_family
-from launcher.registry import choose_directory
 from launcher.rundir import create
 from launcher.status import RunStatus, read_status
 from launcher.sweep import Sweep
-from launcher.watch import follow_many
+from launcher.watch import EXIT_FAILED, follow_many
+from vqscale.arguments import refuse_both
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.files import write_json
@@ -37,8 +37,7 @@ from vqscale.files import write_json
 
 def family(arguments: argparse.Namespace) -> int:
     """Start a family, go on with one, or write its comparison."""
-    if arguments.follow and arguments.json:
-        raise UserError("--follow and --json exclude each other", where="vqscale family", mend="leave one out")
+    refuse_both(arguments, "vqscale family", "--follow", "--json")
     if arguments.at_most is not None and arguments.at_most < 1:
         raise UserError(f"{arguments.at_most} runs at a time", where="--at-most", mend="use 1 or more")
     found = sweeps.find(arguments.list)
@@ -50,7 +49,9 @@ def family(arguments: argparse.Namespace) -> int:
     if arguments.plan:
         _print_plan(made, arguments.json)
         return 0
-    sweep = _create(made, arguments)
+    made = _claimed(made, arguments)
+    with alone(made.folder):
+        sweep = _create(made, arguments)
     if arguments.prepare_only:
         _announce(made.folder, sweep, arguments, started=False)
         return 0
@@ -74,9 +75,25 @@ def _plan(arguments: argparse.Namespace) -> FamilyPlan:
     if arguments.members is not None:
         family = family.chosen([name.strip() for name in arguments.members.split(",") if name.strip()])
     asked = Path(arguments.out).expanduser().resolve() if arguments.out else None
-    goes_on = asked is not None and (asked / RECORD).exists()
-    folder = asked if asked and goes_on else choose_directory(f"family-{family.family}", arguments.out, option="--out")
-    return make_family_plan(family, path.parent, folder, arguments.on, overrides)
+    if asked is None or not _goes_on(asked):
+        asked = registry.choose_directory(f"family-{family.family}", arguments.out, option="--out")
+    return make_family_plan(family, path.parent, asked, arguments.on, overrides)
+
+
+def _goes_on(folder: Path) -> bool:
+    return (folder / RECORD).exists()
+
+
+def _claimed(made: FamilyPlan, arguments: argparse.Namespace) -> FamilyPlan:
+    """The plan, with a folder that nobody else fills: one that was asked for and goes on, or a new one."""
+    registry.require_writable()
+    if arguments.out and _goes_on(made.folder):
+        return made
+    while not registry.make_directory(made.folder):
+        if arguments.out:
+            raise registry.taken(made.folder)
+        made = _plan(arguments)
+    return made
 
 
 def _create(made: FamilyPlan, arguments: argparse.Namespace) -> Sweep:
@@ -92,10 +109,11 @@ def _create(made: FamilyPlan, arguments: argparse.Namespace) -> Sweep:
             mend = "choose another --out DIR, or go on as it was made: vqscale family " + str(made.folder)
             raise UserError("is there with other settings", where=plan.job.run.name, mend=mend)
     backend = backend_for(load_profile(arguments.on))
-    write_json(made.folder / RECORD, made.record(read_record(made.folder)))  # first: who is stopped here can go on
     for plan in new:
         if not arguments.prepare_only:
             backend.check(plan.job)
+    write_json(made.folder / RECORD, made.record(read_record(made.folder)))  # first: who is stopped here can go on
+    for plan in new:
         create(plan)
     kept = there.runs if there else []
     runs = [*kept, *(run for run in made.runs if run not in kept)]
@@ -103,7 +121,7 @@ def _create(made: FamilyPlan, arguments: argparse.Namespace) -> Sweep:
     sweep = Sweep(made.folder.name, {}, runs, most, {**(there.after if there else {}), **made.after})
     if there:
         sweep.runner = there.runner
-    sweep.write(made.folder)
+    sweep.enter(made.folder)
     for warning in dict.fromkeys(warning for plan in made.plans for warning in plan.warnings):
         print(f"warning: {warning}", file=sys.stderr)
     return sweep

@@ -9,19 +9,19 @@ import signal
 import sys
 from types import FrameType
 
-from launcher.backends import backend_for
+from launcher.backends import Backend, backend_for
 from launcher.commands import sweep
+from launcher.locks import alone
 from launcher.plan import Plan, make_plan
 from launcher.registry import choose_directory
 from launcher.report import print_report
-from launcher.rundir import create
+from launcher.rundir import create, remove
 from launcher.status import RunStatus
-from launcher.watch import follow
+from launcher.watch import EXIT_FAILED, follow
+from vqscale.arguments import refuse_both
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 
-EXIT_FAILED = 1
-"""Exit code when a followed run did not finish."""
 EXIT_INTERRUPTED = 130
 
 
@@ -43,16 +43,15 @@ def submit(arguments: argparse.Namespace) -> int:
     if arguments.sweep:
         return sweep.submit(arguments)
     _refuse_at_most(arguments)
-    if arguments.follow and (arguments.json or arguments.prepare_only):
-        other = "--json" if arguments.json else "--prepare-only"
-        raise UserError(f"--follow and {other} exclude each other", where="vqscale submit", mend="leave one out")
+    refuse_both(arguments, "vqscale submit", "--follow", "--json")
+    refuse_both(arguments, "vqscale submit", "--follow", "--prepare-only")
     made = _plan(arguments)
     backend = backend_for(made.job.profile)
     if not arguments.prepare_only:
         backend.check(made.job)
     layout = create(made)
     if not arguments.prepare_only:
-        backend.submit(layout)
+        _start(backend, layout)
     _announce(made, layout, arguments)
     return follow_or_detach(layout) if arguments.follow else 0
 
@@ -63,7 +62,7 @@ def quickstart(arguments: argparse.Namespace) -> int:
     made = make_plan("quickstart", overrides=arguments.overrides, run=run)
     layout = create(made)
     backend = backend_for(made.job.profile)
-    backend.submit(layout)
+    _start(backend, layout)
     print(f"run {layout.id} in {layout.root}", flush=True)
     _warn(made)
     signal.signal(signal.SIGTERM, _as_interrupt)
@@ -85,6 +84,17 @@ def follow_or_detach(layout: RunLayout) -> int:
         print(f"\n{run} goes on; vqscale status {run} --watch shows it, vqscale cancel {run} ends it")
         return 0
     return _conclude(layout, status)
+
+
+def _start(backend: Backend, layout: RunLayout) -> None:
+    """Start a run that was just made. Where that fails nothing stays of it: the same command can be repeated."""
+    try:
+        with alone(layout.root):
+            backend.submit(layout)
+    except BaseException:
+        if backend.poll(layout).alive is False:
+            remove(layout.root)
+        raise
 
 
 def _refuse_at_most(arguments: argparse.Namespace) -> None:

@@ -14,10 +14,12 @@ from launcher.listing import Choice, Row, choose
 from launcher.logs import Line, LogChoice, print_logs
 from launcher.registry import resolve
 from launcher.show import page, page_facts
-from launcher.status import RunStatus, read_many, read_status
+from launcher.status import RunStatus, read_many, read_status, unreadable
+from launcher.sweep import find as find_sweep
 from launcher.tables import console, view, view_many
-from launcher.watch import follow, follow_many
+from launcher.watch import EXIT_FAILED, follow, follow_many
 from launcher.wording import what_next
+from vqscale.arguments import refuse_both
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 
@@ -27,22 +29,32 @@ _NONE_FITS = "no run fits; vqscale ls shows all"
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Show how one run stands by stage, or several with a line for each."""
+    """Show how one run stands by stage, or several with a line for each.
+
+    Returns 1 where runs that were named have been watched to their ends, and one of them is not done.
+    """
+    refuse_both(arguments, "vqscale status", "--watch", "--json")
     choice = _choice(arguments)
     if arguments.runs and choice != Choice():
         raise UserError("filters choose among all runs", where="vqscale status", mend="leave RUN or the filters out")
-    if len(arguments.runs) == 1:
-        return _status_of_one(resolve(arguments.runs[0]), arguments)
-    runs = _Runs([resolve(text) for text in arguments.runs], choice)
-    watched = arguments.watch and not arguments.json
+    named = [layout for text in arguments.runs for layout in _layouts(text)]
+    if len(arguments.runs) == 1 and find_sweep(arguments.runs[0]) is None:
+        return _status_of_one(named[0], arguments)
+    runs = _Runs(named, choice)
     try:
-        statuses = follow_many(runs.going_on) if watched else runs.read()
+        statuses = follow_many(runs.going_on) if arguments.watch else runs.read()
     except KeyboardInterrupt:
         return 0
     _print_many(statuses, arguments)
-    if runs.lost and not arguments.json:
-        print(f"{runs.lost} more cannot be read or are gone: vqscale ls --state unreadable,gone")
-    return 0
+    if runs.gone and not arguments.json:
+        print(f"gone: {runs.gone} more; vqscale ls --state gone lists them, vqscale ls --prune forgets them")
+    return EXIT_FAILED if arguments.watch and named and any(one.state != "done" for one in statuses) else 0
+
+
+def _layouts(text: str) -> list[RunLayout]:
+    """The run that is meant, or the runs of the sweep."""
+    found = find_sweep(text)
+    return found[1].layouts(found[0]) if found else [resolve(text)]
 
 
 @dataclass
@@ -51,17 +63,18 @@ class _Runs:
 
     named: Sequence[RunLayout]
     choice: Choice
-    lost: int = 0
-    """How many of the chosen could not be read when it was last tried."""
+    gone: int = 0
+    """How many of the chosen were gone when it was last tried."""
     _going: set[str] = field(default_factory=set)
 
     def read(self) -> list[RunStatus]:
         """How they stand now."""
         if self.named:
-            return _all_readable(self.named)
+            pairs = zip(self.named, read_many(self.named), strict=True)
+            return [_or_unreadable(layout, status) for layout, status in pairs]
         rows = self.choice.rows("current")
         found = [row.status for row in rows if row.status]
-        self.lost = len(rows) - len(found)
+        self.gone = len(rows) - len(found)
         return found
 
     def going_on(self) -> list[RunStatus]:
@@ -71,17 +84,23 @@ class _Runs:
         return [one for one in found if self.named or one.id in self._going]
 
 
+def _or_unreadable(layout: RunLayout, status: RunStatus | UserError) -> RunStatus:
+    if isinstance(status, RunStatus):
+        return status
+    return unreadable(layout.root.name, layout.root, 0.0, status)
+
+
 def _status_of_one(layout: RunLayout, arguments: argparse.Namespace) -> int:
-    if arguments.watch and not arguments.json:
+    if arguments.watch:
         try:
-            follow(layout)
+            now = follow(layout)
         except KeyboardInterrupt:
             return 0
+        print(f"{now.id}: {now.words}{f'; {hint}' if (hint := what_next(now)) else ''}")
+        return 0 if now.state == "done" else EXIT_FAILED
     now = read_status(layout)
     if arguments.json:
         print(json.dumps(now.facts(), indent=2))
-    elif arguments.watch:
-        print(f"{now.id}: {now.words}{f'; {hint}' if (hint := what_next(now)) else ''}")
     else:
         console().print(view(now))
         print(f"directory {now.path}")
@@ -101,15 +120,6 @@ def _print_many(statuses: Sequence[RunStatus], arguments: argparse.Namespace) ->
         console().print(view_many(statuses))
 
 
-def _all_readable(layouts: Sequence[RunLayout]) -> list[RunStatus]:
-    """Runs that somebody named: one that cannot be read is an error."""
-    read = read_many(layouts)
-    for one in read:
-        if isinstance(one, UserError):
-            raise one
-    return [one for one in read if not isinstance(one, UserError)]
-
-
 def show(arguments: argparse.Namespace) -> int:
     """Print all that is known of a run on one page."""
     layout = resolve(arguments.run)
@@ -119,6 +129,8 @@ def show(arguments: argparse.Namespace) -> int:
 
 def logs(arguments: argparse.Namespace) -> int:
     """Print or follow the logs of ranks."""
+    if arguments.attempt is not None and arguments.attempt < 1:
+        raise UserError(f"no attempt {arguments.attempt}", where="--attempt", mend="they are counted from 1")
     choice = LogChoice(arguments.stage, arguments.rank, arguments.failed, arguments.attempt, arguments.task)
     layout, say, told = resolve(arguments.run), _say_json if arguments.json else _say, False
 
@@ -137,7 +149,9 @@ def logs(arguments: argparse.Namespace) -> int:
 
 
 def ls(arguments: argparse.Namespace) -> int:
-    """List the runs that the filters leave, the oldest first."""
+    """List the runs that the filters leave, the oldest first; or forget those of them that are gone."""
+    if arguments.prune:
+        return _prune(_choice(arguments), arguments.json)
     rows = _choice(arguments).rows("none")
     if arguments.json:
         print(json.dumps([row.facts() for row in rows], indent=2))
@@ -146,6 +160,21 @@ def ls(arguments: argparse.Namespace) -> int:
     else:
         width = max(len(row.entry.id) for row in rows)
         print(*(_line(row, width) for row in rows), sep="\n")
+    return 0
+
+
+def _prune(choice: Choice, as_json: bool) -> int:
+    """Take out of the index what is not there any more; directories are not touched."""
+    lost = [row.entry for row in choice.rows("none") if row.state == "gone"]
+    if choice == Choice():  # filters are of runs
+        lost += [entry for entry in registry.everything() if entry.kind == "sweep"]
+    lost = [entry for entry in lost if not entry.exists]
+    for entry in lost:
+        registry.drop(entry)
+    if as_json:
+        print(json.dumps([{"id": entry.id, "path": str(entry.path)} for entry in lost], indent=2))
+    else:
+        print(*([f"forgotten: {entry.id}  {entry.path}" for entry in lost] or ["nothing is gone"]), sep="\n")
     return 0
 
 

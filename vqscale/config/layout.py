@@ -6,6 +6,8 @@ RUN/
   code/                       commit, uncommitted diff, environment and versions
   state.json                  how each stage stands; written by the supervisor on the host
   supervisor.json, .log       process that runs the stages, and what it says; under Slurm the log of all jobs
+  lock                        who starts, requeues or cancels the run holds it; its maker has the directory
+  supervisor.lock             the supervisor holds it
   slurm.json                  numbers of the jobs, by stage (backend slurm)
   stages/STAGE/events.jsonl   one line a log step, continued over attempts
   stages/STAGE/quarantine.jsonl   bad samples, one line each
@@ -43,6 +45,9 @@ from vqscale.config.load import load_recipe
 from vqscale.config.recipe import Recipe
 from vqscale.config.section import Places
 from vqscale.files import read_json
+
+LOCK = "lock"
+"""A file of every run, and of every folder of several. Whoever made it may fill the folder."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,11 @@ class RunLayout:
     def state(self) -> Path:
         """How each stage stands, as the supervisor on the host saw it."""
         return self.root / ("state.json" if self.task is None else f"tasks/{self.task:03d}.json")
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever starts, requeues or cancels the run."""
+        return self.root / LOCK
 
     @property
     def supervisor(self) -> Path:
