@@ -135,6 +135,7 @@ def test_a_run_is_taken_over_from_a_machine_that_is_gone(
     layout: RunLayout,
     left: dict[str, object],
     submitted: list[str],
+    idle_slurm: None,
     capsys: pytest.CaptureFixture[str],
     words: list[str],
 ) -> None:
