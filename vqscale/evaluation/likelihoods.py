@@ -178,4 +178,4 @@ class Likelihoods:
             return "ELBO"
         if not self._pixels.certain:
             return "VQ bound"
-        return "exact" if prior.exact else "bound"
+        return "exact" if prior.exact else "upper bound, by the prior"
