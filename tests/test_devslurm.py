@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,13 @@ from launcher.cli import main
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devslurm, "missing", list)
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder with a path that sockets can have, wherever the tests' own folders lie."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def test_missing_packages_are_named_with_the_line_that_installs_them(
@@ -37,29 +46,29 @@ def test_directories_that_slurm_cannot_use_are_refused(
 
 
 def test_a_directory_of_other_files_is_left_alone(
-    home: Path, installed: None, capsys: pytest.CaptureFixture[str]
+    home: Path, short: Path, installed: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (home / "d/state").mkdir(parents=True)
-    (home / "d/state/thesis.tex").write_text("mine")
-    assert main(["cluster", "up", "--dir", str(home / "d")]) == 2
+    (short / "d/state").mkdir(parents=True)
+    (short / "d/state/thesis.tex").write_text("mine")
+    assert main(["cluster", "up", "--dir", str(short / "d")]) == 2
     assert "is not an empty directory" in capsys.readouterr().err
-    assert (home / "d/state/thesis.tex").read_text() == "mine"
+    assert (short / "d/state/thesis.tex").read_text() == "mine"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes device files")
-def test_everything_lies_below_the_directory(installed: None, tmp_path: Path) -> None:
-    made = devslurm.prepare(tmp_path / "d", 2)
+def test_everything_lies_below_the_directory(installed: None, short: Path) -> None:
+    made = devslurm.prepare(short / "d", 2)
     settings = dict(
         line.split("=", 1) for line in made.conf.read_text().splitlines() if "=" in line and not line.startswith("#")
     )
     places = [value for name, value in settings.items() if value.startswith("/") and name != "MailProg"]
     assert len(places) == 6
-    assert all(place.startswith(f"{tmp_path}/d/") for place in places)
-    assert (tmp_path / "d/etc/munge.key").stat().st_mode & 0o777 == 0o600
-    assert all((tmp_path / f"d/dev/gpu{number}").is_char_device() for number in range(devslurm.GPUS))
+    assert all(place.startswith(f"{short}/d/") for place in places)
+    assert (short / "d/etc/munge.key").stat().st_mode & 0o777 == 0o600
+    assert all((short / f"d/dev/gpu{number}").is_char_device() for number in range(devslurm.GPUS))
     ports = [word.partition("=")[2] for word in made.conf.read_text().split() if word.startswith("Port=")]
     assert len({*ports, settings["SlurmctldPort"]}) == 3
-    assert devslurm.prepare(tmp_path / "d", 3).names == ("node1", "node2", "node3"), "an old one is replaced"
+    assert devslurm.prepare(short / "d", 3).names == ("node1", "node2", "node3"), "an old one is replaced"
 
 
 def test_the_surroundings_of_another_cluster_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
