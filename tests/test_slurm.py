@@ -119,6 +119,7 @@ def told(layout: RunLayout) -> str:
 
 
 def queue() -> dict[str, str]:
+    """The jobs that Slurm has not let go of; one that has ended stays a moment longer, as COMPLETING."""
     return {number: row.state for number, row in slurm_queue.jobs(fresh=True).items() if row.alive}
 
 
@@ -202,7 +203,7 @@ def test_a_users_fault_ends_the_chain(conf: Path, home: Path) -> None:
     assert (entries["tokenizer"].state, entries["tokenizer"].attempt) == ("failed", 1)
     assert entries["extract"].state == "waiting"
     assert not layout.requeues("tokenizer").exists()
-    assert not queue(), "the jobs that waited for it are gone"
+    until(lambda: not queue(), layout)  # the jobs that waited for it are gone
 
 
 @pytest.mark.fault
@@ -215,7 +216,7 @@ def test_cancelling_leaves_no_process(conf: Path, home: Path, capsys: pytest.Cap
     assert process.tagged(STAGE_TAG, str(layout.root)), "or the last line would prove nothing"
     assert main(["cancel", "mine"]) == 0
     assert not process.tagged(STAGE_TAG, str(layout.root))
-    assert not queue()
+    until(lambda: not queue(), layout)
     entry = RunState.read(layout).stages["tokenizer"]
     assert entry.state == "cancelled", told(layout)
     assert entry.message.startswith("cancelled, saved at step ")
@@ -330,7 +331,7 @@ def test_the_doctor_asks_the_nodes(conf: Path, home: Path, capsys: pytest.Captur
     assert told["all nodes", "rendezvous"].startswith("2 ranks over gloo")
     assert told["here", "partition main"] == "3 of 3 nodes take jobs"
     assert len({where for where, check in told if check == "clock offset"}) == 2
-    assert not queue()
+    until(lambda: not queue(), RunLayout(home))
 
 
 def test_the_doctor_finds_a_node_that_differs(conf: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,7 +347,7 @@ def test_the_doctor_finds_a_node_that_differs(conf: Path, home: Path, capsys: py
     failed = {one["check"]: one["value"] for one in json.loads(capsys.readouterr().out) if one["word"] == "FAIL"}
     assert list(failed) == ["equal versions", "all-reduce"]
     assert failed["equal versions"].startswith("rich 0.0.1 on node")
-    assert not queue()
+    until(lambda: not queue(), RunLayout(home))
 
 
 def test_nodes_that_slurm_does_not_give(conf: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -357,7 +358,7 @@ def test_nodes_that_slurm_does_not_give(conf: Path, home: Path, capsys: pytest.C
         until(lambda: "RUNNING" in queue().values(), RunLayout(home))
         assert main(["doctor", "--on", "devslurm", "--wait", "2"]) == 1
         assert "FAIL  all nodes  nodes            0 of 2 answered: srun: error: " in capsys.readouterr().out
-        assert len(queue()) == 1, "it waits for them no longer"
+        until(lambda: len(queue()) == 1, RunLayout(home))  # it waits for them no longer
     finally:
         busy.terminate()
         busy.wait()
