@@ -25,8 +25,9 @@ from vqscale.data.order import Group, StreamOrder
 from vqscale.data.shards import open_shards
 from vqscale.data.source import Fields
 
-SAMPLES, QUICK = 4_096, 192
-SHARDS, STREAMS, PACKET, BATCH = 8, 4, 16, 256
+SHARDS, STREAMS, PACKET, BATCH = 32, 4, 16, 256
+PER_SHARD, QUICK = 512, 6
+"""Samples of a shard; with few, a lap is over before what a pass begins with has been paid off."""
 
 _UNIT = "samples/s"
 _KEPT = 2 * STREAMS  # open groups; an order needs one a stream, and two where groups meet
@@ -34,14 +35,15 @@ _KEPT = 2 * STREAMS  # open groups; an order needs one a stream, and two where g
 
 def measure(bench: Bench, levels: Sequence[CodeLevel], codes: Mapping[str, NDArray[np.uint16]]) -> None:
     """Write, check and race both layouts."""
-    samples = QUICK if bench.quick else SAMPLES
+    per_shard = QUICK if bench.quick else PER_SHARD
+    samples = SHARDS * per_shard
     grids = multiplied(codes, samples)
     block = len(next(iter(codes.values())))
     bench.config["reading"] = {"samples": samples, "shards": SHARDS, "block": block, "packet": PACKET}
     bench.report("reading, writing", 0, 1)
     source = write_shards(bench.folder / "read", levels, grids, block)
     counts = source.manifest.counts
-    order = StreamOrder(counts, seed=0, streams=STREAMS, packet=PACKET, shuffle=samples // STREAMS)
+    order = StreamOrder(counts, seed=0, streams=STREAMS, packet=PACKET, shuffle=2 * per_shard)
     readers: dict[str, Callable[[], Iterator[Fields]]] = {"ours": lambda: shuffled(source, order, samples)}
     readers |= peers(bench, levels, grids)
     bench.report("reading, writing", 1, 1)

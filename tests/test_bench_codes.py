@@ -42,7 +42,7 @@ def test_no_two_samples_are_equal() -> None:
 
 
 def test_reading_something_else_stops_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    multiplied = codes_read.multiplied(CODES, codes_read.QUICK)
+    multiplied = codes_read.multiplied(CODES, codes_read.SHARDS * codes_read.QUICK)
     monkeypatch.setattr(codes_read, "multiplied", lambda *_: multiplied)
     read = codes_read.shuffled
 

@@ -93,5 +93,5 @@ class CodeGroup:
         """Gather samples into the rows from `row` on; codes cannot be bad one by one."""
         for name, array in self._fields.items():
             # In the mode `raise` numpy would gather into memory of its own first.
-            np.take(array, picks, axis=0, out=out[name][row : row + len(picks)], mode="clip")
+            array.take(picks, axis=0, out=out[name][row : row + len(picks)], mode="clip")
         return []

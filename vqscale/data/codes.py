@@ -196,7 +196,8 @@ class OpenCodes:
     def _content(self, block: BlockIndex, name: str, limit: int) -> bytes:
         """A member, unpacked; its checksum is compared on the way. A frame that would fill the memory is refused."""
         offset, size = block.members.get(name, (0, 0))
-        packed = self._buffer[self._begin + offset : self._begin + offset + size]
+        begin = self._begin + offset
+        packed = memoryview(self._buffer)[begin : begin + size]  # no copy
         try:
             if not 0 <= zstandard.frame_content_size(packed) <= limit:
                 raise self._damaged(f"a frame of {name} has no size, or more than {limit:,} bytes")
