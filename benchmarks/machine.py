@@ -25,6 +25,8 @@ _FLAGS = (
     *("avx2", "f16c", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve", "sve2"),
 )
+_WIDEST = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve2", "sve", "asimd")
+"""Units for products, best first: without them the name of a virtual machine's processor says little."""
 
 
 def machine() -> Machine:
@@ -36,11 +38,12 @@ def machine() -> Machine:
     cores = len(os.sched_getaffinity(0))
     present = set(_first(r"^(?:flags|Features)\s*: (.+)$", text).split())
     gpus = tuple(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+    flags = tuple(flag for flag in _FLAGS if flag in present)
     return Machine(
-        name=_slug(cpu, cores, gpus),
+        name=_slug(cpu, flags, cores, gpus),
         cpu=cpu,
         cores=cores,
-        flags=tuple(flag for flag in _FLAGS if flag in present),
+        flags=flags,
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         gpus=gpus,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -52,8 +55,9 @@ def _first(pattern: str, text: str) -> str:
     return found[1].strip() if found else ""
 
 
-def _slug(cpu: str, cores: int, gpus: Sequence[str]) -> str:
-    words = [cpu, f"{cores}-cores", *(f"{gpus.count(gpu)}-{gpu}" for gpu in dict.fromkeys(gpus))]
+def _slug(cpu: str, flags: Sequence[str], cores: int, gpus: Sequence[str]) -> str:
+    widest = next((flag for flag in _WIDEST if flag in flags), "")
+    words = [cpu, widest, f"{cores}-cores", *(f"{gpus.count(gpu)}-{gpu}" for gpu in dict.fromkeys(gpus))]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 

@@ -161,6 +161,8 @@ def test_machine_and_commit_are_known(tmp_path: Path) -> None:
     assert found.cpu
     assert found.cores == len(os.sched_getaffinity(0))
     assert set(found.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert machine._slug("Xeon(R)", ["avx2", "avx512f"], 2, []) == "xeon-r-avx512f-2-cores"
+    assert machine._slug("EPYC", [], 4, ["H200", "H200"]) == "epyc-4-cores-2-h200"
     assert {"python", "numpy"} <= set(machine.versions(["no-such-package"]))
     assert "no-such-package" not in machine.versions(["no-such-package"])
 
