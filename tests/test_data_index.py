@@ -145,7 +145,11 @@ LABELS: list[tuple[dict[str, Callable[[int], bytes]], str, tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "rule", "classes"), LABELS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("fields", "rule", "classes"),
+    LABELS,
+    ids=[f"{rule}-{len(classes)}-{number}" for number, (_, rule, classes) in enumerate(LABELS)],
+)
 def test_labels_wherever_they_are(
     fields: dict[str, Callable[[int], bytes]], rule: str, classes: tuple[str, ...], tmp_path: Path
 ):

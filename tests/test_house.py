@@ -259,3 +259,8 @@ def test_no_machine_paths_and_registries() -> None:
         for number, line in enumerate(text.splitlines(), 1):
             assert not _MACHINE_PATH.search(line), f"{name}, line {number}: a path of one machine"
             assert not _REGISTRY.search(line), f"{name}, line {number}: a package registry"
+
+
+def test_names_of_tests_are_the_same_in_every_process(request: pytest.FixtureRequest) -> None:
+    """Two processes that share the tests out compare names first; an address of a function differs between them."""
+    assert not [item.nodeid for item in request.session.items if re.search(r" at (0x|$|-)|object at", item.nodeid)]
