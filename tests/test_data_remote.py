@@ -246,7 +246,7 @@ def test_memory() -> None:
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     known = importlib.import_module("fsspec.registry").known_implementations
     monkeypatch.setitem(known, "odd", {"class": "oddfs_package.Odd", "err": "Install oddfs"})
-    with pytest.raises(UserError, match="without the package oddfs_package; pip install oddfs_package"):
+    with pytest.raises(UserError, match=r"package oddfs_package; pip install -c constraints\.txt oddfs_package"):
         read("odd://bucket/file")
     with pytest.raises(UserError, match="cannot be reached"):
         read("nosuchscheme://bucket/file")

@@ -120,7 +120,7 @@ def test_places_in_the_global_batch_stay_on_the_cpu() -> None:
 def test_zero_without_deepspeed_is_one_clear_line(alone: Ranks, codes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else found(name, *a))
-    with pytest.raises(UserError, match=r"^resources.strategy: zero2 needs DeepSpeed.*pip install 'vqscale\[deepspeed"):
+    with pytest.raises(UserError, match=r"^resources.strategy: zero2 needs DeepSpeed.*install -c .* '\.\[deepspeed"):
         prior_experiment(alone, codes, tiny_recipe(resources__strategy="zero2"))
 
 

@@ -250,7 +250,7 @@ def test_nothing_is_made_without_the_client(
     monkeypatch.setattr(builtins, "__import__", lacking)
     assert submit(home, on, home / "mine") == 2
     told = capsys.readouterr().err
-    assert told == "error: Kubernetes: its client is not installed; pip install 'vqscale[kubernetes]'\n"
+    assert told == "error: Kubernetes: its client is not installed; pip install -c constraints.txt -e '.[kubernetes]'\n"
     assert not (home / "mine").exists()
     assert main(["plan", str(home / "r.yaml"), "--on", str(on)]) == 0, "it needs no client"
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from vqscale.errors import UserError
 
-INSTALL = "pip install 'vqscale[kubernetes]'"
+INSTALL = "pip install -c constraints.txt -e '.[kubernetes]'"
 
 
 def check(manifest: dict[str, Any]) -> None:

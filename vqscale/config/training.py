@@ -17,7 +17,7 @@ class Training(Section):
     global_batch: Positive
     """Samples of one step over all ranks."""
     micro_batch: Positive | None = None
-    """Samples that a rank forwards at once; null takes all of its share of `global_batch`. Gradients and codebook
+    """Samples of a rank's forward pass; null takes all of its share of `global_batch`. Gradients and codebook
     statistics of a step's micro-batches add up, so that only memory and speed depend on it."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate."""

@@ -82,7 +82,7 @@ class Blockwise(CodeNetwork):
         given: the coarser levels that it is conditioned on.
         layers, width, ...: size and architecture, explained at `Shape`.
         order: `spread` or `wave`, explained at `pass_order`.
-        passes: of `spread`: forwards that a grid is drawn in; no more than it has cells are made.
+        passes: of `spread`: forward passes that a grid is drawn in; no more than it has cells are made.
         schedule: of `spread`: key of `pass_order.SCHEDULES`: how many cells the passes have.
         window: odd side of the square of cells around it that each cell is told directly, as far as they are drawn.
     """

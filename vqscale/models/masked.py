@@ -44,7 +44,7 @@ class Masked(CodeNetwork):
         classes: number of classes; 0 for an unconditional prior.
         given: the coarser levels that it is conditioned on.
         layers, width, ...: size and architecture, explained at `Shape`.
-        passes: forwards that a grid is drawn in.
+        passes: forward passes that a grid is drawn in.
         schedule: key of `pass_order.SCHEDULES`.
         choice_temperature: scale of the Gumbel noise on the log-probabilities by which codes are kept. It falls
             linearly to none in the last pass.

@@ -1,8 +1,8 @@
 """The EMA codebook (van den Oord et al. 2017, appendix A.1; Razavi et al. 2019, section 2.1).
 
-The forward is pure: it assigns codes and returns statistics. `update_codebooks` changes the codebooks, once, after
+The forward pass is pure: it assigns codes and returns statistics. `update_codebooks` changes the codebooks, once, after
 a successful optimizer step, from statistics that one all-reduce has summed over all ranks and levels. So a skipped
-step, evaluation, recomputed activations or several forwards a step cannot corrupt them.
+step, evaluation, recomputed activations or several forward passes a step cannot corrupt them.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def told(error: BaseException, url: str | Path, tries: int = 1) -> UserError | N
         return UserError(f"permission denied ({_words(error)})", where=where, mend=CREDENTIALS)
     if isinstance(error, ImportError):
         missing = next((fault.name for fault in chain if isinstance(fault, ImportError) and fault.name), None)
-        mend = f"pip install {missing}" if missing else ""
+        mend = f"pip install -c constraints.txt {missing}" if missing else ""
         return UserError(f"cannot be reached without the package {missing or _words(error)}", where=where, mend=mend)
     if isinstance(error, NotImplementedError):
         return UserError("this kind of storage cannot do that", where=where, mend="use another one")

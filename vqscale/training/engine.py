@@ -28,7 +28,7 @@ from vqscale.training.zero import zero
 STRATEGIES: dict[str, Make] = {**TORCH, **{f"zero{stage}": functools.partial(zero, stage) for stage in (1, 2, 3)}}
 
 _GRAPHS = 8
-"""Graphs of one module: of batches of other sizes, and of forwards with and without gradient."""
+"""Graphs of one module: of batches of other sizes, and of forward passes with and without gradient."""
 
 
 class Engine:

@@ -41,7 +41,7 @@ class Task(ABC):
         return {}
 
     def before_step(self, batch: DeviceBatch) -> None:
-        """Called before each step's forwards, with all of this rank's samples."""
+        """Called before each step's forward passes, with all of this rank's samples."""
 
     @abstractmethod
     def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 TRAINING = 3
-"""Operations of forward and backward, in forwards: the backward computes the gradients of inputs and of weights."""
+"""Operations of forward and backward, in forward passes: the backward computes gradients of inputs and of weights."""
 
 _PEAK_TFLOPS = {
     "B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "L40": 181.0,

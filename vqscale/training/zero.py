@@ -168,7 +168,7 @@ def zero(stage: int, model: nn.Module, training: Training, ranks: Ranks) -> Zero
         raise UserError(
             f"zero{stage} needs DeepSpeed, which is not installed",
             where="resources.strategy",
-            mend="pip install 'vqscale[deepspeed]', or use fsdp2",
+            mend="pip install -c constraints.txt -e '.[deepspeed]', or use fsdp2",
         )
     on_cpu = ranks.device.type == "cpu"
     with _environment(ACCELERATE_USE_DEEPSPEED="true", **({"DS_ACCELERATOR": "cpu"} if on_cpu else {})):
