@@ -60,6 +60,7 @@ def _add_pack(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes (default: all cores)",
     )
+    command.add_argument("--no-classes", action="store_true", help="folders are no classes; all images are without one")
     command.add_argument("--force", action="store_true", help="replace shards that DEST holds already")
     command.set_defaults(run=pack)
 
