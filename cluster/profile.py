@@ -62,7 +62,7 @@ class Profile(Section):
     """What is asked of Kubernetes, for the backend `kubernetes`."""
     container: ContainerSettings | None = None
     """The container that stages run in, for the backends `slurm` and `kubernetes`."""
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field({})
     """Variables that are set for every stage, above those taken over from the shell."""
     inherit: tuple[str, ...] = INHERITED
     """Names (with `*`) of variables that stages take over from the shell; all others are dropped."""

@@ -7,7 +7,7 @@ are given a tiny model, by settings put behind them. Excerpts that cannot run al
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -318,13 +318,11 @@ def test_the_official_cifar_becomes_class_folders(tmp_path: Path, monkeypatch: p
         assert np.array_equal(np.asarray(Image.open(path)), image)
 
 
-def test_settings_are_those_of_the_types() -> None:
-    spec = importlib.util.spec_from_file_location("make_recipes", ROOT / "docs" / "make_recipes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert text_of("docs/recipes.md") == module.page(), "run `make docs`"
+@pytest.mark.parametrize("kind", ["recipes", "profiles"])
+def test_settings_are_those_of_the_types(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    module = importlib.import_module(f"make_{kind}")
+    assert text_of(f"docs/{kind}.md") == module.page(), "run `make docs`"
 
 
 def anchors(document: str) -> set[str]:

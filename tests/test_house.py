@@ -25,7 +25,7 @@ TOP_LEVEL = {
 }
 
 LIGHT = (
-    *("arguments", "errors", "faults", "files", "events", "masking", "numbers", "processor"),
+    *("arguments", "docstrings", "errors", "faults", "files", "events", "masking", "numbers", "processor"),
     *("quarantine", "seeds", "sources", "stages", "stamps", "version"),
 )
 """Modules at the root of `vqscale` that every room may use; they import the standard library and each other."""
