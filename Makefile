@@ -57,8 +57,9 @@ format: setup  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## write docs/recipes.md from the recipe's types
+docs: setup  ## write docs/recipes.md and docs/profiles.md from the types of recipe and profile
 	$(BIN)/python docs/make_recipes.py
+	$(BIN)/python docs/make_profiles.py
 
 clean:  ## remove the environment and caches; runs and data stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -46,12 +46,13 @@ def _parser() -> OneLineParser:
         "  vqscale bench scaling --on my-cluster.yaml\n"
         "  vqscale bench --compare before after\n"
         "exit code: 1 when a contender computes something wrong or --compare finds something slower, 2 for bad input",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks (default: all; see --list)")
     parser.add_argument("--rounds", type=_rounds, metavar="N", help="rounds of each race (default: 7); more see less")
     parser.add_argument("--quick", action="store_true", help="see that they run: little work, figures that say nothing")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="default: out/bench")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/bench"), metavar="DIR", help="results (default: out/bench)"
+    )
     parser.add_argument("--data", type=Path, metavar="TAR", help="tar or folder of photographs to measure with")
     parser.add_argument("--on", metavar="PROFILE", help="scaling: predict for the nodes and the network of a profile")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -64,7 +65,11 @@ def _parser() -> OneLineParser:
     other.add_argument("--render", type=Path, metavar="MD", help="write the tables of the kept results into a document")
     parser.add_argument("--force", action="store_true", help="compare even if the machines differ")
     parser.add_argument(
-        "--tolerance", type=_percent, default=compare.TOLERANCE, metavar="P", help="percent that may be slower (10)"
+        "--tolerance",
+        type=_percent,
+        default=compare.TOLERANCE,
+        metavar="P",
+        help="percent slower at most (default: 10)",
     )
     return parser
 

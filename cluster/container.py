@@ -21,7 +21,7 @@ class ContainerSettings(Section):
     """The container of all stages. With Slurm each node's agent runs in it; what requeues a job stays on the host."""
 
     image: Image
-    """The image."""
+    """The image: `ghcr.io/me/vqscale:0.1`, for Pyxis `nvcr.io#nvidia/pytorch:26.10`, or a file."""
     runtime: Literal["pyxis", "apptainer"] | None = None
     """What starts it under Slurm: Pyxis, which is a part of `srun` there, or Apptainer. None for Kubernetes."""
     mounts: tuple[Mount, ...] = ()

@@ -21,11 +21,13 @@ PROFILES = Path(__file__).parent / "profiles"
 
 INHERITED = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TMPDIR", "XDG_*", "VIRTUAL_ENV",
-    "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_*", "NVIDIA_*", "AWS_*", "GOOGLE_*", "AZURE_*", "FSSPEC_*",
-    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_*", "VQSCALE_FAULT",
+    "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_*", "NVIDIA_*", "AWS_*", "GOOGLE_*", "AZURE_*", "HF_*",
+    "FSSPEC_*", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_*",
+    "VQSCALE_FAULT",
 )  # fmt: skip
 """Variables that stages take over from the shell. Settings of NCCL, gloo and OpenMP are not among them: those
-that happen to stand in a shell have made too many runs unrepeatable, so they come from the profile alone."""
+that happen to stand in a shell have made too many runs unrepeatable, so they come from the profile alone. Plans and
+records of runs hold these names, never the values: credentials are among them."""
 
 
 Floor = Annotated[float, Field(gt=0)] | None
@@ -60,7 +62,7 @@ class Profile(Section):
     """What is asked of Kubernetes, for the backend `kubernetes`."""
     container: ContainerSettings | None = None
     """The container that stages run in, for the backends `slurm` and `kubernetes`."""
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field({})
     """Variables that are set for every stage, above those taken over from the shell."""
     inherit: tuple[str, ...] = INHERITED
     """Names (with `*`) of variables that stages take over from the shell; all others are dropped."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationInfo, field_validator
+from pydantic.json_schema import JsonSchemaValue
 
+from vqscale.docstrings import described
 from vqscale.numbers import number_fault
 
 
@@ -20,3 +22,13 @@ class Section(BaseModel):
         if fault := number_fault(value, cls.model_fields[str(info.field_name)].annotation):
             raise ValueError(fault)
         return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Settings with their descriptions."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema)["properties"]
+        for name, text in described(cls, Section).items():
+            if name in properties:
+                properties[name]["description"] = text
+        return schema

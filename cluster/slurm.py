@@ -32,9 +32,9 @@ class StageSlurm(Section):
     """What is asked for one stage where that differs from the others; what is left out is as for all."""
 
     partition: Name | None = None
-    """Partition."""
+    """Partition of the stage's jobs."""
     qos: Name | None = None
-    """Quality of service."""
+    """Quality of service of the stage's jobs."""
     nodes: Annotated[int, Field(ge=1)] | None = None
     """Nodes that the processes of the stage, or of each of its tasks, are shared by."""
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None

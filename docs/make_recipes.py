@@ -1,14 +1,13 @@
-"""Writes docs/recipes.md from the recipe's types: every setting with its type, default and description.
+"""Writes docs/recipes.md from the recipe's types, by `settings_page.py`.
 
 `make docs` runs it; a test compares the file with the types.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import Any
+
+from settings_page import settings_page
 
 from vqscale.config.recipe import Recipe
 
@@ -92,85 +91,7 @@ SECTIONS = {
 
 def page() -> str:
     """The whole page as Markdown."""
-    schema = Recipe.model_json_schema()
-    types = {"Recipe": schema, **schema["$defs"]}
-    missing = set(types) - set(SECTIONS.values())
-    if missing:
-        raise SystemExit(f"give the section {', '.join(sorted(missing))} a place in SECTIONS of {Path(__file__).name}")
-    parts = [HEAD]
-    shown: dict[str, str] = {}
-    for name, kind in SECTIONS.items():
-        parts.append(f"## {f'`{name}`' if name else 'The recipe'}\n")
-        parts.append(f"{types[kind]['description']}\n")
-        if kind in shown:
-            parts.append(f"The settings are those of [`{shown[kind]}`](#{_anchor(shown[kind])}).\n")
-            continue
-        shown[kind] = name
-        parts.append(_table(types[kind], name))
-    return "\n".join(parts)
-
-
-def _table(section: dict[str, Any], name: str) -> str:
-    lines = ["| setting | type | default | meaning |", "|---|---|---|---|"]
-    required = section.get("required", [])
-    for key, field in section["properties"].items():
-        default = "" if key in required else _default(field["default"])
-        path = f"{name.partition(': ')[0]}.{key}".strip(".")
-        cells = (f"`{key}`", _type(field, path), default, " ".join(field["description"].split()))
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _type(field: dict[str, Any], name: str) -> str:
-    if "anyOf" in field:
-        return " or ".join(_type(option, name) for option in field["anyOf"])
-    if "oneOf" in field:
-        kinds = [section for section in SECTIONS if section.startswith(f"{name}: ")]
-        return "section: " + " or ".join(f"[{kind.partition(': ')[2]}](#{_anchor(kind)})" for kind in kinds)
-    if "$ref" in field:
-        kind = field["$ref"].rpartition("/")[2]
-        found = (section for section, its in SECTIONS.items() if section.partition(": ")[0] == name and its == kind)
-        return f"[section](#{_anchor(next(found))})"
-    if "enum" in field or "const" in field:
-        return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
-    if field["type"] == "array":
-        return _array(field, name)
-    words = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "nothing"}
-    return " ".join([words[field["type"]], *_limits(field)])
-
-
-def _array(field: dict[str, Any], name: str) -> str:
-    if "prefixItems" in field:
-        return f"list of {len(field['prefixItems'])}: {_type(field['prefixItems'][0], name)}"
-    item = _type(field["items"], f"{name}.N")
-    if "minItems" not in field:
-        return f"list: {item}"
-    if "maxItems" not in field:
-        return f"list of {field['minItems']} or more: {item}"
-    return f"list of {field['minItems']} to {field['maxItems']}: {item}"
-
-
-def _limits(field: dict[str, Any]) -> list[str]:
-    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {_number(field[key])}" for key, sign in signs.items() if key in field]
-    return [", ".join(limits)] if limits else []
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if math.isfinite(value) else str(value)
-
-
-def _default(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict):
-        return "as below"
-    return f"`{json.dumps(value)}`"
-
-
-def _anchor(name: str) -> str:
-    """Where a heading `name` is on a rendered page."""
-    return name.lower().replace(".", "").replace(":", "").replace(" ", "-")
+    return settings_page(Recipe, HEAD, "The recipe", SECTIONS)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from types import FrameType
 from launcher import process
 from launcher.backends.base import STAGE_TAG, TASK_TAG, StageCommand
 from launcher.logs import last_words
-from launcher.state import RunState, StageState, StageWord
+from launcher.state import RunState, StageState
+from launcher.state_words import StageWord
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_bytes, write_json

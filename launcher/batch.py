@@ -25,7 +25,8 @@ from launcher.backends import slurm_queue as queue
 from launcher.backends.base import ATTEMPT, StageCommand, task_variables
 from launcher.handover import check_handover
 from launcher.retry import Failure, Judgement, Limits, Try
-from launcher.state import RunState, StageState, StageWord
+from launcher.state import RunState, StageState
+from launcher.state_words import StageWord
 from launcher.supervise import Supervisor
 from vqscale.config.layout import RunLayout
 from vqscale.errors import EXIT_USER_ERROR, UserError

@@ -12,8 +12,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from vqscale.arguments import OneLineParser, choose_command
+from launcher.state_words import STATES
+from vqscale.arguments import RUN_HELP, OneLineParser, choose_command, either, examples
 from vqscale.errors import EXIT_USER_ERROR, UserError
+from vqscale.stages import DRILLED, STAGES, TRAINED
+from vqscale.version import __version__
 
 _HEAD = "Train discrete image models at scale: VQ-VAE-2 tokenizers and priors over their codes."
 _START = "Start here: vqscale quickstart"
@@ -22,6 +25,8 @@ _START = "Start here: vqscale quickstart"
 def build_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     """The parser of `vqscale`, and those of its commands by name."""
     parser = OneLineParser(prog="vqscale", description=_HEAD, epilog=_START)
+    version = f"%(prog)s {__version__}"
+    parser.add_argument("--version", action="version", version=version, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     made: dict[str, OneLineParser] = {}
 
@@ -30,8 +35,7 @@ def build_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
             name,
             help=text,
             description=text,
-            epilog=f"example: {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,  # an example is not wrapped
+            epilog=examples(example),
         )
         command.set_defaults(handler=handler)
         made[name] = command
@@ -46,6 +50,9 @@ def build_parser() -> tuple[OneLineParser, dict[str, OneLineParser]]:
 
 _READ_ELSEWHERE = ("data", "codes", "sample", "evaluate", "export", "bench", "checkpoints")
 """Commands whose options, --help included, are read by what stands behind them."""
+
+_RUNS_HELP = f"{RUN_HELP}; or folder or id of a sweep"
+_STAGES = ", ".join(STAGES)
 
 Add = Callable[[str, str, str, str], OneLineParser]
 
@@ -126,9 +133,9 @@ def _add_watch(add: Add) -> None:
         "vqscale logs latest --failed",
     )
     _run(logs)
-    logs.add_argument("--stage", metavar="STAGE", help="stage; the one that runs or failed if left out")
-    logs.add_argument("--attempt", type=int, metavar="N", help="attempt of the stage; the newest if left out")
-    logs.add_argument("--task", type=int, metavar="N", help="task of a stage that is an array; all if left out")
+    logs.add_argument("--stage", metavar="STAGE", help=f"one of {_STAGES} (default: the one that runs or failed)")
+    logs.add_argument("--attempt", type=int, metavar="N", help="attempt of the stage (default: the newest)")
+    logs.add_argument("--task", type=int, metavar="N", help="task of a stage that is an array (default: all)")
     which = logs.add_mutually_exclusive_group()
     which.add_argument("--rank", type=int, metavar="N", help="one rank only")
     which.add_argument("--failed", action="store_true", help="only ranks that failed")
@@ -148,7 +155,7 @@ def _add_control(add: Add) -> None:
         "stop a run, or all runs of a sweep; none of their processes is left",
         "vqscale cancel latest",
     )
-    _run(cancel)
+    _run(cancel, _RUNS_HELP)
     _json(cancel)
     trace = add(
         "trace",
@@ -157,17 +164,18 @@ def _add_control(add: Add) -> None:
         "vqscale trace latest --steps 5",
     )
     _run(trace)
-    trace.add_argument("--stage", metavar="STAGE", help="tokenizer or prior (default: the one that runs)")
+    trace.add_argument("--stage", metavar="STAGE", help=f"{either(TRAINED)} (default: the one that runs)")
     trace.add_argument("--steps", type=int, default=3, metavar="N", help="steps to record (default: 3)")
     _json(trace)
     requeue = add(
         "requeue",
         "control:requeue",
-        "go on with a run that stopped: at its first unfinished stage, from its last checkpoint; here or elsewhere",
+        "go on with a run that stopped, or what is left of a sweep: at the first unfinished stage, from its last "
+        "checkpoint; here or elsewhere",
         "vqscale requeue latest --on slurm-gpu resources.processes=8",
     )
-    _run(requeue)
-    requeue.add_argument("--stages", metavar="A,B", help="add stages that the run did not have so far")
+    _run(requeue, _RUNS_HELP)
+    requeue.add_argument("--stages", metavar="A,B", help=f"add stages that the run did not have: {_STAGES}")
     requeue.add_argument("--on", metavar="PROFILE", help="machine to go on with (default: the one that it had)")
     requeue.add_argument(
         "--take-over", action="store_true", help="even if its supervisor was on another machine, which is gone for good"
@@ -232,7 +240,7 @@ def _add_other(add: Add) -> None:
         "vqscale drill latest --stage tokenizer --random 10 resources.strategy=fsdp2",
     )
     _run(drill)
-    drill.add_argument("--stage", default="tokenizer", metavar="STAGE", help="tokenizer (default), extract or prior")
+    drill.add_argument("--stage", default="tokenizer", metavar="STAGE", help=f"{either(DRILLED)} (default: tokenizer)")
     faults = drill.add_mutually_exclusive_group()
     faults.add_argument(
         "--faults", metavar="LIST", help="such as 'kill:step=5; slow:step=7,rank=1' (default: one of each)"
@@ -272,16 +280,12 @@ def _add_other(add: Add) -> None:
     add("schema", "other:schema", "print the JSON Schema of recipes", "vqscale schema > recipe.schema.json")
 
 
-_RUN_HELP = "run directory, id, beginning of an id, or latest"
-_RUNS_HELP = f"{_RUN_HELP}; or folder or id of a sweep"
-
-
-def _run(parser: OneLineParser) -> None:
-    parser.add_argument("run", metavar="RUN", help=_RUN_HELP)
+def _run(parser: OneLineParser, text: str = RUN_HELP) -> None:
+    parser.add_argument("run", metavar="RUN", help=text)
 
 
 def _filters(parser: OneLineParser) -> None:
-    parser.add_argument("--state", metavar="A,B", help="only runs in these states, such as running,failed")
+    parser.add_argument("--state", metavar="A,B", help=f"only runs in these states: {', '.join(STATES)}")
     parser.add_argument("--name", metavar="GLOB", help="only runs whose id fits, such as 'cifar10-*'")
     parser.add_argument("--since", metavar="WHEN", help="only runs made since: 30m, 12h, 2d, 1w ago, or 2026-01-31")
     parser.add_argument("--on", metavar="PROFILE", help="only runs on this profile")
@@ -291,7 +295,7 @@ def _filters(parser: OneLineParser) -> None:
 def _recipe(parser: OneLineParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a recipe that comes with vqscale")
     parser.add_argument("--on", default="local", metavar="PROFILE", help="machine to run on (default: local)")
-    parser.add_argument("--stages", metavar="A,B", help="only these stages")
+    parser.add_argument("--stages", metavar="A,B", help=f"only these stages: {_STAGES} (default: all)")
     parser.add_argument(
         "--sweep",
         action="append",

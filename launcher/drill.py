@@ -32,9 +32,7 @@ from vqscale.config.recipe import Recipe
 from vqscale.errors import UserError
 from vqscale.faults import VARIABLE, Fault
 from vqscale.files import read_json, write_bytes, write_json
-
-STAGES = ("tokenizer", "extract", "prior")
-"""Stages that can be drilled."""
+from vqscale.stages import DRILLED
 
 _TOKENIZER = "checkpoints/tokenizer"
 _BORROWED = ("images", "shards", "codes")
@@ -86,7 +84,7 @@ class Drill:
     Args:
         run: where data comes from; earlier stages must be done.
         recipe: of the repetitions: the run's, shortened.
-        stage: one of `STAGES`.
+        stage: one of `DRILLED`.
 
     Raises:
         UserError: this machine cannot run it, or its input is not there.
@@ -226,8 +224,8 @@ def shortened(recipe: Recipe, stage: str, overrides: Sequence[str]) -> list[str]
     Raises:
         UserError: the stage cannot be drilled.
     """
-    if stage not in STAGES:
-        raise UserError(f"'{stage}' cannot be drilled", where="--stage", mend=f"stages: {', '.join(STAGES)}")
+    if stage not in DRILLED:
+        raise UserError(f"'{stage}' cannot be drilled", where="--stage", mend=f"stages: {', '.join(DRILLED)}")
     own = "resources.checkpoints=''"
     if stage == "extract":
         return [*overrides, own]

@@ -11,9 +11,10 @@ from cluster.profile import Profile
 from launcher.backends.base import SOURCE, Job, Place
 from vqscale.arguments import did_you_mean
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import STAGES, Recipe
+from vqscale.config.recipe import Recipe
 from vqscale.errors import UserError
 from vqscale.files import read_json
+from vqscale.stages import STAGES
 
 
 def make_job(recipe: Recipe, profile: Profile, run: Path, stages: Sequence[str], task: int | None = None) -> Job:

@@ -7,17 +7,15 @@ import re
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from launcher.registry import Entry, entries
-from launcher.state import StageWord
-from launcher.status import UNREADABLE, Depth, RunStatus, read_many, unreadable
+from launcher.state_words import GONE, STATES
+from launcher.status import Depth, RunStatus, read_many, unreadable
 from vqscale.arguments import did_you_mean
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 
-STATES = (*get_args(StageWord), "gone", UNREADABLE)
-"""Words that a list can show: those of a run, and two for directories that are not there or hold none."""
 _UNITS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -106,7 +104,7 @@ def _read(found: list[Entry], depth: Depth) -> list[Row]:
 
 def _row(entry: Entry, status: RunStatus | UserError | None) -> Row:
     if status is None:
-        return Row(entry, None, "gone", "its directory is not there")
+        return Row(entry, None, GONE, "its directory is not there")
     if isinstance(status, UserError):
         return _row(entry, unreadable(entry.id, entry.path, entry.created, status))
     return Row(entry, status, status.state, status.note)

@@ -18,7 +18,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from launcher.state import ENDED, RunState, StageState
+from launcher.state import RunState, StageState
+from launcher.state_words import ENDED
 from launcher.status import read_status
 from vqscale import stamps
 from vqscale.config.layout import RunLayout

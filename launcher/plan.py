@@ -22,10 +22,11 @@ from launcher.sharing import Shares
 from vqscale.config.inputs import check_inputs
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import dump_yaml, load_model, load_recipe
-from vqscale.config.recipe import TRAINED, Recipe
+from vqscale.config.recipe import Recipe
 from vqscale.config.section import Places
 from vqscale.errors import UserError
 from vqscale.faults import VARIABLE, parse_faults
+from vqscale.stages import TRAINED
 
 _FROM_PROFILE_ONLY = ("NCCL_", "GLOO_", "OMP_", "TORCH_NCCL_")
 

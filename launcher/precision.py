@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from cluster.profile import Profile
-from vqscale.config.recipe import TRAINED, Recipe
+from vqscale.config.recipe import Recipe
 from vqscale.processor import has_bf16
+from vqscale.stages import TRAINED
 
 _GPUS = ("/dev/nvidia0", "/dev/kfd")  # CUDA's first device, and ROCm's
 

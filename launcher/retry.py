@@ -22,9 +22,9 @@ from typing import Any
 
 from launcher.state import StageState
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import TRAINED
 from vqscale.events import newest
 from vqscale.files import read_json, write_json
+from vqscale.stages import TRAINED
 
 NEVER = ("user", "diverged")
 """Classes that come again wherever the stage is started."""

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from launcher import registry
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import TRAINED
 from vqscale.errors import UserError
 from vqscale.events import newest
 from vqscale.files import read_json
+from vqscale.stages import TRAINED
 
 _LOOKED_AT = 5
 """Newest earlier runs of a recipe in which a measured save is looked for."""

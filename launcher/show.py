@@ -14,9 +14,10 @@ from launcher.status import RunStatus, read_status
 from launcher.wording import below, duration
 from vqscale.checkpoint import folder
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import TRAINED, Recipe
+from vqscale.config.recipe import Recipe
 from vqscale.files import read_json
 from vqscale.masking import shown
+from vqscale.stages import TRAINED
 
 _NAMED = ("torch", "accelerate", "numpy", "vqscale")
 """Packages whose versions are named; all of them are in code/environment.json."""

@@ -5,16 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
+from launcher.state_words import STOPPED, StageWord
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
-
-StageWord = Literal["waiting", "running", "done", "failed", "preempted", "cancelled"]
-_STOPPED: tuple[StageWord, ...] = ("failed", "cancelled", "preempted")
-ENDED = ("done", *_STOPPED)
-"""Words of a run or stage that does not go on by itself."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ class RunState:
         """The run ends here: what runs, or else the next stage that waits, is marked with `state`."""
         unfinished = [name for name, stage in self.stages.items() if stage.state in ("running", "waiting")]
         unfinished.sort(key=lambda name: self.stages[name].state != "running")
-        if unfinished and not any(stage.state in _STOPPED for stage in self.stages.values()):
+        if unfinished and not any(stage.state in STOPPED for stage in self.stages.values()):
             self.end(unfinished[0], state, message)
 
     def reopen(self, layout: RunLayout) -> None:
@@ -125,7 +121,7 @@ class RunState:
     def word(self) -> StageWord:
         """The run as a whole."""
         words = [stage.state for stage in self.stages.values()]
-        stops: tuple[StageWord, ...] = (*_STOPPED, "running")
+        stops: tuple[StageWord, ...] = (*STOPPED, "running")
         for word in stops:
             if word in words:
                 return word
@@ -136,7 +132,7 @@ class RunState:
     @property
     def current(self) -> str | None:
         """The stage worth looking at: the one that runs or stopped the run, else the newest that began."""
-        for word in ("running", *_STOPPED):
+        for word in ("running", *STOPPED):
             for name, stage in self.stages.items():
                 if stage.state == word and stage.attempt:
                     return name
@@ -176,7 +172,7 @@ def _merged(layout: RunLayout, name: str, entry: StageState) -> StageState:
         return entry
     word = _word_of(words, entry)
     begun = [state for state in states if state.attempt]
-    told = next((f"; task {n}: {one.message}" for n, one in enumerate(states) if one.state in _STOPPED), "")
+    told = next((f"; task {n}: {one.message}" for n, one in enumerate(states) if one.state in STOPPED), "")
     return replace(
         entry,
         state=word,
@@ -190,7 +186,7 @@ def _merged(layout: RunLayout, name: str, entry: StageState) -> StageState:
 def _word_of(words: list[StageWord], entry: StageState) -> StageWord:
     """The word for an array of which some tasks have begun."""
     if "running" not in words:
-        for stopped in _STOPPED:
+        for stopped in STOPPED:
             if stopped in words or ("waiting" in words and entry.state == stopped):
                 return stopped
     return "done" if set(words) == {"done"} else "running"

@@ -19,7 +19,8 @@ from cluster.profile import Profile
 from launcher import process
 from launcher.backends import backend_for
 from launcher.backends.base import STAGE_TAG, Poll
-from launcher.state import ENDED, RunState, StageState
+from launcher.state import RunState, StageState
+from launcher.state_words import ENDED, UNREADABLE
 from launcher.sweep import turn
 from vqscale.checkpoint import folder
 from vqscale.config.layout import RunLayout
@@ -126,10 +127,6 @@ class Machine:
     def processes(self) -> Counter[str]:
         """Run directory → processes of its stages on this machine."""
         return process.tags(STAGE_TAG)
-
-
-UNREADABLE = "unreadable"
-"""In the place of a state: the directory is there, but holds no run, or a damaged one."""
 
 
 def unreadable(run: str, path: Path, created: float, fault: UserError) -> RunStatus:

@@ -21,7 +21,8 @@ from launcher.backends import backend_for
 from launcher.backends.base import StageCommand
 from launcher.handover import check_handover
 from launcher.locks import held
-from launcher.state import RunState, StageState, StageWord, tasks_left
+from launcher.state import RunState, StageState, tasks_left
+from launcher.state_words import StageWord
 from vqscale.config.layout import RunLayout
 from vqscale.errors import EXIT_USER_ERROR, UserError
 from vqscale.files import write_json

@@ -27,6 +27,7 @@ from vqscale.files import read_json, write_json
 MOST = 1000
 """Most runs of a sweep."""
 _RECORD = "sweep.json"
+_NAMED = 12  # runs of a sweep that a message names
 
 
 @dataclass
@@ -133,6 +134,21 @@ def find(text: str) -> tuple[Path, Sweep] | None:
         if entry and entry.kind == "sweep":
             folder, sweep = entry.path, Sweep.read(entry.path)
     return (folder, sweep) if sweep else None
+
+
+def resolve_one(text: str) -> RunLayout:
+    """A run as `registry.resolve` finds it, for commands that take no sweep.
+
+    Raises:
+        UserError: as there; a sweep is meant, whose runs the line names.
+    """
+    found = find(text)
+    if found is None:
+        return registry.resolve(text)
+    runs = found[1].runs
+    more = f", and {len(runs) - _NAMED} more" if len(runs) > _NAMED else ""
+    what = f"is a sweep of {len(runs)} runs, and one run is asked for"
+    raise UserError(what, where=text, mend=f"name one of them: {', '.join(runs[:_NAMED])}{more}")
 
 
 def turn(layout: RunLayout) -> str:

@@ -8,9 +8,17 @@ from collections.abc import Sequence
 
 from pipelines.codes_commands import copy, verify
 from pipelines.codes_show import show
-from vqscale.arguments import OneLineParser, run_program
+from vqscale.arguments import OneLineParser, examples, run_program
 
 _FOLDER = "folder or URL of code shards, or one with train and validation in it, such as RUN/codes"
+
+
+_EXAMPLES = {
+    "pull": ("runs/latest/codes elsewhere", "s3://bucket/codes codes --fraction 0.1"),
+    "push": ("runs/latest/codes s3://bucket/codes",),
+    "verify": ("runs/latest/codes --tokenizer runs/latest",),
+    "show": ("runs/latest/codes", "runs/latest/codes/train --tokenizer runs/latest --out sheet.png"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +37,8 @@ def _parsers() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     _add_copy(commands.add_parser("push", help="copy code shards to a storage", description=copy.__doc__))
     _add_verify(commands.add_parser("verify", help="compare shards with their manifest", description=verify.__doc__))
     _add_show(commands.add_parser("show", help="say what shards hold", description=show.__doc__))
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
+        command.epilog = examples(*(f"vqscale codes {name} {words}" for words in _EXAMPLES[name]))
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser, dict(commands.choices)
 
@@ -65,7 +74,10 @@ def _add_show(command: argparse.ArgumentParser) -> None:
 
 def _add_threads(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--threads", type=int, metavar="N", help="shards that are read at once; remote ones lie in memory meanwhile"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="shards read at once; remote ones lie in memory (default: by cores)",
     )
 
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from vqscale.arguments import OneLineParser
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import TRAINED
 from vqscale.data.drawn import RECORD, open_drawn
 from vqscale.data.images import encode_png
 from vqscale.data.sheet import labelled_sheet
@@ -21,6 +20,7 @@ from vqscale.evaluation.comparison import Outcome, comparison
 from vqscale.evaluation.comparison_page import markdown, page
 from vqscale.evaluation.markup import Picture
 from vqscale.files import read_json, write_bytes, write_json
+from vqscale.stages import TRAINED
 
 COLUMNS = 12
 SHEETS = {"Held-out images and their reconstructions": "reconstructions.png", "Drawn images": "sheet.png"}

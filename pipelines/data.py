@@ -10,7 +10,14 @@ from pathlib import Path
 
 from pipelines.data_commands import index, pack, verify
 from pipelines.data_show import show
-from vqscale.arguments import OneLineParser, run_program
+from vqscale.arguments import OneLineParser, examples, run_program
+
+_EXAMPLES = {
+    "pack": ("photos shards --size 64 --holdout 100", "images1024x1024 shards --size 1024 --no-classes"),
+    "index": ("others", "shards/train shards/val --label json:category"),
+    "verify": ("shards/train", "others --decode"),
+    "show": ("shards/train --sheet sheet.png --samples 36", "'others/photos-{000..001}.tar' --sheet others.png"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +35,8 @@ def _parsers() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     _add_index(commands.add_parser("index", help="make a manifest of others' shards", description=index.__doc__))
     _add_verify(commands.add_parser("verify", help="compare shards with their manifest", description=verify.__doc__))
     _add_show(commands.add_parser("show", help="say what shards hold", description=show.__doc__))
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
+        command.epilog = examples(*(f"vqscale data {name} {words}" for words in _EXAMPLES[name]))
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser, dict(commands.choices)
 
@@ -42,7 +50,7 @@ def _add_pack(command: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="hold out N images: writes DEST/train and DEST/validation",
+        help="hold out N images: writes DEST/train and DEST/validation (default: 0)",
     )
     command.add_argument("--format", choices=("jpeg", "png"), default="jpeg", help="png is lossless (default: jpeg)")
     command.add_argument("--quality", type=int, default=95, metavar="Q", help="of JPEGs, stored as 4:4:4 (default: 95)")
@@ -60,6 +68,7 @@ def _add_pack(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes (default: all cores)",
     )
+    command.add_argument("--no-classes", action="store_true", help="folders are no classes; all images are without one")
     command.add_argument("--force", action="store_true", help="replace shards that DEST holds already")
     command.set_defaults(run=pack)
 
@@ -113,7 +122,10 @@ def _add_shards(command: argparse.ArgumentParser) -> None:
 
 def _add_threads(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--threads", type=int, metavar="N", help="shards that are read at once; remote ones lie in memory meanwhile"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="shards read at once; remote ones lie in memory (default: by cores)",
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ def pack(options: argparse.Namespace) -> int:
     DEST/skipped.txt.
     """
     from vqscale.data.pack import SKIPPED, pack_images
+    from vqscale.data.scan import are_parts
 
     with progress("packing", "images") as report:
         manifests = pack_images(
@@ -48,18 +50,30 @@ def pack(options: argparse.Namespace) -> int:
             workers=options.workers,
             seed=options.seed,
             force=options.force,
+            classes=() if options.no_classes else None,
             progress=report,
         )
     if options.json:
         print_json({url: summary(manifest) for url, manifest in manifests.items()})
-        return 0
-    for url, manifest in manifests.items():
-        print(line(url, manifest))
-        if manifest.skipped:
-            files = "file was" if manifest.skipped == 1 else "files were"
-            print(f"  {manifest.skipped} {files} left out, see {storage.join(url, SKIPPED)}")
-    print(_next_steps(manifests, options))
+    else:
+        for url, manifest in manifests.items():
+            print(line(url, manifest))
+            if manifest.skipped:
+                files = "file was" if manifest.skipped == 1 else "files were"
+                print(f"  {manifest.skipped} {files} left out, see {storage.join(url, SKIPPED)}")
+        print(_next_steps(manifests, options), flush=True)
+    classes = next(iter(manifests.values())).classes
+    if are_parts(classes):
+        print(_parts_warning(classes, options.src), file=sys.stderr)
     return 0
+
+
+def _parts_warning(classes: Sequence[str], src: Path) -> str:
+    alone = src / classes[0] if (src / classes[0]).is_dir() else f"its folder {classes[0]}"
+    return (
+        f"warning: {src}: its folders {', '.join(classes)} have become the classes; "
+        f"if they are parts of a data set, pack one alone ({alone}), or all with --no-classes"
+    )
 
 
 def _next_steps(manifests: Mapping[str, Manifest], options: argparse.Namespace) -> str:

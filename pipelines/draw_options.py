@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
-from vqscale.arguments import OneLineParser
+from vqscale.arguments import RUN_HELP, OneLineParser, either, examples
 from vqscale.config.load import parse
 from vqscale.config.recipe import Sample
 from vqscale.data.keep import HALVES
 from vqscale.errors import UserError
 
 _SETTINGS = ("count", "per_class", "seed", "temperature", "top_k", "top_p", "guidance", "batch", "output")
+_OUTPUTS = either(get_args(Sample.model_fields["output"].annotation))
 _SOURCES = ("from_codes", "complete", "details_of")
 
 
 def command_parser() -> OneLineParser:
     """The parser of `vqscale sample`."""
     text = "Draw images from a finished run into any folder. What is not said is as in the run's recipe."
-    example = "example: vqscale sample latest --out owls --classes owl --count 64 --guidance 2"
-    parser = OneLineParser(prog="vqscale sample", description=text, epilog=example)
-    parser.add_argument("run", metavar="RUN", help="run directory, id, beginning of an id, or latest; the first word")
+    some = examples(
+        "vqscale sample latest --out elevens --classes 11 --count 16 --guidance 3",
+        "vqscale sample latest --out completed --complete pictures --keep left-half",
+    )
+    parser = OneLineParser(prog="vqscale sample", description=text, epilog=some)
+    parser.add_argument("run", metavar="RUN", help=f"{RUN_HELP}; the first word")
     parser.add_argument("overrides", nargs="*", default=[], metavar="sample.key=value", help="settings of the recipe")
     parser.add_argument("--out", metavar="DIR", help="folder for the images (default: RUN-samples here)")
     parser.add_argument("--force", action="store_true", help="replace the images of another drawing in DIR")
@@ -39,7 +43,7 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--top-k", metavar="K", help="draw among the K likeliest codes only; 0 keeps all")
     group.add_argument("--top-p", metavar="P", help="the smallest set of codes that holds this probability")
     group.add_argument("--guidance", metavar="S", help="scale of classifier-free guidance; 1 is none")
-    group.add_argument("--output", metavar="FORM", help="png (default), webdataset or npz")
+    group.add_argument("--output", metavar="FORM", help=f"{_OUTPUTS} (default: as sample.output)")
 
 
 def _add_given(group: argparse._ArgumentGroup) -> None:
@@ -53,7 +57,10 @@ def _add_given(group: argparse._ArgumentGroup) -> None:
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch", metavar="N", help="images that are drawn at once by each process")
     group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="(default: auto, a GPU if there is one)",
     )
     group.add_argument("--processes", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
     group.add_argument("--json", action="store_true", help="print the result as JSON")

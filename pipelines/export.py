@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vqscale import storage
-from vqscale.arguments import OneLineParser
+from vqscale.arguments import RUN_HELP, OneLineParser, examples
 from vqscale.config.layout import RunLayout
 from vqscale.errors import EXIT_USER_ERROR, UserError
 from vqscale.exported import is_run
@@ -18,18 +18,22 @@ from vqscale.exporting import export_run
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `vqscale export`; returns its exit code."""
-    parser = OneLineParser(
-        prog="vqscale export", description="Write a run's models, their config and a card into a folder."
-    )
-    parser.add_argument("run", metavar="RUN", help="run directory, id, beginning of an id, or latest")
-    parser.add_argument("place", metavar="DIR", help="folder or URL to write into")
-    parser.add_argument("--force", action="store_true", help="replace an exported model that is there")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     try:
-        return _export(parser.parse(sys.argv[1:] if arguments is None else arguments))
+        return _export(_parser().parse(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _parser() -> OneLineParser:
+    text = "Write a run's models, their config and a card into a folder."
+    some = examples("vqscale export latest exported", "vqscale export latest s3://bucket/model --force")
+    parser = OneLineParser(prog="vqscale export", description=text, epilog=some)
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("place", metavar="DIR", help="folder or URL to write into")
+    parser.add_argument("--force", action="store_true", help="replace an exported model that is there")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from pipelines.evaluate import assemble, own_images, write_report
 from pipelines.measuring import measure
 from pipelines.processes import Alone, launch, ranks_of
 from pipelines.stage import Stage
-from vqscale.arguments import OneLineParser
+from vqscale.arguments import RUN_HELP, OneLineParser, examples
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import load_recipe
 from vqscale.errors import EXIT_USER_ERROR, UserError
@@ -44,13 +44,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> OneLineParser:
     text = "Measure a finished run again. What is not said is as in the run's recipe."
-    example = "example: vqscale evaluate latest --out report evaluate.features=inception-2015-12-05.pt"
-    parser = OneLineParser(prog="vqscale evaluate", description=text, epilog=example)
-    parser.add_argument("run", metavar="RUN", help="run directory, id, beginning of an id, or latest; the first word")
+    some = examples(
+        "vqscale evaluate latest --out again evaluate.likelihood=gaussian",
+        "vqscale evaluate latest --out report evaluate.features=inception-2015-12-05.pt",
+    )
+    parser = OneLineParser(prog="vqscale evaluate", description=text, epilog=some)
+    parser.add_argument("run", metavar="RUN", help=f"{RUN_HELP}; the first word")
     parser.add_argument("overrides", nargs="*", default=[], metavar="evaluate.key=value", help="settings of the recipe")
     parser.add_argument("--out", metavar="DIR", help="folder for the report (default: the run's own is replaced)")
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="(default: auto, a GPU if there is one)",
     )
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
+from cluster.profile import Profile
 from launcher.cli import main
 from launcher.recipes import recipe_names
 from tests.recipes import tiny_recipe, tiny_tree, write_recipe
@@ -365,9 +367,10 @@ def test_faults_leave_exit_code_2(recipe_file: Path, home: Path, capsys: pytest.
     assert main(["plan", str(recipe_file)]) == 2
 
 
-def test_every_setting_is_described() -> None:
-    schema = Recipe.model_json_schema()
-    sections = {"Recipe": schema, **schema["$defs"]}
+@pytest.mark.parametrize("root", [Recipe, Profile])
+def test_every_setting_is_described(root: type[BaseModel]) -> None:
+    schema = root.model_json_schema()
+    sections = {root.__name__: schema, **schema["$defs"]}
     for name, section in sections.items():
         assert section["description"], name
         assert section["additionalProperties"] is False

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shlex
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -220,6 +221,59 @@ def test_faults_are_one_line_with_code_2(packed: Path, tmp_path: Path, capsys: p
         lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("indexing: ")]
         assert len(lines) == 1, lines
         assert lines[0].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        (("train", "val"), True),
+        (("Test", "TRAINING", "valid"), True),
+        (("train", "bus"), False),
+        (("cat", "dog"), False),
+    ],
+)
+def test_pack_warns_where_parts_of_a_data_set_become_classes(names: tuple[str, ...], warned: bool, tmp_path: Path):
+    source = tmp_path / "photos"
+    image_folder(source, classes=len(names))
+    for number, name in enumerate(names):
+        (source / f"class{number}").rename(source / name)
+    for more in ((), ("--json",)):
+        done = run("pack", source, tmp_path / "out", "--size", 8, "--workers", 1, "--force", *more)
+        warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+        assert (done.returncode, len(warnings)) == (0, warned)
+        if warned:
+            assert f"folders {', '.join(sorted(names))} have become the classes" in warnings[0]
+            assert f"({source / min(names)})" in warnings[0]
+            assert "--no-classes" in warnings[0]
+    alone = run("pack", source, tmp_path / "none", "--size", 8, "--workers", 1, "--no-classes")
+    assert "warning: " not in alone.stderr
+    assert read_manifest(tmp_path / "none").classes == ()
+
+
+def test_the_commands_in_recipes_take_the_classes_that_are_meant(tmp_path: Path):
+    """What the heads of recipes say about packing, on the layouts that the data sets have."""
+    picture = tmp_path / "class0" / "000.png"
+    image_folder(tmp_path, classes=1, each=1)
+    layouts = {
+        "imagenet256": [
+            f"ILSVRC2012/{part}/n0144{n}/{n}{i}.JPEG" for part in ("train", "val") for n in "012" for i in "ab"
+        ],
+        "ffhq1024": [
+            f"images1024x1024/{folder:05d}/{folder + i:05d}.png" for folder in (0, 1000, 69000) for i in (0, 1)
+        ],
+    }
+    for recipe, files in layouts.items():
+        for file in files:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_bytes(picture.read_bytes())
+        text = (ROOT / "pipelines" / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        words = shlex.split(text.partition("vqscale data pack ")[2].partition("\n")[0])
+        words[words.index("--size") + 1], words[words.index("--holdout") + 1] = "8", "2"
+        done = run("pack", *words, "--workers", 1, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stderr
+    found = {recipe: read_manifest(tmp_path / "data" / recipe / "train").classes for recipe in layouts}
+    assert found == {"imagenet256": ("n01440", "n01441", "n01442"), "ffhq1024": ()}
 
 
 def test_help_names_the_command():

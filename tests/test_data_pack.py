@@ -120,6 +120,15 @@ def test_flat_folders_have_no_labels(tmp_path: Path):
     assert (fields["label"] == -1).all()
 
 
+def test_folders_that_are_no_classes_give_no_labels(folder: Path, tmp_path: Path):
+    (folder / "stray.png").write_bytes(images.encode_png(picture(30)))
+    dest = str(tmp_path / "out")
+    manifest = pack_images(folder, dest, size=8, format="png", classes=())[dest]
+    assert manifest.classes == ()
+    assert manifest.skipped == 0, "without classes no image lies outside of them"
+    assert packed_pictures(dest) == dict.fromkeys(range(31), -1)
+
+
 def test_given_classes_keep_their_numbers(folder: Path):
     found = scan(folder, ("class2", "absent", "class0"))
     assert {entry.label for entry in found.entries} == {0, 2}

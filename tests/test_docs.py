@@ -7,10 +7,11 @@ are given a tiny model, by settings put behind them. Excerpts that cannot run al
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -112,6 +113,8 @@ class Desk:
             self._photographs(rng)
         if "cifar-10.tar.gz" in commands:
             self._archive(rng)
+        if "cifar-10-python.tar.gz" in commands:
+            official_cifar(self.folder / "cifar-10-python.tar.gz", 420)
 
     def _photographs(self, rng: np.random.Generator) -> None:
         for number in range(300):
@@ -135,6 +138,26 @@ class Desk:
         if self.cluster:
             self.shell("vqscale cluster down")  # which the document has done, unless it failed
             shutil.rmtree(self.cluster)
+
+
+def official_cifar(place: Path, each: int) -> dict[str, np.ndarray]:
+    """An archive in the layout of CIFAR-10's official one; its training images by batch and number."""
+    rng, images = np.random.default_rng(0), {}
+    names = [b"airplane", b"automobile", b"bird", b"cat", b"deer", b"dog", b"frog", b"horse", b"ship", b"truck"]
+    pickled: dict[str, object] = {"batches.meta": {b"label_names": names, b"num_vis": 3072}}
+    for batch in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        pixels = rng.integers(0, 256, (each, 32, 32, 3), np.uint8)
+        planes = pixels.transpose(0, 3, 1, 2).reshape(each, 3072)
+        labels = [number % 10 for number in range(each)]
+        pickled[batch] = {b"batch_label": batch.encode(), b"labels": labels, b"data": planes, b"filenames": []}
+        images |= {f"{batch}/{number}": image for number, image in enumerate(pixels) if batch != "test_batch"}
+    with tarfile.open(place, "w:gz", compresslevel=1) as archive:
+        for name, content in pickled.items():
+            data = pickle.dumps(content, protocol=2)
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return images
 
 
 @pytest.fixture(scope="module")
@@ -281,13 +304,27 @@ def test_ten_lines_read_a_code_shard(tmp_path: Path) -> None:
     assert names["keys"] == [key for block in written for key in block.keys]
 
 
-def test_settings_are_those_of_the_types() -> None:
-    spec = importlib.util.spec_from_file_location("make_recipes", ROOT / "docs" / "make_recipes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert text_of("docs/recipes.md") == module.page(), "run `make docs`"
+def test_the_official_cifar_becomes_class_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines in docs/your-images.md: every training image once, as it was, in the folder of its class."""
+    lines = next(lines for language, lines in blocks("docs/your-images.md") if language == "python")
+    expected = official_cifar(tmp_path / "cifar-10-python.tar.gz", 20)
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(lines), "docs/your-images.md", "exec"), {})
+    found = {path.stem: path for path in (tmp_path / "cifar-10").glob("*/*.png")}
+    assert len(found) == len(expected) == 100
+    classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    for place, image in expected.items():
+        batch, number = place.removeprefix("data_batch_").split("/")
+        path = found[f"{batch}-{int(number):05d}"]
+        assert path.parent.name == classes[int(number) % 10]
+        assert np.array_equal(np.asarray(Image.open(path)), image)
+
+
+@pytest.mark.parametrize("kind", ["recipes", "profiles"])
+def test_settings_are_those_of_the_types(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    module = importlib.import_module(f"make_{kind}")
+    assert text_of(f"docs/{kind}.md") == module.page(), "run `make docs`"
 
 
 def anchors(document: str) -> set[str]:

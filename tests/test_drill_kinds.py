@@ -18,9 +18,9 @@ from tests.test_vae import vae
 from tests.training_helpers import save_network, stage_of, whole_stage
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import load_recipe
-from vqscale.config.recipe import STAGES
 from vqscale.faults import Fault
 from vqscale.files import write_json
+from vqscale.stages import STAGES
 from vqscale.training.build import build_tokenizer
 
 pytestmark = [pytest.mark.fault, pytest.mark.dist, pytest.mark.slow]

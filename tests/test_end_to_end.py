@@ -21,10 +21,10 @@ from tests.data_helpers import image_folder
 from tests.ranks import torchrun
 from tests.recipes import tiny_tree, write_recipe
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import STAGES
 from vqscale.data.clocks import CLASSES
 from vqscale.data.manifest import read_manifest
 from vqscale.files import read_json
+from vqscale.stages import STAGES
 
 HOUSE = Path(__file__).parents[1]
 PRIOR_STEPS = 12

@@ -21,9 +21,9 @@ from launcher.status import read_status
 from launcher.sweep import Sweep
 from tests.recipes import write_recipe
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import TRAINED
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
+from vqscale.stages import TRAINED
 
 UNIFORM: dict[str, Any] = {"prior.networks": [{"kind": "uniform"}]}
 VAE: dict[str, Any] = {

@@ -18,9 +18,9 @@ from tests.recipes import write_recipe
 from tests.test_extraction import save_tokenizer
 from tests.training_helpers import stage_of, whole_stage
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import STAGES
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
+from vqscale.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -25,8 +25,8 @@ TOP_LEVEL = {
 }
 
 LIGHT = (
-    *("arguments", "errors", "faults", "files", "events", "masking", "numbers", "processor"),
-    *("quarantine", "seeds", "sources", "stamps"),
+    *("arguments", "docstrings", "errors", "faults", "files", "events", "masking", "numbers", "processor"),
+    *("quarantine", "seeds", "sources", "stages", "stamps", "version"),
 )
 """Modules at the root of `vqscale` that every room may use; they import the standard library and each other."""
 
@@ -220,7 +220,7 @@ def test_every_stage_has_a_main_and_a_place() -> None:
     """What CONTRIBUTING.md says of a new stage: recipe, launcher and pipelines know the same names."""
     from launcher.backends.base import STAGE_MODULES
     from launcher.handover import NEEDS
-    from vqscale.config.recipe import STAGES
+    from vqscale.stages import STAGES
 
     assert tuple(STAGE_MODULES) == STAGES
     assert set(NEEDS) <= set(STAGES)

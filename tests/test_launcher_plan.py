@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from launcher import plan as plan_module
 from launcher import precision
 from launcher.backends.base import Job, Place
 from launcher.backends.local import LocalBackend
+from launcher.cli import main
 from launcher.plan import absolute_paths, load_profile, make_plan, select_stages
 from tests.recipes import tiny_recipe, write_recipe
 from vqscale.errors import UserError
@@ -74,6 +76,34 @@ def test_environment_is_allow_listed() -> None:
     assert environment["NCCL_DEBUG"] == "WARN"
     assert not {"MY_TOKEN", "RANK"} & set(environment)
     assert inherited(shell, ["R*"]) == {"RANK": "5"}
+
+
+def documented_credentials() -> list[str]:
+    """Variables that docs/streaming.md says credentials come from."""
+    page = (Path(__file__).parents[1] / "docs" / "streaming.md").read_text(encoding="utf-8")
+    found = re.search(r"\*\*Credentials\*\* come from the environment \(([^)]*)\)", page)
+    assert found
+    return re.findall(r"`(\w+)`", found[1])
+
+
+def test_credentials_reach_the_stages_and_are_not_written_down(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = documented_credentials()
+    assert {"AWS_ACCESS_KEY_ID", "HF_TOKEN"} <= set(names)
+    shell = {name: f"secret-of-{name}" for name in names}
+    for name, value in shell.items():
+        monkeypatch.setenv(name, value)
+    path, run = str(write_recipe(home / "r.yaml")), home / "run"
+    made = make_plan(path)
+    for command in made.commands:
+        assert shell.items() <= command.environment().items()
+    assert "secret-of-" not in made.text() + json.dumps(made.facts())
+    assert main(["submit", path, "--prepare-only", "--run", str(run)]) == 0
+    assert main(["show", str(run)]) == 0
+    assert main(["show", str(run), "--json"]) == 0
+    written = [file.read_text(encoding="utf-8", errors="replace") for file in run.rglob("*") if file.is_file()]
+    assert "secret-of-" not in "".join([capsys.readouterr().out, *written])
 
 
 def test_no_rendezvous_of_several_nodes_on_localhost() -> None:

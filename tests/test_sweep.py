@@ -103,6 +103,21 @@ def test_runs_are_runs_like_others(words: list[str], home: Path, capsys: pytest.
     assert read_status(RunLayout(folder / "tries.3")).state == "cancelled"
 
 
+@pytest.mark.parametrize("command", ["logs", "show", "trace", "drill", "checkpoints ls", "sample", "evaluate"])
+def test_commands_for_one_run_name_those_of_a_sweep(
+    command: str, words: list[str], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", *words, "--prepare-only"]) == 0
+    capsys.readouterr()
+    for text in ("tries", str(home / "tries")):
+        assert main([*command.split(), text]) == 2
+        line = capsys.readouterr().err
+        assert line == (
+            f"error: {text}: is a sweep of 4 runs, and one run is asked for; "
+            "name one of them: tries.0, tries.1, tries.2, tries.3\n"
+        )
+
+
 def test_a_name_is_a_path_first_and_one_sweep_or_run(
     words: list[str], home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vqscale.version import __version__
+
 if TYPE_CHECKING:
     from vqscale.export import load_prior, load_tokenizer
 
-__version__ = "0.1.0"
-__all__ = ["load_prior", "load_tokenizer"]
+__all__ = ["__version__", "load_prior", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> Any:

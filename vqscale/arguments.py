@@ -15,12 +15,23 @@ from typing import NoReturn
 
 from vqscale.errors import EXIT_USER_ERROR, UserError
 
+RUN_HELP = "run directory, id, beginning of an id, or latest"
+"""How a run is named on a command line."""
+
+
+class _Help(argparse.HelpFormatter):
+    """Wraps texts, but neither examples, which are pasted, nor what follows them."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example") else super()._fill_text(text, width, indent)
+
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser that raises `UserError` instead of printing its usage, and that takes no shortened options."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", _Help)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
@@ -87,15 +98,29 @@ def refuse_both(options: argparse.Namespace, command: str, *pair: str) -> None:
         raise UserError(f"{' and '.join(pair)} exclude each other", where=command, mend="leave one out")
 
 
+def either(words: Sequence[str]) -> str:
+    """The values of an option as its help lists them: `a, b or c`."""
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text: command lines as they are typed, each of which stays on its line."""
+    if len(lines) == 1:
+        return f"example: {lines[0]}"
+    return "\n  ".join(("examples:", *lines))
+
+
 def choose_command(parser: OneLineParser, commands: Iterable[str], words: Sequence[str]) -> str:
     """The command that a line begins with; `--help`, or nothing, prints the parser's help and exits.
+
+    Other options of the parser, such as `--version`, do what they do and exit likewise.
 
     Raises:
         UserError: there is no such command.
     """
     name = words[0] if words else "--help"
-    if name in ("-h", "--help"):
-        parser.parse_args(["--help"])
+    if name in parser._option_string_actions:
+        parser.parse_args([name])
     require_command(name, commands, parser.prog)
     return name
 

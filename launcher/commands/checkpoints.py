@@ -7,17 +7,24 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launcher.registry import resolve
-from vqscale.arguments import OneLineParser, choose_command, did_you_mean
+from launcher.sweep import resolve_one
+from vqscale.arguments import RUN_HELP, OneLineParser, choose_command, did_you_mean, either, examples
 from vqscale.checkpoint import folder
 from vqscale.checkpoint.manifest import FaultError
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import TRAINED
 from vqscale.errors import UserError
 from vqscale.masking import shown
+from vqscale.stages import TRAINED
 
 EXIT_FAULTS = 1
 """Exit code of `verify` when a checkpoint is damaged, and of `prune` when a stage has no valid one."""
+
+
+_EXAMPLES = {
+    "ls": ("latest",),
+    "verify": ("latest --stage tokenizer",),
+    "prune": ("latest --keep 1 --dry-run",),
+}
 
 
 def checkpoints(arguments: argparse.Namespace) -> int:
@@ -25,7 +32,7 @@ def checkpoints(arguments: argparse.Namespace) -> int:
     parser, commands = _parsers()
     words: Sequence[str] = arguments.arguments
     options = commands[choose_command(parser, commands, words)].parse(words[1:])
-    return int(options.run_command(options, resolve(options.run)))
+    return int(options.run_command(options, resolve_one(options.run)))
 
 
 def ls(options: argparse.Namespace, layout: RunLayout) -> int:
@@ -122,8 +129,10 @@ def _parsers() -> tuple[OneLineParser, dict[str, OneLineParser]]:
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for run_command, text in ((ls, "list them"), (verify, "compare them with their manifests"), (prune, "keep a few")):
         command = commands.add_parser(run_command.__name__, help=text, description=run_command.__doc__)
-        command.add_argument("run", metavar="RUN", help="run directory, id, beginning of an id, or latest")
-        command.add_argument("--stage", metavar="STAGE", help=f"only of this stage: {' or '.join(TRAINED)}")
+        name = run_command.__name__
+        command.epilog = examples(*(f"vqscale checkpoints {name} {words}" for words in _EXAMPLES[name]))
+        command.add_argument("run", metavar="RUN", help=RUN_HELP)
+        command.add_argument("--stage", metavar="STAGE", help=f"only of the stage {either(TRAINED)} (default: of both)")
         command.add_argument("--json", action="store_true", help="print facts as JSON")
         command.set_defaults(run_command=run_command)
     prune_parser = commands.choices["prune"]

@@ -17,16 +17,18 @@ from launcher.moving import move
 from launcher.plan import select_stages
 from launcher.registry import resolve
 from launcher.saves import short_of_time
-from launcher.state import ENDED, RunState, StageState
+from launcher.state import RunState, StageState
+from launcher.state_words import ENDED
 from launcher.status import read_status
 from launcher.sweep import find as find_sweep
+from launcher.sweep import resolve_one
 from launcher.taking_over import left_elsewhere, taken_over
 from launcher.wording import what_next
 from vqscale.arguments import refuse_both
 from vqscale.config.layout import RunLayout
-from vqscale.config.recipe import TRAINED
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
+from vqscale.stages import TRAINED
 
 
 def cancel(arguments: argparse.Namespace) -> int:
@@ -48,7 +50,7 @@ def cancel(arguments: argparse.Namespace) -> int:
 
 def trace(arguments: argparse.Namespace) -> int:
     """Ask a running training for a trace of its next steps."""
-    layout = resolve(arguments.run)
+    layout = resolve_one(arguments.run)
     now = read_status(layout)
     running = [stage.stage for stage in now.stages if stage.state == "running" and stage.stage in TRAINED]
     stage = arguments.stage or next(iter(running), None)

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from launcher.drill import Drill, Kill, Outcome, random_kills, shortened, standard_faults
-from launcher.registry import resolve
+from launcher.sweep import resolve_one
 from vqscale.config.load import load_recipe
 from vqscale.config.recipe import Recipe
 from vqscale.errors import UserError
@@ -23,7 +23,7 @@ EXIT_DIFFERS = 1
 
 def drill(arguments: argparse.Namespace) -> int:
     """Repeat a stage undisturbed, then under each fault."""
-    run = resolve(arguments.run)
+    run = resolve_one(arguments.run)
     overrides = shortened(run.read_recipe(), arguments.stage, arguments.overrides)
     recipe = load_recipe(run.recipe, overrides)
     faults = _faults(arguments, recipe)

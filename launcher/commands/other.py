@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from launcher.backends.base import SOURCE
-from launcher.registry import resolve
+from launcher.sweep import resolve_one
 
 
 def data(arguments: argparse.Namespace) -> int:
@@ -40,7 +40,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 def _with_directory(words: list[str]) -> list[str]:
     """The words with a run's directory in the place of its name, which is the first of them."""
-    return [str(resolve(words[0]).root), *words[1:]] if words and not words[0].startswith("-") else words
+    return [str(resolve_one(words[0]).root), *words[1:]] if words and not words[0].startswith("-") else words
 
 
 def bench(arguments: argparse.Namespace) -> int:

@@ -14,8 +14,10 @@ from launcher.listing import Choice, Row, choose
 from launcher.logs import Line, LogChoice, print_logs
 from launcher.registry import resolve
 from launcher.show import page, page_facts
+from launcher.state_words import GONE
 from launcher.status import RunStatus, read_many, read_status, unreadable
 from launcher.sweep import find as find_sweep
+from launcher.sweep import resolve_one
 from launcher.tables import console, view, view_many
 from launcher.watch import EXIT_FAILED, follow, follow_many
 from launcher.wording import what_next
@@ -122,7 +124,7 @@ def _print_many(statuses: Sequence[RunStatus], arguments: argparse.Namespace) ->
 
 def show(arguments: argparse.Namespace) -> int:
     """Print all that is known of a run on one page."""
-    layout = resolve(arguments.run)
+    layout = resolve_one(arguments.run)
     print(json.dumps(page_facts(layout), indent=2) if arguments.json else page(layout))
     return 0
 
@@ -132,7 +134,7 @@ def logs(arguments: argparse.Namespace) -> int:
     if arguments.attempt is not None and arguments.attempt < 1:
         raise UserError(f"no attempt {arguments.attempt}", where="--attempt", mend="they are counted from 1")
     choice = LogChoice(arguments.stage, arguments.rank, arguments.failed, arguments.attempt, arguments.task)
-    layout, say, told = resolve(arguments.run), _say_json if arguments.json else _say, False
+    layout, say, told = resolve_one(arguments.run), _say_json if arguments.json else _say, False
 
     def say_one(line: Line) -> None:
         nonlocal told
@@ -165,7 +167,7 @@ def ls(arguments: argparse.Namespace) -> int:
 
 def _prune(choice: Choice, as_json: bool) -> int:
     """Take out of the index what is not there any more; directories are not touched."""
-    lost = [row.entry for row in choice.rows("none") if row.state == "gone"]
+    lost = [row.entry for row in choice.rows("none") if row.state == GONE]
     if choice == Choice():  # filters are of runs
         lost += [entry for entry in registry.everything() if entry.kind == "sweep"]
     lost = [entry for entry in lost if not entry.exists]

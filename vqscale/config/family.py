@@ -9,9 +9,10 @@ import yaml
 from pydantic import Field, model_validator
 
 from vqscale.config.load import load_recipe
-from vqscale.config.recipe import TRAINED, Recipe
+from vqscale.config.recipe import Recipe
 from vqscale.config.section import Positive, Section
 from vqscale.errors import UserError
+from vqscale.stages import TRAINED
 
 _MANY = 10**9
 _STEPS = "{}.training.steps"

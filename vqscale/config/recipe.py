@@ -18,12 +18,7 @@ from vqscale.config.section import Fraction, Places, Positive, Section
 from vqscale.config.tokenizers import Tokenizer
 from vqscale.config.training import Training
 from vqscale.data.manifest import CodeLevel
-
-STAGES = ("generate", "pack", "tokenizer", "extract", "prior", "sample", "evaluate")
-"""All stages, in the order in which data flows through them."""
-
-TRAINED = ("tokenizer", "prior")
-"""Those that train, and so have checkpoints."""
+from vqscale.stages import STAGES, TRAINED
 
 
 class Clocks(Section):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationInfo, field_validator
 from pydantic.json_schema import JsonSchemaValue
 
+from vqscale.docstrings import described
 from vqscale.numbers import number_fault
 
 Positive = Annotated[int, Field(ge=1)]
@@ -41,28 +40,10 @@ class Section(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Settings with their descriptions.
-
-        pydantic would read them from the source whenever a section is imported (`use_attribute_docstrings`), which is
-        a third of what `vqscale submit` takes.
-        """
+        """Settings with their descriptions."""
         schema = handler(core_schema)
         properties = handler.resolve_ref_schema(schema)["properties"]
-        for name, text in _described(cls).items():
+        for name, text in described(cls, Section).items():
             if name in properties:
                 properties[name]["description"] = text
         return schema
-
-
-def _described(section: type[BaseModel]) -> dict[str, str]:
-    """Attribute → the docstring below it, of a class and those that it comes from."""
-    texts: dict[str, str] = {}
-    for own in reversed(section.__mro__[: section.__mro__.index(Section)]):
-        body = ast.parse(inspect.getsource(own)).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, below in zip(body.body, body.body[1:], strict=False):
-            if not isinstance(field, ast.AnnAssign) or not isinstance(below, ast.Expr):
-                continue
-            if isinstance(field.target, ast.Name) and isinstance(below.value, ast.Constant):
-                texts[field.target.id] = inspect.cleandoc(str(below.value.value))
-    return texts

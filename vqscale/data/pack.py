@@ -222,6 +222,7 @@ def pack_images(
     workers: int = 1,
     seed: int = 0,
     force: bool = False,
+    classes: Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Manifest]:
     """Pack a folder of class folders, or a tar or tar.gz of one.
@@ -237,6 +238,7 @@ def pack_images(
         workers: processes.
         seed: of the shuffle and the choice of held-out images.
         force: replace shards that are there already.
+        classes: as for `scan`; empty for images without a class.
         progress: called with images done and images in all.
 
     Returns:
@@ -247,7 +249,7 @@ def pack_images(
     """
     with unpacked(Path(src)) as path:
         plans = plan_splits(
-            scan(path),
+            scan(path, classes),
             dest,
             holdout,
             seed=seed,

@@ -19,6 +19,8 @@ from vqscale.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
+_PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
 
 class Entry(NamedTuple):
     """One image file."""
@@ -70,7 +72,7 @@ def scan(path: Path, classes: Sequence[str] | None = None) -> Scan:
 
     Args:
         path: folder or tar.
-        classes: names of the labels 0, 1, ...; by default the class folders, sorted.
+        classes: names of the labels 0, 1, ...; by default the class folders, sorted. Empty: no image has a class.
 
     Raises:
         UserError: nothing there, or no image in it.
@@ -96,6 +98,11 @@ def scan(path: Path, classes: Sequence[str] | None = None) -> Scan:
         else:
             entries.append(Entry(name, labels.get(folder, -1), offset, size))
     return Scan(path, names, tuple(entries), tuple(ignored))
+
+
+def are_parts(classes: Sequence[str]) -> bool:
+    """Whether all classes are called as the parts of a data set are, such as train and val: hardly what was meant."""
+    return bool(classes) and all(name.lower() in _PARTS for name in classes)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-TRAINED = ("tokenizer", "prior")
+from vqscale.stages import TRAINED
 
 _OF_THE_BOUND = (
     *("pixels", "codes", "latents", "error", "is", "uniform", "normal", "codes_uniform", "latents_normal"),

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from vqscale.config.recipe import TRAINED, Recipe
+from vqscale.config.recipe import Recipe
+from vqscale.stages import TRAINED
 from vqscale.training.build import build_tokenizer
 from vqscale.training.dashboard import Layout
 from vqscale.training.distributed import Ranks
