@@ -127,11 +127,6 @@ def claim(name: str, path: Path, created: float, kind: Literal["run", "sweep"] =
     raise UserError(f"too many runs called {name}", mend="choose a directory of another name")
 
 
-def register(run_id: str, path: Path, created: float) -> None:
-    """Put a run into the index, whatever is there by this id."""
-    _write(Entry(run_id, path, created))
-
-
 def drop(entry: Entry) -> None:
     """Forget a run or sweep; its directory is left as it is."""
     _file(entry.id).unlink(missing_ok=True)

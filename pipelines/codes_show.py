@@ -67,7 +67,7 @@ def _lines(shards: ShardSet, facts: dict[str, Any]) -> list[str]:
         *(f"level {level.name}: {level.shape}" for level in manifest.levels),
         *([f"size: {ratio:.3f} of the same as {dtype}"] if ratio else []),
         *([f"first keys: {some(facts['first_keys'], _KEYS)}"] if facts["first_keys"] else []),
-        *class_lines(facts["class_counts"], len(manifest.classes)),
+        *class_lines(facts["class_counts"]),
     ]
 
 

@@ -46,7 +46,7 @@ def show(options: argparse.Namespace) -> int:
     if options.json:
         print_json({**summary(shards.manifest), **first, "class_counts": classes, "source": shards.manifest.source})
         return 0
-    lines = [*_facts(shards.manifest), *_first_lines(first), *class_lines(classes, len(shards.manifest.classes))]
+    lines = [*_facts(shards.manifest), *_first_lines(first), *class_lines(classes)]
     print(line(shards.spec, shards.manifest), *(f"  {text}" for text in lines), sep="\n")
     if options.sheet:
         print(f"  sheet: {options.sheet}")
@@ -98,7 +98,7 @@ def _first_lines(first: dict[str, Any]) -> list[str]:
     ]
 
 
-def class_lines(counts: dict[str, int], named: int) -> list[str]:
+def class_lines(counts: dict[str, int]) -> list[str]:
     """All classes in their order; of many the largest ones."""
     if len(counts) <= _TOP:
         return [f"class {name}: {count}" for name, count in counts.items()]

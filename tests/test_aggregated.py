@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vqscale.errors import UserError
-from vqscale.evaluation.latent_surgery import dissect_latents, one_row_each
+from vqscale.evaluation.latent_surgery import dissect_latents
 from vqscale.models.aggregated import Aggregated
 from vqscale.models.density import Normal, normal_nats
-from vqscale.models.gaussian import draw_latents
+from vqscale.models.gaussian import draw_latents, one_row_each
 from vqscale.models.generate import Sampling
 from vqscale.models.network import GridShape
 from vqscale.models.prior import Prior

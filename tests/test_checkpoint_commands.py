@@ -42,7 +42,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root.mkdir()
     write_recipe(root / "recipe.yaml")
     write_json(root / "run.json", {"id": "tiny-1", "created": 1.0})
-    registry.register("tiny-1", root, 1.0)
+    registry.require_writable()
+    registry.claim("tiny-1", root, 1.0)
     for step in (3, 6, 9):
         save(checkpoints_of(root), step)
     flip(checkpoints_of(root) / "step-00000009" / "rank-00000.safetensors")

@@ -13,7 +13,7 @@ from vqscale.data.image_source import ImageSource
 from vqscale.data.manifest import read_manifest
 from vqscale.data.shards import open_shards
 from vqscale.data.verify import verify
-from vqscale.events import last_event
+from vqscale.events import newest
 from vqscale.files import read_json
 
 
@@ -85,6 +85,6 @@ def test_two_ranks_write_the_same_shards(tmp_path: Path):
     layout = RunLayout(both)
     assert read_json(layout.done("generate"))["images"] == 80
     assert read_json(layout.done("pack"))["train_samples"] == 64
-    event = last_event(layout.events("pack"))
+    event = newest(layout.events("pack"), "").get("")
     assert event is not None
     assert event["step"] == event["total"] == 80

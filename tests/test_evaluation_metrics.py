@@ -19,7 +19,7 @@ from vqscale.errors import UserError
 from vqscale.evaluation.codebook import entropy_bits, report_codebook
 from vqscale.evaluation.distributions import FrechetDistance, InceptionScore, precision_recall
 from vqscale.evaluation.features import load_features
-from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Shown
+from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Shown, learned_figures
 from vqscale.evaluation.metrics import l1, mse, psnr, ssim
 from vqscale.evaluation.surgery import PositionCounts, dissect
 from vqscale.training.distributed import process_group
@@ -205,7 +205,6 @@ def test_surgery_adds_up_and_finds_what_was_planted() -> None:
     assert cut.positions == pytest.approx(3.0, abs=0.01)
     assert cut.mutual_information == pytest.approx(3.0, abs=0.01), "eight grids, all as frequent"
     assert cut.information_given_class == pytest.approx(2.0, abs=0.01), "four of them in each class"
-    assert cut.divergence(2.1) == pytest.approx(0.1, abs=0.01)
     assert cut.divergence_uniform == pytest.approx(5.0, abs=0.01)
     assert torch.equal(level.of_codes, torch.bincount(grids.flatten(), minlength=4))
     assert entropy_bits(torch.ones(8)) == pytest.approx(3.0)
@@ -225,7 +224,12 @@ def test_the_divergence_from_the_learned_prior_is_that_of_the_distributions() ->
     level = PositionCounts(1, 3)
     level.add(torch.from_numpy(codes)[:, None, None])
     cut = dissect([level], Counter((int(y), str(z)) for y, z in zip(labels, codes, strict=True)))
-    assert cut.divergence(learned) == pytest.approx(expected)
+    figures = {
+        "bits_per_dim_pixels": 0.0,
+        "bits_per_dim_codes": learned / 12,
+        "code_bits_mutual_information_given_class": cut.information_given_class,
+    }
+    assert learned_figures(figures, 12)["code_bits_kl_learned"] == pytest.approx(expected)
     assert expected > 0
 
 

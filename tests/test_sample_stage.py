@@ -16,7 +16,7 @@ from vqscale.config.layout import RunLayout
 from vqscale.data.drawn import open_drawn
 from vqscale.data.images import decode
 from vqscale.errors import UserError
-from vqscale.events import last_event
+from vqscale.events import newest
 from vqscale.files import read_json
 from vqscale.training.distributed import process_group
 
@@ -54,7 +54,7 @@ def test_files_labels_and_sheet(alone: Path) -> None:
     assert np.array_equal(decode((alone / "samples" / "01" / "000013.png").read_bytes(), 16), images[13])
     assert len(np.unique(images.reshape(36, -1), axis=0)) > 30
     assert decode((alone / "samples" / "sheet.png").read_bytes(), 64).std() > 5
-    event = last_event(RunLayout(alone).events("sample"))
+    event = newest(RunLayout(alone).events("sample"), "").get("")
     assert event is not None
     assert event["step"] == event["total"] == 36
     assert event["rate"] > 0

@@ -104,6 +104,12 @@ def test_no_chart_mixes_the_losses_of_the_stages(overrides: dict[str, Any], own_
         assert shown == {f"loss/{name}" for name in losses[stage]}
 
 
+def test_a_chart_says_that_labels_are_smoothed() -> None:
+    own = charts(tiny_recipe(prior__label_smoothing=0.1), "prior")
+    assert list(own["prior"]) == ["nats a code, training, of smoothed labels", "nats a code, held out"]
+    assert list(charts(tiny_recipe(), "prior")["prior"]) == ["nats a code, training", "nats a code, held out"]
+
+
 def test_what_takes_no_step_has_no_charts_of_steps() -> None:
     own = charts(tiny_recipe(), "prior")
     untrained = layout(own, "prior", trained=False)

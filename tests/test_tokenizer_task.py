@@ -342,6 +342,26 @@ def test_the_discriminator_waits_for_its_start_and_then_learns(alone: Ranks, run
     assert [step for step, line in made.recorder.lines.items() if "loss/adversarial" in line] == [3]
 
 
+def test_a_discriminators_gradient_that_is_not_finite_is_left_out(alone: Ranks, run: Path) -> None:
+    """Neither its weights nor its moments take it in; the next one is taken."""
+    made = tokenizer(alone, run, l__adversarial=ADVERSARIAL)
+    adversary, batches = adversary_of(made), made.batches(3)
+    for number, batch in enumerate(batches):
+        before = {name: value.clone() for name, value in adversary.state().items()}
+        made.task.before_step(batch)
+        made.task.losses(batch)
+        if number == 1:
+            gradient = adversary._weights[0].grad
+            assert gradient is not None
+            gradient[0] = torch.inf
+        made.task.after_step()
+        after = adversary.state()
+        same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in after)
+        assert same == (number == 1)
+        assert all(value.isfinite().all() for value in after.values())
+    assert made.task.figures()["optim/discriminator_skipped"] == adversary.skipped == 1
+
+
 def test_discriminator_and_optimizer_are_saved(alone: Ranks, run: Path) -> None:
     """Restored into fresh ones, the next step is the same bit by bit."""
     made = tokenizer(alone, run, l__adversarial=ADVERSARIAL, tokenizer__ema_decay=0.9)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests import test_flows, test_priors, test_vae
 from tests.recipes import tiny_recipe
 from tests.training_helpers import (
     Experiment,
@@ -26,6 +29,8 @@ from tests.training_helpers import (
 from vqscale.checkpoint.folder import open_stored
 from vqscale.config.training import Training
 from vqscale.models.quantizer import Codebook
+from vqscale.training import loop
+from vqscale.training.build import build_tokenizer
 from vqscale.training.checkpoints.reader import Checkpoint, newest
 from vqscale.training.distributed import Ranks
 from vqscale.training.optimizers import learning_rate, make_optimizers
@@ -206,18 +211,56 @@ def test_the_learning_rate_that_acts_is_the_one_logged(alone: Ranks, run: Path, 
     assert used == made.recorder.curve("optim/learning_rate") == [0.005, 0.01, 0.01, 0.01]
 
 
-def test_only_matrices_and_kernels_decay(alone: Ranks, run: Path, codes: Path) -> None:
-    decay = {"tokenizer__training__weight_decay": 0.1, "prior__training__weight_decay": 0.1}
-    for made in (tokenizer(alone, run, **decay), prior_experiment(alone, codes, tiny_recipe(**decay))):
-        model = made.engine.bare
-        by_id = {id(parameter): name for name, parameter in model.named_parameters()}
-        groups = [g for o in make_optimizers(model, made.engine.training).values() for g in o.param_groups]
-        decays = {by_id[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
-        assert decays.keys() == set(by_id.values())
-        for name, parameter in model.named_parameters():
-            owner = model.get_submodule(name.rpartition(".")[0])
-            kernel = isinstance(owner, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and parameter.dim() > 1
-            assert decays[name] == (0.1 if kernel else 0.0), name
+LIKELIHOODS: list[dict[str, Any]] = [{"kind": kind} for kind in ("gaussian", "mixture", "autoregressive")]
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "vqvae2": lambda: build_tokenizer(tiny_recipe().tokenizer),
+    **{f"vae, {own['kind']}": partial(test_vae.network, likelihood=own) for own in LIKELIHOODS},
+    **{kind: partial(test_priors.make, kind) for kind in test_priors.SMALL if kind != "uniform"},
+    **{kind: partial(test_flows.make, kind) for kind in test_flows.FLOWS},
+}
+LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LSTM, nn.GRU)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_only_matrices_and_kernels_decay(kind: str) -> None:
+    model, training = NETWORKS[kind](), tiny_recipe(tokenizer__training__weight_decay=0.1).tokenizer.training
+    by_id = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [g for o in make_optimizers(model, training).values() for g in o.param_groups]
+    decays = {by_id[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays.keys() == set(by_id.values())
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        kernel = isinstance(owner, LAYERS) and parameter.dim() > 1
+        assert decays[name] == (0.1 if kernel else 0.0), name
+    assert set(decays.values()) == {0.0, 0.1}
+    if kind == "vae, gaussian":
+        (scale,) = (name for name in decays if name.endswith("log_scale"))
+        assert decays[scale] == 0.0, "it would be drawn to one grey level"
+
+
+def test_the_speed_is_that_of_steps_alone(
+    alone: Ranks, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that a step moves on by a second, and everything beside it by an hour."""
+    every = {f"{key}_every": 1 for key in ("validate", "picture", "hash", "checkpoint", "log")}
+    made = tokenizer(alone, run, **{f"tokenizer__training__{key}": value for key, value in every.items()})
+    clock = [0.0]
+
+    def takes(seconds: float, call: Callable[..., Any]) -> Callable[..., Any]:
+        def later(*args: Any) -> Any:
+            clock[0] += seconds
+            return call(*args)
+
+        return later
+
+    made.task.before_step = takes(1, made.task.before_step)  # type: ignore[method-assign]
+    for name in ("validate", "pictures", "check", "extra_state"):
+        setattr(made.task, name, takes(3600, getattr(made.task, name)))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    made.run(tmp_path)
+    assert clock[0] > STEPS * 4 * 3600
+    vectors = made.task.parts["tokens"] * made.engine.training.global_batch
+    assert made.recorder.curve("speed/tokens_per_second") == [vectors] * STEPS
 
 
 def test_codebooks_are_no_parameters(alone: Ranks, run: Path) -> None:

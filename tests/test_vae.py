@@ -290,6 +290,38 @@ def test_a_prior_that_does_not_fit_is_refused() -> None:
         parse(Recipe, tiny_tree(prior__networks=[{"kind": "normal"}]), "r.yaml")
 
 
+def test_a_step_that_is_not_taken_leaves_the_figures_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are of the last batch that was learned from, over all ranks: none of images that were left out."""
+    pixels = torch.from_numpy(clocks.draw(0, 8, SIDE, 0)[0])
+    with one_process(monkeypatch) as ranks:
+        torch.manual_seed(0)
+        task = tokenizer_task(tiny_recipe(**vae()), ranks, list, pixels[:1].numpy())
+        steps = Steps(task)
+        steps.take(DeviceBatch(0, {"image": pixels}, torch.arange(8)))
+        known = task.figures()
+        assert known["top/kl"] > 0
+        steps.take(DeviceBatch(1, {"image": pixels * 0}, torch.arange(8)), spoil=True)
+        assert steps.skipped == 1
+        assert task.figures() == known
+        steps.take(DeviceBatch(2, {"image": pixels}, torch.arange(8)))
+        assert task.figures() != known
+
+
+def test_the_warm_up_of_the_importance_weighted_bound_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tempered in it, though what is reported is the bound; behind it what is minimised is the bound itself."""
+    pixels = torch.from_numpy(clocks.draw(0, 8, SIDE, 0)[0])
+    with one_process(monkeypatch) as ranks:
+        torch.manual_seed(0)
+        settings = tiny_recipe(**vae(objective="iwae", samples=3, kl_warmup=4))
+        task = tokenizer_task(settings, ranks, list, pixels[:1].numpy())
+        for step in range(6):
+            batch = DeviceBatch(step, {"image": pixels}, torch.arange(8))
+            task.before_step(batch)
+            found = {name: float(value.detach()) for name, value in task.losses(batch).items()}
+            same = found["total"] == pytest.approx(found["bits_per_dim"] * math.log(2), rel=1e-6)
+            assert same == (step >= 4), step
+
+
 @pytest.mark.parametrize(
     "change",
     [

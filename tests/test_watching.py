@@ -47,7 +47,7 @@ def copies(first: RunLayout, number: int) -> list[RunLayout]:
         info = read_json(first.info)
         info |= {"id": layout.root.name, "created": info["created"] + 1 + index}
         write_json(layout.info, info)
-        registry.register(info["id"], layout.root, info["created"])
+        registry.claim(info["id"], layout.root, info["created"])
         made.append(layout)
     return made
 
@@ -145,7 +145,7 @@ def test_filters(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
             info = read_json(layout.info)
             write_json(layout.info, {**info, "profile": {**info["profile"], "name": "other"}})
     old = registry.entries()[0]
-    registry.register(old.id, old.path, time.time() - 3 * 86_400)
+    registry.claim(old.id, old.path, time.time() - 3 * 86_400)
 
     def ids(*words: str) -> list[str]:
         return [row["id"] for row in json.loads(said(capsys, "ls", "--json", *words))]

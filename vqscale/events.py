@@ -46,7 +46,7 @@ class EventLog:
         self._write(line)
 
     def note(self, kind: str, step: int, **facts: Any) -> None:
-        """Record what happened beside the progress, such as a `checkpoint`; not what `last_event` shows.
+        """Record what happened beside the progress, such as a `checkpoint`.
 
         Args:
             kind: what happened.
@@ -83,11 +83,6 @@ def newest(path: Path, *kinds: str) -> dict[str, dict[str, Any]]:
         if whole or len(found) == len(kinds):
             break
     return found
-
-
-def last_event(path: Path) -> dict[str, Any] | None:
-    """The newest whole line of progress in an events file; None when there is none. Reads the file's end only."""
-    return newest(path, "").get("")
 
 
 def _newest(tail: bytes, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -32,7 +32,8 @@ class Training(Section):
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay on matrices and kernels; vectors, norms and embeddings are not decayed."""
+    """Decoupled weight decay on matrices and kernels; biases, norms, embeddings, positions and learned scales are not
+    decayed."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Gradient norm is clipped to this; 0 switches clipping off (the norm is still logged)."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"

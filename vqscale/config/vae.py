@@ -84,7 +84,9 @@ class GaussianVAE(HierarchySection):
     """Weight of the divergence (beta-VAE, Higgins et al. 2017). With another than 1, what is minimised is no bound;
     what is reported is one."""
     kl_warmup: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the weight of the divergence rises linearly from 0 (Bowman et al. 2016; Sønderby et al. 2016)."""
+    """Steps in which the weight of the divergence rises linearly from 0 (Bowman et al. 2016; Sønderby et al. 2016).
+    With `iwae` it is the exponent of p(z) / q(z | x) in each weight: what is minimised until then is tempered and no
+    bound, afterwards exactly the bound. What is reported is the bound at every step."""
     free_bits: Annotated[float, Field(ge=0)] = 0.0
     """Nats an image below which the divergence of a channel of a level is not lowered (Kingma et al. 2016, appendix C).
     Its mean is that of the global batch before, the same on all ranks."""

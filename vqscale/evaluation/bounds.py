@@ -6,7 +6,6 @@ All of them are means of weights w, whose mean is p(x) (Burda et al. 2016, secti
   with the latents' information about x.
 - importance sampling: z from the posterior, w = p(x | z) p(z) / q(z | x).
 - the importance-weighted bound of K draws, E[log of the mean of K weights]; K = 1 is the evidence lower bound (ELBO).
-- codes of a VQ-VAE: one z_q stands for the sum over all (van den Oord et al. 2017, section 3.3).
 
 The first two estimate p(x) without bias. Their logarithm is biased downwards, by about the relative variance of the
 mean over two, so the nats are too high rather than too low.
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vqscale.evaluation.likelihood import standard_error
+from vqscale.models.bounds import log_mean_exp
 from vqscale.models.generate import Draws, Sampling
 from vqscale.models.latents import draw
 from vqscale.models.prior import Prior
@@ -65,7 +65,7 @@ def marginal(log_weights: Tensor) -> Estimate:
     relative = (log_weights - log_weights.amax(0)).exp()
     mean = relative.mean(0)
     spread = relative.std(0) if count > 1 else torch.full_like(mean, math.nan)
-    return Estimate(-_log_mean(log_weights), spread / mean / math.sqrt(count), effective_size(log_weights))
+    return Estimate(-log_mean_exp(log_weights), spread / mean / math.sqrt(count), effective_size(log_weights))
 
 
 def importance_bound(log_weights: Tensor, draws: int) -> Estimate:
@@ -78,15 +78,9 @@ def importance_bound(log_weights: Tensor, draws: int) -> Estimate:
     if count % draws:
         raise ValueError(f"{count} weights are not a multiple of {draws}")
     groups = log_weights.unflatten(0, (-1, draws))
-    bounds = torch.stack([_log_mean(group) for group in groups])
+    bounds = torch.stack([log_mean_exp(group) for group in groups])
     error = bounds.std(0) / math.sqrt(len(bounds)) if len(bounds) > 1 else torch.full_like(bounds[0], math.nan)
     return Estimate(-bounds.mean(0), error, torch.stack([effective_size(group) for group in groups]).mean(0))
-
-
-def codes_bound(log_likelihood: Tensor, code_nats: Tensor) -> Estimate:
-    """-log p(x | z_q) - log p(z_q) [N] of the codes that the encoder gives; nothing is drawn."""
-    nats = code_nats.double() - log_likelihood.double()
-    return Estimate(nats, torch.zeros_like(nats), torch.ones_like(nats))
 
 
 def effective_size(log_weights: Tensor) -> Tensor:
@@ -150,8 +144,3 @@ def _normals(source: Draws, sizes: Sequence[int], count: int) -> Tensor:
     """Standard normal numbers for so many draws, fp32 [count · N, values]: the next ones of each image."""
     numbers = source.normals(count * sum(sizes)).float()
     return numbers.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1)
-
-
-def _log_mean(log_weights: Tensor) -> Tensor:
-    """Log of the mean over the first dimension."""
-    return log_weights.logsumexp(0) - math.log(len(log_weights))

@@ -72,18 +72,8 @@ def member_facts(outcome: Outcome) -> dict[str, Any]:
 
 def estimate(report: Mapping[str, Any]) -> str | None:
     """What the best figure of a report is: exact or a bound, and with which distribution of pixels."""
-    if "bits_per_dim" not in report:
-        return None
-    pixels, exact = report.get("pixel_likelihood", "unknown"), report.get("codes_likelihood") == "exact"
-    for key in ("bits_per_dim_best_is", "bits_per_dim_is"):
-        if key in report:
-            return str(report[key]) if pixels == "exact" else f"{report[key]}, pixels: {pixels}"
-    if "bits_per_dim_latents" in report:
-        return f"upper bound (ELBO, one draw of the latents), pixels: {pixels}"
-    if pixels == "exact":
-        return "exact" if exact else "upper bound, by the prior"
-    codes = "the image's own codes alone" + ("" if exact else ", of which the prior's is a bound, too")
-    return f"upper bound ({codes}), pixels: {pixels}"
+    named, pixels = report.get("bits_per_dim_best_is", report.get("bits_per_dim_is")), report.get("pixel_likelihood")
+    return named if named is None or pixels == "exact" else f"{named}, pixels: {pixels}"
 
 
 def comparison(record: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:

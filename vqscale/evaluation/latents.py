@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from vqscale.data.manifest import CodeLevel
-from vqscale.evaluation.latent_surgery import dissect_latents, one_row_each, units
+from vqscale.evaluation.latent_surgery import active_units, dissect_latents
 from vqscale.evaluation.likelihoods import Likelihoods
 from vqscale.evaluation.measures import Shown, Together
+from vqscale.models.gaussian import one_row_each
 from vqscale.models.latent_watch import LatentWatch
 
 
@@ -51,7 +52,7 @@ class PosteriorSurgery:
 
     def __init__(self, levels: Sequence[str], most: int, likelihoods: Likelihoods) -> None:
         self._levels, self._most, self._likelihoods = list(levels), most, likelihoods
-        self._kept: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]] = []
+        self._kept: list[tuple[NDArray[Any], ...]] = []  # numbers, labels, posteriors, draws
 
     def add(self, shown: Shown) -> None:
         """Keep the posteriors of those that are among the first, and what was drawn of them."""
@@ -59,26 +60,26 @@ class PosteriorSurgery:
         if first.any():
             posteriors = one_row_each([torch.from_numpy(shown.encoded[name][first]) for name in self._levels])
             drawn = [shown.latents[name][first].reshape(int(first.sum()), -1) for name in self._levels]
-            self._kept.append((shown.numbers[first], posteriors.numpy(), np.concatenate(drawn, axis=1)))
+            known = shown.numbers[first], shown.labels[first]
+            self._kept.append((*known, posteriors.numpy(), np.concatenate(drawn, axis=1)))
 
     def figures(self, ranks: Together) -> dict[str, Any]:
         """Bits an image with their standard errors, and active units over all levels; collective."""
         parts = [part for kept in ranks.gather(self._kept) for part in kept]
         numbers, *rows = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = np.argsort(numbers)
-        posteriors, latents = (torch.from_numpy(row[order]) for row in rows)
+        labels, posteriors, latents = (torch.from_numpy(row[order]) for row in rows)
         nats = self._likelihoods.of_images(ranks)
-        pixels, prior, standard = (
-            torch.from_numpy(own[: len(order)]) for own in (nats.pixels, nats.prior, nats.standard)
-        )
-        cut, plain = (dissect_latents(posteriors, latents, own, pixels) for own in (prior, standard))
+        prior, standard = (torch.from_numpy(own[: len(order)]) for own in (nats.prior, nats.standard))
+        classes = self._likelihoods.told(labels)
+        plain = dissect_latents(posteriors, latents, standard)
+        cut = dissect_latents(posteriors, latents, prior, classes)
+        named = {"rate": (cut.rate, cut.rate_error), "mutual_information": (plain.information, plain.information_error)}
+        if classes is not None:
+            named["mutual_information_given_class"] = cut.information, cut.information_error
+        named |= {"kl_prior": (cut.gap, cut.gap_error), "kl_normal": (plain.gap, plain.gap_error)}
         found: dict[str, Any] = {"latent_images": len(order)}
-        for name, value, error in (
-            ("rate", cut.rate, cut.rate_error),
-            ("mutual_information", cut.information, cut.information_error),
-            ("kl_prior", cut.gap, cut.gap_error),
-            ("kl_normal", plain.gap, plain.gap_error),
-        ):
+        for name, (value, error) in named.items():
             found |= {f"latent_bits_{name}": value / math.log(2), f"latent_bits_{name}_error": error / math.log(2)}
-        found["latent_bits_most_information"] = cut.ceiling / math.log(2)
-        return found | {"units": latents.shape[1], "units_active": units(posteriors).active}
+        found["latent_bits_most_information"] = plain.ceiling / math.log(2)
+        return found | {"units": latents.shape[1], "units_active": active_units(posteriors)}

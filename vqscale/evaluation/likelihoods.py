@@ -138,6 +138,10 @@ class Likelihoods:
         classes = prior.classes_of(torch.from_numpy(shown.labels).to(self._device))
         return [nats.double().cpu().numpy() for nats in prior(latents, classes)]
 
+    def told(self, labels: Tensor) -> Tensor | None:
+        """The class that the prior is given of images with such labels int64 [n]; None if it is given none."""
+        return self._prior.classes_of(labels) if self._prior and self._prior.no_class else None
+
     def _normal_nats(self, shown: Shown) -> Doubles:
         """Log q(z | x) - log N(z; 0, 1) [n] of continuous latents; 0 of codes."""
         if not self._continuous:

@@ -133,6 +133,9 @@ def _surgery_figures(cut: Surgery) -> dict[str, Any]:
 def learned_figures(figures: Mapping[str, Any], dimensions: int) -> dict[str, float]:
     """What the learned prior adds to the surgery, and the ELBO's other term, in bits an image.
 
+    The KL of the aggregated posterior over these images to the prior is taken class by class, since the prior is given
+    the class. Of one that knows new images as well as these it stays above 0: N images are not all that there are.
+
     Args:
         figures: those of `CodeStatistics` and of the likelihoods.
         dimensions: values of an image.

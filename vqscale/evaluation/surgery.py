@@ -66,16 +66,6 @@ class Surgery:
         """KL of the aggregated posterior over these images to the uniform prior."""
         return self.uniform - self.mutual_information
 
-    def divergence(self, learned: float) -> float:
-        """KL of the aggregated posterior over these images, class by class, to a prior that is given the class.
-
-        Of a prior that knows new images as well as these it stays above 0, since N images are not all that there are.
-
-        Args:
-            learned: bits an image under that prior, a mean over the same images.
-        """
-        return learned - self.information_given_class
-
 
 def dissect(levels: list[PositionCounts], grids: Mapping[tuple[int, str], int]) -> Surgery:
     """Take the code length apart.

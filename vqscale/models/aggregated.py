@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vqscale.models.density import kept_or, noise
-from vqscale.models.gaussian import component_nats, means_and_scales
+from vqscale.models.gaussian import component_nats, means_and_scales, one_row_each
 from vqscale.models.generate import Draws
 from vqscale.models.network import GridShape, Network
 
@@ -46,9 +46,7 @@ class Aggregated(Network):
     @torch.no_grad()
     def see(self, first: int, posteriors: Sequence[Tensor], classes: Tensor) -> None:
         """Keep these images; as `Network.see`."""
-        parts = [means_and_scales(level) for level in posteriors]
-        rows = torch.cat([part.flatten(1) for halves in zip(*parts, strict=True) for part in halves], dim=1)
-        rows = rows[: max(0, self.wanted - first)]
+        rows = one_row_each(posteriors)[: max(0, self.wanted - first)]
         self.posteriors[first : first + len(rows)] = rows
         self.labels[first : first + len(rows)] = classes[: len(rows)]
 

@@ -30,7 +30,12 @@ def iwae(likelihood: Tensor, ratio: Tensor) -> Tensor:
         likelihood: log p(x | z_k), [K, B].
         ratio: log p(z_k) - log q(z_k | x), [K, B].
     """
-    return torch.logsumexp(likelihood + ratio, dim=0) - math.log(len(likelihood))
+    return log_mean_exp(likelihood + ratio)
+
+
+def log_mean_exp(log_weights: Tensor) -> Tensor:
+    """Log of the mean over the first dimension of log weights [K, ...]."""
+    return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
 def free_bits(divergences: Tensor, latest: Tensor, least: float) -> Tensor:

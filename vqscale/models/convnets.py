@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class Stack(nn.Sequential):
-    """A sequence of layers that is sharded, recomputed and compiled as one (`VQVAE.units`)."""
+    """A sequence of layers that is sharded, recomputed and compiled as one (`Hierarchy.units`)."""
 
 
 class ResidualBlock(nn.Module):

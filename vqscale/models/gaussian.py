@@ -6,6 +6,7 @@ A log scale is the logarithm of a standard deviation.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ def means_and_scales(posterior: Tensor) -> tuple[Tensor, Tensor]:
     """Means and log scales, [B, channels, ...] each, of a posterior [B, 2 · channels, ...]."""
     means, log_scales = posterior.chunk(2, dim=1)
     return means, log_scales
+
+
+def one_row_each(levels: Sequence[Tensor]) -> Tensor:
+    """Posteriors [N, 2 · channels, side, side] a level to [N, 2 · D]: all means, then all log scales."""
+    parts = [means_and_scales(level) for level in levels]
+    return torch.cat([part.flatten(1) for halves in zip(*parts, strict=True) for part in halves], dim=1)
 
 
 def draw_latents(posterior: Tensor, normals: Tensor) -> Tensor:

@@ -229,7 +229,7 @@ class LevelFigures:
     restarted: Tensor
     """Codes that were restarted."""
     distance: Tensor
-    """Mean squared distance between a latent and its code."""
+    """Squared distance between a latent and its code, summed over the D dimensions; a mean over the latents."""
     counts: Tensor
     """fp32 [K]: assignments."""
 
@@ -267,21 +267,25 @@ def update_codebooks(
 
 def _figures(counts: Tensor, error: Tensor, restarted: Tensor) -> LevelFigures:
     vectors = counts.sum()
-    share = counts / vectors
     return LevelFigures(
         used=(counts > 0).float().mean(),
-        perplexity=torch.exp(-torch.xlogy(share, share).sum()),
+        perplexity=perplexity(counts),
         restarted=restarted,
         distance=error.squeeze() / vectors,
         counts=counts,
     )
 
 
+def perplexity(counts: Tensor) -> Tensor:
+    """Exp of the entropy of what was counted, floating point [K]; a scalar of its dtype."""
+    share = counts / counts.sum()
+    return torch.exp(-torch.xlogy(share, share).sum())
+
+
 def usage_figures(counts: Mapping[str, Tensor]) -> dict[str, float]:
     """Usage (share of codes used) and perplexity a level, from counts over any set: `usage_NAME`, `perplexity_NAME`."""
     figures = {}
     for name, count in counts.items():
-        share = count.double() / count.sum()
         figures[f"usage_{name}"] = float((count > 0).double().mean())
-        figures[f"perplexity_{name}"] = float(torch.exp(-torch.xlogy(share, share).sum()))
+        figures[f"perplexity_{name}"] = float(perplexity(count.double()))
     return figures

@@ -59,6 +59,8 @@ class Adversary:
         self._weights = list(self.network.parameters())
         self._optimizer = torch.optim.AdamW(self._weights, lr=0.0, betas=_BETAS, weight_decay=0.0, foreach=True)
         self._batches = 0
+        self.skipped = 0
+        """Steps of the discriminator that were not taken, since its gradient was not finite; of this attempt."""
 
     def active(self, step: int) -> bool:
         """Whether there is an adversarial term at step `step`."""
@@ -100,10 +102,16 @@ class Adversary:
         return Verdict(total, {name: figure.detach() for name, figure in figures.items()})
 
     def step(self, rate: float) -> None:
-        """One step of the discriminator with the tokenizer's learning rate, from the batches since `begin`."""
+        """One step of the discriminator with the tokenizer's learning rate, from the batches since `begin`.
+
+        It is left out where the gradient is not finite. All ranks decide alike, since what they look at is the sum.
+        """
         gradients = [weight.grad for weight in self._weights if weight.grad is not None]
         fused = self._engine.ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))
         fused /= self._engine.ranks.world * self._batches
+        if not torch.linalg.vector_norm(fused).isfinite():
+            self.skipped += 1
+            return
         for gradient, piece in zip(gradients, fused.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(piece.view(gradient.shape))
         self._optimizer.param_groups[0]["lr"] = rate * self._settings.relative_learning_rate

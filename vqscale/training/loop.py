@@ -98,6 +98,7 @@ class Loop:
                 self._log(done)
                 self._watch.check()
                 self._begin_window()
+            aside = time.perf_counter()
             if done % training.hash_every == 0 or last:
                 task.check(done)
             if done % training.validate_every == 0 or last:
@@ -108,6 +109,7 @@ class Loop:
             if save_due and not self._steps.in_a_row:
                 self._save(done, signal, last)
                 save_due = False
+            self._began += time.perf_counter() - aside
             self._checkpoints.poll(self._tracker)
         return figures
 
@@ -126,7 +128,10 @@ class Loop:
             print(f"step {batch.step + 1}: trace in {trace}", flush=True)
 
     def _begin_window(self) -> None:
-        """What is measured between two log lines."""
+        """What is measured between two log lines: the time of steps and of waiting for their batches.
+
+        That of validation, pictures, hashes and saves is none of it, so that the speed is that of training.
+        """
         self._began, self._waited, self._measured = time.perf_counter(), self._loader.wait_s, 0
 
     def _log(self, done: int) -> None:

@@ -11,6 +11,9 @@ from vqscale.config.training import Training
 from vqscale.errors import UserError
 from vqscale.training.units import units
 
+_DECAYED = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.RNNBase)
+"""Modules whose matrices and kernels weight decay is for."""
+
 
 def learning_rate(training: Training, step: int) -> float:
     """Learning rate of step `step` (from 0): linear warm-up, then the schedule down to its final fraction."""
@@ -32,10 +35,9 @@ def make_optimizers(model: nn.Module, training: Training) -> dict[str, torch.opt
     scaled to AdamW's size (Liu et al. 2025, section 2.2), so that both share one learning rate.
     """
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    # Learned positions are tables too.
-    tables |= {id(p) for m in model.modules() if isinstance(m, nn.ParameterList) for p in m.parameters()}
-    decayed = {id(p) for p in weights if p.dim() >= 2 and id(p) not in tables}
+    # By owner: embeddings and positions have as many dimensions, and so has a scale that is kept ready to be broadcast.
+    owned = (p for m in model.modules() if isinstance(m, _DECAYED) for p in m.parameters(recurse=False))
+    decayed = {id(p) for p in owned if p.dim() >= 2}
     hidden = _hidden_matrices(model) if training.optimizer == "muon" else []
     taken = {id(p) for p in hidden}
     rest = [p for p in weights if id(p) not in taken]

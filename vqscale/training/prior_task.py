@@ -60,10 +60,14 @@ class PriorTask(Task):
 
     @classmethod
     def charts(cls, recipe: Recipe) -> Charts:
-        """Nats a code, or a value, in training and on held-out latents."""
+        """Nats a code, or a value, in training and on held-out latents.
+
+        In training they may be of smoothed labels, which no network can bring as low: the two are not one curve.
+        """
         unit = _unit(continuous=recipe.levels[0].continuous)
+        smoothed = ", of smoothed labels" if recipe.prior.label_smoothing else ""
         return {
-            f"nats a {unit}, training": ["Multiline", [f"loss/{level.name}$" for level in recipe.levels]],
+            f"nats a {unit}, training{smoothed}": ["Multiline", [f"loss/{level.name}$" for level in recipe.levels]],
             f"nats a {unit}, held out": ["Multiline", [r"validation/nats.*"]],
         }
 
@@ -75,7 +79,7 @@ class PriorTask(Task):
             return forward_flops(network, latents, torch.zeros(1, dtype=torch.int64, device=device))
 
     def losses(self, batch: DeviceBatch) -> dict[str, Tensor]:
-        """Cross-entropy in nats a code, or a value: over all of them (`total`) and by level."""
+        """Cross-entropy in nats a code, or a value, of labels as smoothed as the recipe asks: of all and by level."""
         chance = self._drawn(uniforms_at, batch, "chance", 1 + self._model.chances)
         normals = self._drawn(normals_at, batch, "posterior", self._values)
         # Forget the class of a share of the samples.

@@ -23,7 +23,7 @@ class Task(ABC):
 
     engine: Engine
     parts: Mapping[str, int] = {}
-    """What a sample consists of, if speed is counted in that too: name and number, such as `codes`."""
+    """What a sample consists of, if speed is counted in that too: name and number, such as `tokens`."""
 
     alive: Callable[[], None] | None = None
     """A sign of life, if somebody watches for them; the loop sets it."""

@@ -139,6 +139,8 @@ class TokenizerTask(ImageTask):
         named = {f"{name}/{key}": value for name, level in levels.items() for key, value in level.items()}
         weights = zip(self._sizes, self._commitment_weights(), strict=True)
         named |= {f"{name}/commitment_weight": float(weight) for name, weight in weights}
+        if self._adversary:
+            named["optim/discriminator_skipped"] = self._adversary.skipped
         return {"reconstruction/mse_over_variance": error, **named}
 
     def check(self, step: int) -> None:

@@ -61,7 +61,7 @@ class VAETask(ImageTask):
         self._values = sum(channels * side**2 for channels, side in self._shapes)
         self._dimensions = fixed[0].size
         device = engine.ranks.device
-        self._watch, self._judge = (LatentWatch(levels, self._shapes, device) for _ in range(2))
+        self._watch, self._met, self._judge = (LatentWatch(levels, self._shapes, device) for _ in range(3))
         self._latest = [torch.full((channels,), math.inf, device=device) for channels, _ in self._shapes]
         self._step = 0
         self.warnings: dict[str, str] = {}
@@ -108,13 +108,15 @@ class VAETask(ImageTask):
     def after_step(self) -> None:
         """Take in the divergences of the global batch, which free bits go by; one small all-reduce."""
         self._watch.meet(self.engine.ranks.sum)
-        self._latest = self._watch.divergences()
+        # What is told of is a batch that has met: a step that is not taken leaves sums of this rank alone behind.
+        self._watch, self._met = self._met, self._watch
+        self._latest = self._met.divergences()
         if self._averaged:
             self._averaged.update(self._step)
 
     def figures(self) -> dict[str, float]:
-        """Of the last global batch: each level's divergence in nats an image, and its share of active units."""
-        levels = self._watch.figures()
+        """By the last global batch that was learned from: each level's nats an image, and its share of active units."""
+        levels = self._met.figures()
         self._warn(levels)
         named = {f"{name}/{key}": value for name, level in levels.items() for key, value in level.items()}
         return {"kl_weight": self._weight, **named}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqscale.models.quantizer import LevelFigures, SumOverRanks
+from vqscale.models.quantizer import LevelFigures, SumOverRanks, perplexity
 
 _PREFIX = "window."
 HEALTHY = 0.5
@@ -57,20 +57,19 @@ class CodeWindow:
         """By level name: figures over the window, none before the first step in it.
 
         `used` (share of the codes), `perplexity`, `dead` (codes that were not used once), `batch_perplexity` (mean of
-        the batches' perplexities, which other repositories report), `restarted` (codes a step), `distance` (mean
-        squared distance of a latent to its code).
+        the batches' perplexities, which other repositories report), `restarted` (codes a step), `distance` (squared
+        distance of a latent to its code, summed over dimensions, a mean over latents).
         """
         found = {}
         for name, counts in self._counts.items():
-            filled, restarted, distance, perplexity = self._sums[name].sum(dim=0).tolist()
+            filled, restarted, distance, batches = self._sums[name].sum(dim=0).tolist()
             if filled:
                 total = counts.sum(dim=0).double()
-                share = total / total.sum()
                 found[name] = {
                     "used": float((total > 0).double().mean()),
-                    "perplexity": float(torch.exp(-torch.xlogy(share, share).sum())),
+                    "perplexity": float(perplexity(total)),
                     "dead": float((total == 0).sum()),
-                    "batch_perplexity": perplexity / filled,
+                    "batch_perplexity": batches / filled,
                     "restarted": restarted / filled,
                     "distance": distance / float(total.sum()),
                 }
