@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +32,13 @@ from launcher.rundir import create
 from launcher.state import RunState, StageState
 from launcher.status import read_status
 from tests.recipes import write_recipe
-from tests.test_slurm import packed, queue, told, vqscale
+from tests.test_slurm import packed, queue, vqscale
+from tests.waiting import told, until
 from vqscale.config.layout import RunLayout
 from vqscale.files import read_json, write_json
 
 STEPS = 24
 EVERY = 6  # steps between two checkpoints
-LIMIT_S = 240
 
 pytestmark = [
     pytest.mark.slurm,
@@ -118,13 +118,6 @@ def prepare(home: Path, name: str = "mine", stages: str = "generate,pack,tokeniz
     return packed(home, path, stages=stages, on=str(home / "hosts.yaml"), name=name)
 
 
-def until(condition: Callable[[], object], layout: RunLayout, seconds: float = LIMIT_S) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, f"waited too long\n{told(layout)}"
-        time.sleep(0.05)
-
-
 def losses(layout: RunLayout) -> list[tuple[int, float]]:
     """(step, loss) of all attempts, in the order in which they were made."""
     found = []
@@ -160,7 +153,7 @@ def finish(layout: RunLayout, case: str, undisturbed: list[tuple[int, float]], b
     made = losses(layout)
     assert set(made) == set(undisturbed), f"{case}: losses differ\n{told(layout)}"
     lost = len(made) - STEPS
-    until(lambda: not process.tagged(STAGE_TAG, str(layout.root)), layout, 60)
+    until(lambda: not process.tagged(STAGE_TAG, str(layout.root)), layout)
     until(lambda: not queue(), layout)
     print(f"\n| {case} | {entry(layout).attempt} | {lost} | done | {time.monotonic() - began:.0f} |")
     return lost
