@@ -246,7 +246,7 @@ def _setting(section: Any, name: str) -> int:
 
 
 def standard_faults(recipe: Recipe, stage: str) -> list[Fault]:
-    """One of each kind, in the middle of a training stage, at the last rank where that makes a difference."""
+    """One of each kind that needs nobody to end it, in the middle of training, at the last rank where it matters."""
     training, last = getattr(recipe, stage).training, recipe.resources.of(stage).processes - 1
     middle = training.steps // 2
     save = middle // training.checkpoint_every * training.checkpoint_every or training.checkpoint_every

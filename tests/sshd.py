@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.ranks import LIMIT_S
+
 _PRIVSEP = Path("/run/sshd")
 _SERVER = """\
 HostKey {folder}/host
@@ -69,7 +71,7 @@ def server(folder: Path, hosts: Sequence[str]) -> Iterator[Path]:
         yield client
     finally:
         daemon.terminate()
-        daemon.wait(10)
+        daemon.wait(LIMIT_S)
 
 
 def _free_port() -> int:
@@ -79,7 +81,7 @@ def _free_port() -> int:
 
 
 def _wait_for(port: int, daemon: subprocess.Popen[bytes], log: Path) -> None:
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + LIMIT_S
     while True:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -20,6 +19,8 @@ import fsspec
 import pytest
 
 from tests.fault_proxy import FaultProxy, Faults
+from tests.ranks import LIMIT_S
+from tests.waiting import until
 from vqscale import storage
 from vqscale.errors import UserError
 from vqscale.storage.access import Access
@@ -89,7 +90,7 @@ def test_many_processes_download_once(object_store: ObjectStore, tmp_path: Path)
         arguments = (tmp_path, urls, [sha256(content) for content in contents])
         with processes(open_in_child, [arguments] * 4) as children:
             for child in children:
-                child.join(60)
+                child.join(LIMIT_S)
             assert [child.exitcode for child in children] == [0] * 4
     gets = [line for line in proxy.requests if line.startswith("GET")]
     assert len(gets) == sum(-(-len(content) // QUICK.block) for content in contents)
@@ -115,10 +116,11 @@ def test_a_killed_holder_blocks_nobody_and_leaves_nothing(tmp_path: Path) -> Non
         cache, got = ShardCache(folder, 1 << 20), []
         waiting = threading.Thread(target=lambda: got.append(cache.open(key, 5, fill_with(b"whole"))))
         waiting.start()
+        until(lambda: blocked(folder / f"{key}.lock"))
         assert len([name for name in kept(folder) if name.endswith(".part")]) == 1  # whose writer lives
         assert child.pid
         os.kill(child.pid, signal.SIGKILL)
-        waiting.join(20)
+        waiting.join(LIMIT_S)
     assert [buffer[:] for buffer in got] == [b"whole"]
     assert kept(folder) == [f"{key}.shard"]
 
@@ -145,11 +147,15 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_none(tmp_path: Path, monkeyp
 
 
 def wait_for(path: Path, child: BaseProcess) -> None:
-    end = time.monotonic() + 60
-    while not path.exists():
-        assert child.is_alive()
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(lambda: path.exists() or not child.is_alive())
+    assert path.exists(), "it died"
+
+
+def blocked(lock: Path) -> bool:
+    """Whether somebody waits for a lock: the kernel's table has him behind an arrow."""
+    inode = lock.stat().st_ino
+    lines = Path("/proc/locks").read_text().splitlines()
+    return any("-> " in line and f":{inode} " in line for line in lines)
 
 
 # --- the limit

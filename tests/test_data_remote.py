@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import random
 import threading
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -72,26 +71,23 @@ def test_a_link_that_never_carries_a_whole_block_delivers(object_store: ObjectSt
 
 
 @pytest.mark.fault
-def test_eight_seconds_of_silence_are_cut_short(object_store: ObjectStore) -> None:
+def test_ten_minutes_of_silence_are_cut_short(object_store: ObjectStore) -> None:
     url = object_store.put("shard.tar", DATA)
-    with FaultProxy(object_store.port, Faults(stalls={1: 8.0}), seed=3) as proxy:
+    with FaultProxy(object_store.port, Faults(stalls={1: 600.0}), seed=3) as proxy:
         object_store.use(proxy.port)
-        began = time.monotonic()
         content, retries = read(url, Access(timeout_s=2.5, backoff_s=0.01))
-        took = time.monotonic() - began
     assert content == DATA
     assert proxy.counts["stall"] == 1
     assert retries["timeout"] >= 1
-    assert took < 8
 
 
 @pytest.mark.fault
 def test_a_slow_link_gets_smaller_ranges(object_store: ObjectStore) -> None:
     """A block would take longer than its time limit."""
     url = object_store.put("shard.tar", DATA[: 1 << 19])
-    with FaultProxy(object_store.port, Faults(bytes_per_s=800_000), seed=4) as proxy:
+    with FaultProxy(object_store.port, Faults(bytes_per_s=160_000), seed=4) as proxy:
         object_store.use(proxy.port)
-        content, retries = read(url, Access(timeout_s=0.5, block=1 << 19, backoff_s=0.01))
+        content, retries = read(url, Access(timeout_s=2.5, block=1 << 19, backoff_s=0.01))
     assert content == DATA[: 1 << 19]
     assert retries["timeout"] > 0
 

@@ -37,6 +37,8 @@ from launcher.backends.everywhere import Errand, run_everywhere
 from launcher.cli import main
 from launcher.commands.doctor import _nodes, folded
 from tests import sshd
+from tests.ranks import LIMIT_S
+from tests.waiting import until
 from vqscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -300,7 +302,7 @@ def test_nodes_meet_and_do_not_share_a_folder(tmp_path: Path) -> None:
     for folder in folders:
         folder.mkdir()
     running = [node(folder, index, f"127.0.0.1:{port}") for index, folder in enumerate(folders)]
-    printed = [one.communicate(timeout=120)[0] for one in running]
+    printed = [one.communicate(timeout=LIMIT_S)[0] for one in running]
     trees = [tree for text in printed for tree in from_lines(text.splitlines())]
     reports = [Report.parse(tree["report"]) for tree in trees if "report" in tree]
     assert [(one.node, one.sees) for one in reports] == [("n0", ["n0"]), ("n1", ["n1"])]
@@ -326,13 +328,10 @@ def test_a_node_that_is_ended_leaves_no_process(tmp_path: Path) -> None:
     name = f"lonely-{port}"
     alone = node(tmp_path, 0, f"127.0.0.1:{port}", name=name)
     try:
-        limit = time.monotonic() + 60
-        while len(process.tagged(NODE, name)) < 2:
-            assert time.monotonic() < limit
-            time.sleep(0.05)
+        until(lambda: len(process.tagged(NODE, name)) >= 2)
     finally:
         alone.terminate()
-        alone.communicate(timeout=60)
+        alone.communicate(timeout=LIMIT_S)
     assert alone.returncode == 143
     assert not process.tagged(NODE, name)
 
@@ -406,7 +405,7 @@ def test_an_errand_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     began = time.monotonic()
     lines = list(run_everywhere(Errand(profile, "endless", (), tmp_path, nodes=1, wait_s=0, limit_s=1)))
     assert lines in (["begun\n"], [])
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < LIMIT_S, "it would sleep for longer"
 
 
 def test_srun_is_asked_for_what_stages_get_and_no_value_is_read_as_shell(

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def test_an_action_lies_at_its_own_point() -> None:
         ("kill:step=1,when=2", "unknown setting 'when'; settings: step, rank, point"),
         ("kill:step=1,point=lunch", "unknown point 'lunch'; points: step, all-reduce"),
         ("nan:step=1,point=loader", "nan happens at point step only"),
+        ("hold:step=1,point=during-save", "hold happens at point step only"),
     ],
 )
 def test_a_faulty_fault_gets_one_clear_line(text: str, said: str) -> None:
@@ -112,6 +114,24 @@ def test_slow_sleeps_as_long_as_asked() -> None:
     began = time.monotonic()
     Faults(parse_faults("slow:step=1,seconds=0.05")).at("step", 1)
     assert time.monotonic() - began >= 0.05
+
+
+@pytest.mark.parametrize("by", ["request", "file"])
+def test_hold_waits_for_what_ends_it(by: str, tmp_path: Path) -> None:
+    """Also for what came before the fault did."""
+    asked, file, over = threading.Event(), tmp_path / "go on", threading.Event()
+
+    def hold(step: int) -> None:
+        Faults(parse_faults(f"hold:step={step},file={file}")).at("step", step, asked=asked.is_set)
+        over.set()
+
+    thread = threading.Thread(target=hold, args=(1,), daemon=True)
+    thread.start()
+    assert not over.wait(0.2)
+    asked.set() if by == "request" else file.touch()
+    thread.join()
+    assert over.is_set()
+    hold(2)
 
 
 def test_a_shard_is_truncated_on_demand(tmp_path: Path) -> None:

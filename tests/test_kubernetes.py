@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ from launcher.plan import make_plan
 from launcher.rundir import create
 from launcher.state import RunState
 from tests.fake_kubernetes import Cluster, server
+from tests.ranks import LIMIT_S
 from tests.recipes import write_recipe
+from tests.waiting import until
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.files import read_json
@@ -69,15 +70,8 @@ def start(layout: RunLayout, *acts: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
 
 
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.02)
-
-
 def begun(layout: RunLayout) -> None:
-    until(lambda: len(list(layout.stage("generate").glob("on-*"))) == 2)
+    until(lambda: len(list(layout.stage("generate").glob("on-*"))) == 2, layout)
 
 
 def agent_log(layout: RunLayout) -> str:
@@ -86,7 +80,7 @@ def agent_log(layout: RunLayout) -> str:
 
 def test_a_chain_ends_done(cluster: Cluster, layout: RunLayout) -> None:
     """A stage after the other: an object each, made when the one before is done."""
-    assert start(layout, "generate=pods:done", "pack=pods:done").wait(60) == 0, agent_log(layout)
+    assert start(layout, "generate=pods:done", "pack=pods:done").wait(LIMIT_S) == 0, agent_log(layout)
     assert [stage.state for stage in RunState.read(layout).stages.values()] == ["done", "done"]
     assert read_json(layout.done("generate"))["pods"] == 2, "its paths hold what a kubelet would expand"
     made = [line for line in cluster.asked if line.startswith("POST")]
@@ -103,7 +97,7 @@ def test_a_train_job_runs_as_well(cluster: Cluster, on: Path, home: Path) -> Non
     on.write_text(yaml.safe_dump(tree))
     recipe = write_recipe(home / "r.yaml", resources__processes=2)
     layout = create(make_plan(str(recipe), str(on), run=home / "mine", stages="generate"))
-    assert start(layout, "generate=pods:done").wait(60) == 0, agent_log(layout)
+    assert start(layout, "generate=pods:done").wait(LIMIT_S) == 0, agent_log(layout)
     assert "POST /apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs" in cluster.asked
     assert "node-0-1: holds the store: 0" in agent_log(layout)
 
@@ -115,7 +109,7 @@ def test_cancel_deletes_the_object_and_waits_for_its_pods(cluster: Cluster, layo
     (pods,) = cluster.pods.values()
     assert main(["cancel", "mine"]) == 0
     assert all(pod.process.poll() is not None for pod in pods)
-    assert supervisor.wait(10) == 1
+    assert supervisor.wait(LIMIT_S) == 1
     assert cluster.objects == {}
     assert RunState.read(layout).stages["generate"].state == "cancelled"
 
@@ -125,7 +119,7 @@ def test_a_preemption_lets_the_pods_save(cluster: Cluster, layout: RunLayout) ->
     supervisor = start(layout, "generate=pods:wait")
     begun(layout)
     supervisor.send_signal(signal.SIGUSR2)
-    assert supervisor.wait(30) == 1
+    assert supervisor.wait(LIMIT_S) == 1
     entry = RunState.read(layout).stages["generate"]
     assert (entry.state, entry.message) == ("preempted", "preempted, saved at step 3")
     assert cluster.objects == {}
@@ -137,7 +131,7 @@ def test_a_lost_pod_fails_the_stage_with_its_last_words(cluster: Cluster, layout
     begun(layout)
     (pods,) = cluster.pods.values()
     pods[1].process.kill()
-    assert supervisor.wait(30) == 1
+    assert supervisor.wait(LIMIT_S) == 1
     entry = RunState.read(layout).stages["generate"]
     assert entry.state == "failed"
     assert "AJobEnded" in entry.message
@@ -165,10 +159,10 @@ def test_a_stage_goes_on_after_an_eviction(
     begun(layout)
     (pods,) = cluster.pods.values()
     cluster.evict(pods[1], number)
-    until(lambda: RunState.read(layout).stages["generate"].attempt == 2)
+    until(lambda: RunState.read(layout).stages["generate"].attempt == 2, layout)
     for path in layout.stage("generate").glob("on-*"):
         path.with_name(path.name.replace("on-", "go-")).touch()
-    assert supervisor.wait(60) == 0, agent_log(layout)
+    assert supervisor.wait(LIMIT_S) == 0, agent_log(layout)
     entry = RunState.read(layout).stages["generate"]
     assert entry.state == "done"
     assert entry.past[0].message.startswith(told)
@@ -184,9 +178,9 @@ def test_what_a_dead_supervisor_left_is_ended_by_the_next(cluster: Cluster, layo
     ours = [pid for pid in process.tagged(STAGE_TAG, str(layout.root)) if b"launcher.kube" in command(pid)]
     for pid in (*ours, supervisor.pid):
         os.kill(pid, signal.SIGKILL)
-    supervisor.wait(10)
+    supervisor.wait(LIMIT_S)
     (left,) = cluster.objects
-    assert start(layout, "generate=pods:done").wait(60) == 0
+    assert start(layout, "generate=pods:done").wait(LIMIT_S) == 0
     assert left not in cluster.objects
     assert f"DELETE /apis/jobset.x-k8s.io/v1alpha2/namespaces/default/jobsets/{left}" in cluster.asked
 
@@ -195,11 +189,11 @@ def test_a_cluster_that_does_not_answer_is_waited_for(cluster: Cluster, layout: 
     supervisor = start(layout, "generate=pods:wait")
     begun(layout)
     cluster.faults += [503, 500, 429]
-    until(lambda: not cluster.faults)
+    until(lambda: not cluster.faults, layout)
     assert supervisor.poll() is None
     for path in layout.stage("generate").glob("on-*"):
         path.with_name(path.name.replace("on-", "go-")).touch()
-    assert supervisor.wait(30) == 0, agent_log(layout)
+    assert supervisor.wait(LIMIT_S) == 0, agent_log(layout)
 
 
 @pytest.mark.fault
@@ -207,7 +201,7 @@ def test_an_outage_while_the_object_is_made_is_waited_for(cluster: Cluster, layo
     """Leftovers are looked for, and the object is made, as patiently as it is watched; made twice it is once."""
     cluster.faults += [429, 503]
     cluster.unheard = 1
-    assert start(layout, "generate=pods:done").wait(60) == 0, agent_log(layout)
+    assert start(layout, "generate=pods:done").wait(LIMIT_S) == 0, agent_log(layout)
     assert [line.partition(" ")[0] for line in cluster.asked[:6]] == ["GET", "GET", "GET", "POST", "POST", "GET"]
     assert RunState.read(layout).stages["generate"].attempt == 1
 
@@ -224,7 +218,7 @@ def test_an_object_that_was_there_before_is_not_taken_for_ours(cluster: Cluster)
 
 def test_a_refusal_is_told_in_the_servers_words(cluster: Cluster, layout: RunLayout) -> None:
     cluster.refuse = "exceeded quota: gpus"
-    assert start(layout, "generate=pods:done").wait(30) == 1
+    assert start(layout, "generate=pods:done").wait(LIMIT_S) == 1
     assert "403: exceeded quota: gpus" in RunState.read(layout).stages["generate"].message
 
 
@@ -284,6 +278,6 @@ def test_submit_goes_through_the_commands(cluster: Cluster, on: Path, home: Path
     cluster.refuse = "not today"
     assert submit(home, on, home / "mine") == 0
     layout = RunLayout(home / "mine")
-    until(lambda: RunState.read(layout).stages["generate"].state == "failed")
+    until(lambda: RunState.read(layout).stages["generate"].state == "failed", layout)
     assert "not today" in RunState.read(layout).stages["generate"].message
     assert layout.manifest("generate").exists()

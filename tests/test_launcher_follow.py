@@ -23,6 +23,7 @@ from launcher.tables import view
 from launcher.watch import follow
 from launcher.wording import what_next
 from tests.recipes import write_recipe
+from tests.waiting import until
 from vqscale.config.layout import RunLayout
 from vqscale.files import write_json
 
@@ -57,8 +58,7 @@ def acts(home: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 def interrupt_when_running(layout: RunLayout) -> None:
-    while read_status(layout).stages[0].state != "running":
-        time.sleep(0.02)
+    until(lambda: read_status(layout).stages[0].state == "running", layout)
     raise KeyboardInterrupt
 
 

@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from launcher.state import RunState
 from launcher.status import read_status
 from tests.ranks import LIMIT_S
 from tests.recipes import write_recipe
+from tests.waiting import until
 from vqscale.config.layout import RunLayout
 from vqscale.files import read_json, write_json
 
@@ -43,13 +43,6 @@ def start(layout: RunLayout, *acts: str) -> subprocess.Popen[bytes]:
 
 def run(layout: RunLayout, *acts: str) -> int:
     return start(layout, *acts).wait(LIMIT_S)
-
-
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.02)
 
 
 def words(layout: RunLayout) -> list[str]:
@@ -97,10 +90,10 @@ def test_finished_stages_are_skipped(layout: RunLayout) -> None:
 def test_cancel_leaves_no_process(layout: RunLayout, capsys: pytest.CaptureFixture[str]) -> None:
     supervisor = start(layout, "pack=hang")
     pids = layout.stage("pack") / "pids"
-    until(pids.exists)
+    until(pids.exists, layout)
     assert main(["cancel", "mine"]) == 0
     assert "mine: cancelled" in capsys.readouterr().out
-    assert supervisor.wait(5) == 1
+    assert supervisor.wait(LIMIT_S) == 1
     assert words(layout) == ["done", "cancelled", "waiting"]
     assert not any(Path("/proc", pid).exists() for pid in pids.read_text().split()), "all are reaped"
     assert main(["cancel", "mine"]) == 2
@@ -110,11 +103,11 @@ def test_cancel_leaves_no_process(layout: RunLayout, capsys: pytest.CaptureFixtu
 def test_killed_supervisor_takes_its_stage_along(layout: RunLayout) -> None:
     supervisor = start(layout, "generate=hang")
     pids = layout.stage("generate") / "pids"
-    until(pids.exists)
+    until(pids.exists, layout)
     supervisor.kill()
     supervisor.wait()
     stage, deaf = map(int, pids.read_text().split())
-    until(lambda: stage not in process.tagged(STAGE_TAG, str(layout.root)), 5)
+    until(lambda: stage not in process.tagged(STAGE_TAG, str(layout.root)), layout)
     status = read_status(layout)
     assert status.state == "running"
     assert "its supervisor is gone: vqscale requeue mine" in status.words
@@ -127,7 +120,7 @@ def test_killed_supervisor_takes_its_stage_along(layout: RunLayout) -> None:
 @pytest.mark.fault
 def test_cancel_without_a_supervisor(layout: RunLayout) -> None:
     supervisor = start(layout, "generate=hang")
-    until((layout.stage("generate") / "pids").exists)
+    until((layout.stage("generate") / "pids").exists, layout)
     supervisor.kill()
     supervisor.wait()
     LocalBackend().cancel(layout)
@@ -138,14 +131,14 @@ def test_cancel_without_a_supervisor(layout: RunLayout) -> None:
 @pytest.mark.fault
 def test_one_supervisor_at_a_time(layout: RunLayout, capfd: pytest.CaptureFixture[str]) -> None:
     first = start(layout, "generate=hang")
-    until((layout.stage("generate") / "pids").exists)
-    assert start(layout).wait(30) != 0
+    until((layout.stage("generate") / "pids").exists, layout)
+    assert start(layout).wait(LIMIT_S) != 0
     assert "another supervisor works on this run" in capfd.readouterr().err
     assert read_json(layout.supervisor)["pid"] == first.pid
     assert main(["requeue", "mine"]) == 2
     assert "is running" in capfd.readouterr().err
     first.terminate()
-    first.wait(30)
+    first.wait(LIMIT_S)
 
 
 @pytest.mark.dist
@@ -166,7 +159,7 @@ def test_no_rank_is_orphaned(layout: RunLayout, victim: str) -> None:
     (layout.root / "hang").touch()
     supervisor = start(layout, "generate=ranks")
     folder = layout.stage("generate")
-    until(lambda: len(list(folder.glob("pid-*"))) == 2, 60)
+    until(lambda: len(list(folder.glob("pid-*"))) == 2, layout)
     ranks = {int(path.read_text()) for path in folder.glob("pid-*")}
     assert ranks < set(process.tagged(STAGE_TAG, str(layout.root)))
     if victim == "supervisor":
@@ -175,8 +168,8 @@ def test_no_rank_is_orphaned(layout: RunLayout, victim: str) -> None:
         os.kill(_parent(ranks.pop()), signal.SIGKILL)
     else:
         LocalBackend().cancel(layout)
-    supervisor.wait(30)
-    until(lambda: no_process_left(layout), 10)
+    supervisor.wait(LIMIT_S)
+    until(lambda: no_process_left(layout), layout)
     expected = {"supervisor": "running", "agent": "failed", "cancel": "cancelled"}
     assert words(layout)[0] == expected[victim]
 

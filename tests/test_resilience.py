@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,10 @@ from launcher.rundir import create
 from launcher.state import RunState
 from launcher.status import read_status
 from pipelines import generate, pack
-from tests.ranks import free_port
+from tests.ranks import LIMIT_S, free_port
 from tests.recipes import write_recipe
 from tests.training_helpers import stage_of
+from tests.waiting import until
 from vqscale.config.layout import RunLayout
 from vqscale.files import read_json, write_json
 
@@ -60,13 +60,6 @@ def start(layout: RunLayout, faults: str = "") -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def until(condition: Callable[[], object], seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.02)
-
-
 def losses(layout: RunLayout) -> dict[int, set[float]]:
     found: dict[int, set[float]] = {}
     for line in layout.events("tokenizer").read_text().splitlines():
@@ -81,11 +74,11 @@ def rank_logs(layout: RunLayout) -> str:
 
 
 def test_a_preempted_run_saves_says_so_and_goes_on(layout: RunLayout, capsys: pytest.CaptureFixture[str]) -> None:
-    # Rank 1 sleeps at step 5, so that the request comes while the stage trains.
-    supervisor = start(layout, "slow:step=5,rank=1,seconds=4")
-    until(layout.faults("tokenizer").exists)
+    # Rank 1 waits at step 5, so that the request comes while the stage trains.
+    supervisor = start(layout, "hold:step=5,rank=1")
+    until(layout.faults("tokenizer").exists, layout)
     supervisor.send_signal(signal.SIGUSR2)
-    assert supervisor.wait(60) == 1
+    assert supervisor.wait(LIMIT_S) == 1
     marker = read_json(layout.preempted("tokenizer"))
     assert 5 < marker["step"] < STEPS
     assert (marker["signal"], marker["lead_s"]) == ("SIGUSR2", 30.0)
@@ -100,11 +93,10 @@ def test_a_preempted_run_saves_says_so_and_goes_on(layout: RunLayout, capsys: py
 
 
 def test_cancelling_saves_too(layout: RunLayout) -> None:
-    supervisor = start(layout, "slow:step=5,rank=0,seconds=4")
-    until(layout.faults("tokenizer").exists)
-    assert main(["cancel", str(layout.root)]) == 0 or supervisor.poll() is None
-    supervisor.terminate()
-    supervisor.wait(60)
+    supervisor = start(layout, "hold:step=5,rank=0")
+    until(layout.faults("tokenizer").exists, layout)
+    assert main(["cancel", str(layout.root)]) == 0
+    assert supervisor.wait(LIMIT_S) == 1
     entry = RunState.read(layout).stages["tokenizer"]
     assert entry.state == "cancelled"
     assert entry.message.startswith("cancelled, saved at step ")
@@ -112,7 +104,7 @@ def test_cancelling_saves_too(layout: RunLayout) -> None:
 
 @pytest.mark.parametrize("layout", [10], indirect=True)
 def test_a_hanging_rank_is_named_and_leaves_stacks(layout: RunLayout) -> None:
-    assert start(layout, "stop:step=5,rank=1").wait(120) == 1
+    assert start(layout, "stop:step=5,rank=1").wait(LIMIT_S) == 1
     entry = RunState.read(layout).stages["tokenizer"]
     assert entry.state == "failed"
     assert entry.message.startswith("rank 1 hangs and cannot leave a note, step 5 (collective), no sign of life for")
@@ -122,8 +114,8 @@ def test_a_hanging_rank_is_named_and_leaves_stacks(layout: RunLayout) -> None:
 
 
 def test_a_drill_finds_every_result_identical(layout: RunLayout, capsys: pytest.CaptureFixture[str]) -> None:
-    """Short; `make drill` has the long one."""
-    faults = "kill:step=5,rank=1; kill:step=9,point=during-save; nan:step=6,rank=1"
+    """Short; `make drill` has the long one. Where a save begins, the one before has ended."""
+    faults = "kill:step=6,rank=1,point=before-save; kill:step=9,point=during-save; nan:step=6,rank=1"
     code = main(["drill", str(layout.root), "--faults", faults, "--json", f"tokenizer.training.steps={STEPS}"])
     said = capsys.readouterr()
     outcomes = json.loads(said.out)
@@ -147,8 +139,9 @@ def test_the_node_that_is_left_goes_on(layout: RunLayout) -> None:
     nodes = []
     try:
         for number in range(2):
-            # The second node's rank, whichever it is, stops for good in step 6; then that node is taken away.
-            faults = "stop:step=6,rank=0; stop:step=6,rank=1" if number else ""
+            # The second node's rank, whichever it is, stops for good where the save behind step 8 begins, and the one
+            # behind step 4 has ended; then that node is taken away.
+            faults = "; ".join(f"stop:step=8,rank={rank},point=before-save" for rank in range(2)) if number else ""
             own = {"NODE_OF_TEST": f"{layout.root}/{number}", "VQSCALE_FAULT": faults}
             arguments = agent_arguments(rdzv_id="elastic", holds_store=not number, **settings)
             environment = {**os.environ, **given, **own, STAGE_TAG: str(layout.root), "OMP_NUM_THREADS": "1"}
@@ -156,11 +149,11 @@ def test_the_node_that_is_left_goes_on(layout: RunLayout) -> None:
             command = [sys.executable, "-m", "torch.distributed.run", *arguments, *stage]
             nodes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
             log.close()
-        until(layout.faults("tokenizer").exists)
+        until(layout.faults("tokenizer").exists, layout)
         for pid in process.tagged("NODE_OF_TEST", f"{layout.root}/1"):
             os.kill(pid, signal.SIGKILL)
-        until(layout.done("tokenizer").exists)
-        assert nodes[0].wait(60) == 0
+        until(layout.done("tokenizer").exists, layout)
+        assert nodes[0].wait(LIMIT_S) == 0
     finally:
         for node in nodes:
             node.kill()

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from launcher.status import read_status
 from pipelines import generate, pack
 from tests.recipes import write_recipe
 from tests.training_helpers import stage_of
+from tests.waiting import told, until
 from vqscale.config.layout import RunLayout
 from vqscale.files import read_json, write_json
 
@@ -105,19 +105,6 @@ def packed(
     return layout
 
 
-def until(condition: Callable[[], object], layout: RunLayout, seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, f"waited too long\n{told(layout)}"
-        time.sleep(0.05)
-
-
-def told(layout: RunLayout) -> str:
-    """All that a failed test has to show."""
-    files = [layout.log, layout.state, *sorted(layout.root.rglob("agent.log")), *sorted(layout.root.rglob("std*.log"))]
-    return "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in files if path.exists())
-
-
 def queue() -> dict[str, str]:
     """The jobs that Slurm has not let go of; one that has ended stays a moment longer, as COMPLETING."""
     return {number: row.state for number, row in slurm_queue.jobs(fresh=True).items() if row.alive}
@@ -146,8 +133,8 @@ def test_a_chain_on_three_nodes_ends_done(conf: Path, home: Path, capsys: pytest
 @pytest.mark.fault
 def test_a_preempted_job_goes_on_by_itself(conf: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = packed(home, recipe(home, 2))
-    # Rank 1 sleeps at step 5, so that the request comes while the stage trains.
-    monkeypatch.setenv("VQSCALE_FAULT", "slow:step=5,rank=1,seconds=4")
+    # Rank 1 waits at step 5, so that the request comes while the stage trains.
+    monkeypatch.setenv("VQSCALE_FAULT", "hold:step=5,rank=1")
     assert main(["requeue", "mine"]) == 0
     job = read_json(layout.slurm)["jobs"]["tokenizer"]
     until(layout.faults("tokenizer").exists, layout)
@@ -302,10 +289,7 @@ def test_a_killed_keeper_takes_its_daemons_along() -> None:
             assert up.returncode == 0, up.stderr
             assert len(process.tagged(TAG, tag)) >= 3, "munged, slurmctld, slurmd"
             os.kill(read_json(home / "devslurm.json")["keeper"]["pid"], signal.SIGKILL)
-            limit = time.monotonic() + 30
-            while process.tagged(TAG, tag):
-                assert time.monotonic() < limit
-                time.sleep(0.05)
+            until(lambda: not process.tagged(TAG, tag))
             assert vqscale("cluster", "status", home=home).returncode == 1
         finally:
             assert vqscale("cluster", "down", home=home).returncode == 0

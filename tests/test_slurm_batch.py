@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +20,10 @@ from launcher.plan import make_plan
 from launcher.retry import Limits
 from launcher.rundir import create
 from launcher.state import RunState, StageState
+from tests.ranks import LIMIT_S
 from tests.recipes import write_recipe
 from tests.slurm_stand_ins import stand_in
+from tests.waiting import until
 from vqscale.config.layout import RunLayout
 from vqscale.files import read_json, write_json
 
@@ -94,22 +95,15 @@ def entry(layout: RunLayout) -> StageState:
     return RunState.read(layout).stages["generate"]
 
 
-def until(condition: Callable[[], object]) -> None:
-    limit = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.02)
-
-
 def test_the_marker_decides(layout: RunLayout) -> None:
-    assert start(layout, *fake(layout, "done")).wait(30) == 0
+    assert start(layout, *fake(layout, "done")).wait(LIMIT_S) == 0
     assert (entry(layout).state, entry(layout).attempt) == ("done", 1)
     assert RunState.read(layout).stages["pack"].state == "waiting", "the next stage is another job's"
     assert (layout.attempt("generate", 1) / "agent.log").exists()
 
 
 def test_a_fault_of_the_users_is_not_requeued(layout: RunLayout, fakes: Path) -> None:
-    assert start(layout, *fake(layout, "fail")).wait(30) == 1
+    assert start(layout, *fake(layout, "fail")).wait(LIMIT_S) == 1
     assert (entry(layout).state, entry(layout).message) == ("failed", "the dog ate the shards")
     assert not (fakes / "asked").exists()
 
@@ -121,12 +115,12 @@ def test_a_preempted_stage_is_requeued_while_it_gets_on(layout: RunLayout, fakes
         ("6", "preempted, saved at step 6; requeued (2 of 2)"),
         ("9", "preempted, saved at step 9; not requeued: the profile's limit of 2 is reached"),
     ]:
-        assert start(layout, *saves(layout, step)).wait(30) == 1
+        assert start(layout, *saves(layout, step)).wait(LIMIT_S) == 1
         assert (entry(layout).state, entry(layout).message) == ("preempted", expected)
     assert (fakes / "asked").read_text() == "requeue 7\n" * 2
     record = read_json(layout.requeues("generate"))
     assert (record["job"], [one["step"] for one in record["tries"]]) == ("7", [5, 6])
-    start(layout, *saves(layout, "9"), job="8").wait(30)
+    start(layout, *saves(layout, "9"), job="8").wait(LIMIT_S)
     assert entry(layout).message.endswith("requeued (1 of 2)"), "a new job has its own count"
 
 
@@ -159,7 +153,7 @@ def test_a_hang_is_tried_elsewhere_with_longer_and_longer_pauses(layout: RunLayo
         ("node1", "hang: it broke; not requeued: failed 3 times in a row without progress"),
     ]:
         command = failing(layout, kind="hang", suspects=[suspect])
-        assert start(layout, *command, requeues=9, **JOB).wait(30) == 1
+        assert start(layout, *command, requeues=9, **JOB).wait(LIMIT_S) == 1
         assert entry(layout).message == expected
     assert (fakes / "asked").read_text().splitlines() == [
         "requeue 7",
@@ -178,7 +172,7 @@ def test_a_hang_is_tried_elsewhere_with_longer_and_longer_pauses(layout: RunLayo
 def test_a_node_that_does_not_answer_is_left_out(layout: RunLayout, fakes: Path) -> None:
     """Ranks that lost each other cannot tell whose fault it was; the scheduler can."""
     on_nodes(fakes, "alloc", "alloc*", "idle", "idle")
-    assert start(layout, *failing(layout, kind="network"), **JOB).wait(30) == 1
+    assert start(layout, *failing(layout, kind="network"), **JOB).wait(LIMIT_S) == 1
     assert entry(layout).message == (
         "node: node2 does not answer; it broke; requeued (1 of 2), without node2, after 7 s"
     )
@@ -187,28 +181,28 @@ def test_a_node_that_does_not_answer_is_left_out(layout: RunLayout, fakes: Path)
 
 def test_a_network_that_failed_blames_nobody(layout: RunLayout, fakes: Path) -> None:
     on_nodes(fakes, "alloc", "alloc", "idle", "idle")
-    assert start(layout, *failing(layout, kind="network"), **JOB).wait(30) == 1
+    assert start(layout, *failing(layout, kind="network"), **JOB).wait(LIMIT_S) == 1
     assert entry(layout).message == "network: it broke; requeued (1 of 2), after 7 s"
 
 
 def test_no_node_is_left_out_that_is_needed(layout: RunLayout, fakes: Path) -> None:
     on_nodes(fakes, "alloc", "alloc", "down*")
-    assert start(layout, *failing(layout, kind="hang", suspects=["node2"]), **JOB).wait(30) == 1
+    assert start(layout, *failing(layout, kind="hang", suspects=["node2"]), **JOB).wait(LIMIT_S) == 1
     assert entry(layout).message == "hang: it broke; requeued (1 of 2), after 7 s"
 
 
 def test_a_scheduler_that_does_not_answer_is_nobodys_fault(layout: RunLayout, fakes: Path) -> None:
     stand_in(fakes, "sinfo", "exit 1")
     stand_in(fakes, "scontrol", 'case "$*" in show*) exit 1;; *) echo "$@" >> "$(dirname "$0")/asked";; esac')
-    assert start(layout, *failing(layout, kind="hang", suspects=["node2"]), **JOB).wait(30) == 1
+    assert start(layout, *failing(layout, kind="hang", suspects=["node2"]), **JOB).wait(LIMIT_S) == 1
     assert entry(layout).message == "hang: it broke; requeued (1 of 2), after 7 s"
-    assert start(layout, *fake(layout, "done"), **JOB).wait(30) == 0
+    assert start(layout, *fake(layout, "done"), **JOB).wait(LIMIT_S) == 0
 
 
 @pytest.mark.parametrize("kind", ["user", "diverged"])
 def test_what_would_fail_again_is_not_tried_again(layout: RunLayout, fakes: Path, kind: str) -> None:
     on_nodes(fakes, "alloc", "alloc*", "idle")
-    assert start(layout, *failing(layout, kind=kind), **JOB).wait(30) == 1
+    assert start(layout, *failing(layout, kind=kind), **JOB).wait(LIMIT_S) == 1
     assert (entry(layout).state, entry(layout).message) == ("failed", "it broke")
     assert not (fakes / "asked").exists()
 
@@ -219,7 +213,7 @@ def test_something_unknown_is_tried_again_once(layout: RunLayout, fakes: Path) -
         "unknown: it broke; requeued (1 of 2), after 7 s",
         "unknown: it broke; not requeued: failed 2 times in a row without progress",
     ):
-        start(layout, *failing(layout, kind="error"), **JOB).wait(30)
+        start(layout, *failing(layout, kind="error"), **JOB).wait(LIMIT_S)
         assert entry(layout).message == expected
 
 
@@ -227,7 +221,7 @@ def test_a_task_of_an_array_goes_back_by_its_own_number(layout: RunLayout, fakes
     on_nodes(fakes, "alloc", "alloc", "idle")
     array = {**JOB, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
     command = (sys.executable, "-c", "import os; assert os.environ['VQSCALE_TASK'] == '3'; os.kill(os.getpid(), 9)")
-    start(layout, *command, job="12", **array).wait(30)
+    start(layout, *command, job="12", **array).wait(LIMIT_S)
     assert (fakes / "asked").read_text() == "requeue 7_3\nupdate JobId=7_3 StartTime=now+7 ExcNodeList=\n"
     assert RunState.read(layout).stages["generate"].state == "waiting"
     own = RunState.read(layout.of_task(3)).stages["generate"]
@@ -244,7 +238,7 @@ def test_a_start_that_was_lost_with_its_host_is_put_down_and_limited(layout: Run
         state.write(layout)
         write_json(layout.attempt("generate", number) / "nodes.json", ["node1", "node2"])
         again = {**JOB, "SLURM_RESTART_COUNT": str(number)}
-        start(layout, sys.executable, "-c", "import os; os.kill(os.getppid(), 9)", requeues=9, **again).wait(30)
+        start(layout, sys.executable, "-c", "import os; os.kill(os.getppid(), 9)", requeues=9, **again).wait(LIMIT_S)
     tries = read_json(layout.requeues("generate"))["tries"]
     assert [(one["kind"], one["message"]) for one in tries] == [
         ("node", "node1 does not answer; started again by Slurm")
@@ -264,7 +258,7 @@ def test_a_start_that_slurm_ended_for_a_lost_node_is_put_down_too(layout: RunLay
         state.end("generate", word, "not saved")  # type: ignore[arg-type]
         state.write(layout)
         write_json(layout.attempt("generate", 1) / "nodes.json", ["node1", "node2"])
-        start(layout, *fake(layout, "done"), **{**JOB, "SLURM_RESTART_COUNT": "1"}).wait(30)
+        start(layout, *fake(layout, "done"), **{**JOB, "SLURM_RESTART_COUNT": "1"}).wait(LIMIT_S)
         layout.done("generate").unlink()
         tries = (read_json(layout.requeues("generate")) or {"tries": []})["tries"]
         assert [one["message"] for one in tries] == expected
@@ -274,7 +268,7 @@ def test_a_job_that_slurm_is_ending_decides_nothing(layout: RunLayout, fakes: Pa
     """TERM comes to all of the job while Slurm is asked: whoever asks is ended, and the job as well."""
     on_nodes(fakes, "alloc", "alloc", "idle")
     stand_in(fakes, "sinfo", "kill -TERM $PPID; kill -TERM $$")
-    assert start(layout, *failing(layout, kind="network"), **JOB).wait(30) == 1
+    assert start(layout, *failing(layout, kind="network"), **JOB).wait(LIMIT_S) == 1
     assert (entry(layout).state, entry(layout).message) == ("failed", "it broke")
     assert not (fakes / "asked").exists()
     assert not layout.requeues("generate").exists()
@@ -282,9 +276,9 @@ def test_a_job_that_slurm_is_ending_decides_nothing(layout: RunLayout, fakes: Pa
 
 def test_the_request_goes_on_to_the_stage(layout: RunLayout, fakes: Path) -> None:
     batch = start(layout, *saves(layout, "wait7"))
-    until((layout.root / "listening").exists)
+    until((layout.root / "listening").exists, layout)
     batch.send_signal(signal.SIGUSR2)
-    assert batch.wait(30) == 1
+    assert batch.wait(LIMIT_S) == 1
     assert entry(layout).message == "preempted, saved at step 7; requeued (1 of 2)"
 
 
@@ -292,9 +286,9 @@ def test_the_request_goes_on_to_the_stage(layout: RunLayout, fakes: Path) -> Non
 def test_the_end_by_slurm_is_no_cancellation(layout: RunLayout, fakes: Path, cancelled: bool) -> None:
     write_json(layout.slurm, {"jobs": {"generate": "7"}, "cancelled": cancelled})
     batch = start(layout, *saves(layout, "wait7"))
-    until((layout.root / "listening").exists)
+    until((layout.root / "listening").exists, layout)
     batch.terminate()
-    assert batch.wait(30) == 1
+    assert batch.wait(LIMIT_S) == 1
     word = "cancelled" if cancelled else "preempted"
     assert (entry(layout).state, entry(layout).message) == (word, f"{word}, saved at step 7")
     assert not (fakes / "asked").exists(), "Slurm is ending the job, and requeues by itself what it preempts"
@@ -306,18 +300,18 @@ def test_a_users_fault_is_not_requeued_even_when_asked_to_stop(layout: RunLayout
         "from vqscale.files import write_json; from vqscale.config.layout import RunLayout; from pathlib import Path; "
         "write_json(RunLayout(Path(sys.argv[1])).failure('generate'), {'kind': 'user', 'message': 'no such shard'})"
     )
-    hang = f"{plant}; import signal, time; signal.signal(signal.SIGUSR2, lambda *a: sys.exit(1)); time.sleep(60)"
+    hang = f"import signal, time; signal.signal(signal.SIGUSR2, lambda *a: sys.exit(1)); {plant}; time.sleep(600)"
     batch = start(layout, sys.executable, "-c", words, str(layout.root), "x", hang)
-    until(layout.failure("generate").exists)
+    until(layout.failure("generate").exists, layout)
     batch.send_signal(signal.SIGUSR2)
-    assert batch.wait(30) == 1
+    assert batch.wait(LIMIT_S) == 1
     assert (entry(layout).state, entry(layout).message) == ("failed", "no such shard")
     assert not (fakes / "asked").exists()
 
 
 def test_a_refused_requeue_is_said(layout: RunLayout, fakes: Path) -> None:
     stand_in(fakes, "scontrol", "echo 'Requeue is disabled for the job' >&2; exit 1")
-    assert start(layout, *saves(layout, "5")).wait(30) == 1
+    assert start(layout, *saves(layout, "5")).wait(LIMIT_S) == 1
     assert entry(layout).message == "preempted, saved at step 5; not requeued: Requeue is disabled for the job"
 
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +32,13 @@ from launcher.rundir import create
 from launcher.state import RunState, StageState
 from launcher.status import read_status
 from tests.recipes import write_recipe
-from tests.test_slurm import packed, queue, told, vqscale
+from tests.test_slurm import packed, queue, vqscale
+from tests.waiting import told, until
 from vqscale.config.layout import RunLayout
 from vqscale.files import read_json, write_json
 
 STEPS = 24
 EVERY = 6  # steps between two checkpoints
-LIMIT_S = 240
 
 pytestmark = [
     pytest.mark.slurm,
@@ -97,15 +97,17 @@ def cluster(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         assert not process.tagged(TAG, str(made.root))
 
 
-def prepare(home: Path, name: str = "mine", stages: str = "generate,pack,tokenizer", steps: int = STEPS) -> RunLayout:
-    """A run of two ranks, each on a host of its own, ready for its tokenizer."""
+def prepare(
+    home: Path, name: str = "mine", stages: str = "generate,pack,tokenizer", steps: int = STEPS, timeout_s: int = 50
+) -> RunLayout:
+    """A run of two ranks, each on a host of its own, ready for its tokenizer; `timeout_s` is that of collectives."""
     profile = yaml.safe_load((PROFILES / "devslurm.yaml").read_text())
     profile["environment"]["GLOO_SOCKET_IFNAME"] = "eth0"
     profile["slurm"]["pause_s"] = 2
     (home / "hosts.yaml").write_text(yaml.safe_dump(profile))
     path = write_recipe(
         home / "r.yaml",
-        resources={"processes": 2, "threads": 1, "device": "cpu", "timeout_s": 15, "hang_s": 60},
+        resources={"processes": 2, "threads": 1, "device": "cpu", "timeout_s": timeout_s, "hang_s": 60},
         data__streams=6,
         data__clocks={"train": 96, "validation": 24, "shards": 6},
         tokenizer__training__steps=steps,
@@ -116,13 +118,6 @@ def prepare(home: Path, name: str = "mine", stages: str = "generate,pack,tokeniz
         prior__training__global_batch=12,
     )
     return packed(home, path, stages=stages, on=str(home / "hosts.yaml"), name=name)
-
-
-def until(condition: Callable[[], object], layout: RunLayout, seconds: float = LIMIT_S) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, f"waited too long\n{told(layout)}"
-        time.sleep(0.05)
 
 
 def losses(layout: RunLayout) -> list[tuple[int, float]]:
@@ -160,7 +155,7 @@ def finish(layout: RunLayout, case: str, undisturbed: list[tuple[int, float]], b
     made = losses(layout)
     assert set(made) == set(undisturbed), f"{case}: losses differ\n{told(layout)}"
     lost = len(made) - STEPS
-    until(lambda: not process.tagged(STAGE_TAG, str(layout.root)), layout, 60)
+    until(lambda: not process.tagged(STAGE_TAG, str(layout.root)), layout)
     until(lambda: not queue(), layout)
     print(f"\n| {case} | {entry(layout).attempt} | {lost} | done | {time.monotonic() - began:.0f} |")
     return lost
@@ -179,15 +174,21 @@ def reference(cluster: Cluster, home: Path, undisturbed: list[tuple[int, float]]
     return undisturbed
 
 
-SLOW = "slow:step=15,rank=1,seconds=4"
-"""Time for the test to act, three steps behind the checkpoint of step 12."""
+def held(home: Path) -> str:
+    """The fault that makes room for what a test does, three steps behind the checkpoint of step 12: see `go_on`."""
+    return f"hold:step=15,rank=1,file={home / 'go-on'}"
+
+
+def go_on(home: Path) -> None:
+    """The test has done it; whom a request to stop reaches goes on by itself."""
+    (home / "go-on").touch()
 
 
 def test_preempted_by_signal(
     cluster: Cluster, home: Path, reference: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout, began = prepare(home), time.monotonic()
-    job = start(layout, monkeypatch, SLOW)
+    job = start(layout, monkeypatch, held(home))
     subprocess.run(["scancel", "--batch", "--signal=USR2", job], check=True)
     assert finish(layout, "preempted by a signal", reference, began) == 0
     assert entry(layout).attempt == 2
@@ -197,7 +198,7 @@ def test_requeued_by_hand(
     cluster: Cluster, home: Path, reference: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout, began = prepare(home), time.monotonic()
-    job = start(layout, monkeypatch, SLOW)
+    job = start(layout, monkeypatch, held(home))
     subprocess.run(["scontrol", "requeue", job], check=True)
     assert finish(layout, "requeued by hand (`scontrol requeue`)", reference, began) <= EVERY
     assert entry(layout).attempt == 2
@@ -214,9 +215,10 @@ def test_powered_off(
     host: str,
     case: str,
 ) -> None:
-    layout, began = prepare(home), time.monotonic()
-    start(layout, monkeypatch, SLOW)
+    layout, began = prepare(home, timeout_s=15), time.monotonic()
+    start(layout, monkeypatch, held(home))
     cluster.power_off(host)
+    go_on(home)
     assert finish(layout, f"power cut of {case}", reference, began) <= EVERY
     assert entry(layout).attempt == 2
     used = read_json(layout.attempt("tokenizer", 2) / "nodes.json")
@@ -230,8 +232,9 @@ def test_drained(
     cluster: Cluster, home: Path, reference: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout, began = prepare(home, stages="generate,pack,tokenizer,extract"), time.monotonic()
-    start(layout, monkeypatch, SLOW)
+    start(layout, monkeypatch, held(home))
     subprocess.run(["scontrol", "update", "nodename=node1", "state=drain", "reason=test"], check=True)
+    go_on(home)
     assert finish(layout, "a node is drained: the job ends there, the next one goes elsewhere", reference, began) == 0
     nodes = {stage: read_json(layout.attempt(stage, 1) / "nodes.json") for stage in ("tokenizer", "extract")}
     assert nodes == {"tokenizer": ["node1", "node2"], "extract": ["node2", "node3"]}
@@ -241,10 +244,11 @@ def test_drained(
 def test_link_down(
     cluster: Cluster, home: Path, reference: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch, seconds: int
 ) -> None:
-    layout, began = prepare(home), time.monotonic()
-    start(layout, monkeypatch, SLOW)
+    layout, began = prepare(home, timeout_s=50 if seconds == 4 else 15), time.monotonic()
+    start(layout, monkeypatch, held(home))
     assert cluster.made.hosts
     cluster.made.hosts.link("node2", up=False)
+    go_on(home)
     time.sleep(seconds)  # what is measured, not a wait for something
     cluster.made.hosts.link("node2", up=True)
     lost = finish(layout, f"a cable out for {seconds} s", reference, began)

@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from launcher.plan import make_plan
 from launcher.rundir import create
 from launcher.state import RunState
 from launcher.status import read_status
+from tests.ranks import LIMIT_S
 from tests.recipes import write_recipe
 from tests.sshd import missing, server
+from tests.waiting import until
 from vqscale.config.layout import RunLayout
 from vqscale.files import read_json, write_json
 
@@ -65,17 +67,10 @@ def start(layout: RunLayout, *acts: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True)
 
 
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.02)
-
-
 def begun(layout: RunLayout) -> dict[str, dict[str, Any]]:
     """Host → pid and environment of its fake agent, once both run."""
     files = {host: layout.stage("generate") / f"on-{host}" for host in HOSTS}
-    until(lambda: all(path.exists() for path in files.values()))
+    until(lambda: all(path.exists() for path in files.values()), layout)
     return {host: json.loads(path.read_bytes()) for host, path in files.items()}
 
 
@@ -95,7 +90,7 @@ def test_submit_runs_a_stage_whose_ranks_meet_over_two_hosts(on: Path, home: Pat
     recipe = write_recipe(home / "r.yaml", resources__processes=2)
     run = RunLayout(home / "real")
     assert main(["submit", str(recipe), "--on", str(on), "--run", str(run.root), "--stages", "generate"]) == 0
-    until(lambda: read_status(run).over, 180)
+    until(lambda: read_status(run).over, run)
     assert read_status(run).words == "done", agent_log(run)
     assert {note.read_text() for note in run.root.glob("stages/generate/attempt-001/ranks/*/*/*/rank")} == {"0", "1"}
     agents = {note.parents[2] for note in run.root.glob("stages/generate/attempt-001/ranks/*/*/*/rank")}
@@ -112,7 +107,7 @@ def test_cancel_leaves_no_process_on_any_host(layout: RunLayout) -> None:
     assert {agent[HOST_TAG] for agent in agents.values()} == {f"{host}:{layout.root}" for host in HOSTS}
     assert len(left(layout)) >= 5, "on each host an agent and its deaf child; and who holds the connections"
     assert main(["cancel", "mine"]) == 0
-    assert supervisor.wait(30) == 1
+    assert supervisor.wait(LIMIT_S) == 1
     assert not left(layout)
     assert RunState.read(layout).stages["generate"].state == "cancelled"
 
@@ -135,8 +130,8 @@ def test_whoever_dies_the_stage_ends_everywhere(layout: RunLayout, victim: str) 
         "supervisor": supervisor.pid,
     }
     os.kill(victims[victim], signal.SIGKILL)
-    supervisor.wait(30)
-    until(lambda: not left(layout), 30)
+    supervisor.wait(LIMIT_S)
+    until(lambda: not left(layout), layout)
     state = RunState.read(layout).stages["generate"]
     assert state.state == ("running" if victim == "supervisor" else "failed")
     if victim in ("agent", "on_host", "connection"):
@@ -150,7 +145,7 @@ def test_a_preemption_reaches_all_hosts(layout: RunLayout) -> None:
     supervisor = start(layout, "generate=hosts")
     begun(layout)
     supervisor.send_signal(signal.SIGUSR2)
-    supervisor.wait(30)
+    supervisor.wait(LIMIT_S)
     state = RunState.read(layout).stages["generate"]
     assert (state.state, state.message) == ("preempted", "preempted, saved at step 3")
     log = agent_log(layout)
@@ -173,7 +168,7 @@ def test_the_environment_is_the_allow_listed_one(layout: RunLayout, monkeypatch:
     told = next(pid for pid in process.tagged(STAGE_TAG, str(layout.root)) if b"ssh" in command(pid))
     assert b"AWS" not in command(told), "what is sent cannot be seen in a list of processes"
     supervisor.terminate()
-    supervisor.wait(30)
+    supervisor.wait(LIMIT_S)
     assert not list(ROOT.glob("canary"))
 
 
@@ -191,7 +186,7 @@ def with_a_lost_host(on: Path, home: Path, *more: str, **limits: int) -> RunLayo
 def test_a_host_that_cannot_be_reached_fails_the_stage(on: Path, home: Path) -> None:
     """The others have no room for all ranks. Nothing falls back to fewer ranks, or to this machine."""
     layout = with_a_lost_host(on, home, requeues=5, retries=1, pause_s=0)
-    assert start(layout, "generate=hosts").wait(60) == 1
+    assert start(layout, "generate=hosts").wait(LIMIT_S) == 1
     state = RunState.read(layout).stages["generate"]
     assert (state.state, state.attempt) == ("failed", 2)
     assert state.message.startswith("node: nowhere.invalid does not answer; ")
@@ -212,26 +207,26 @@ def test_a_stage_goes_on_without_the_host_that_is_lost(
     layout = with_a_lost_host(on, home, SPARE, requeues=5, pause_s=600)
     supervisor = start(layout, "generate=hosts")
     # Before it is judged, the attempt is put down as failed, for a moment.
-    until(lambda: "tried again" in RunState.read(layout).stages["generate"].message, 60)
+    until(lambda: "tried again" in RunState.read(layout).stages["generate"].message, layout)
     assert main(["status", "mine"]) == 0
     told = "node: nowhere.invalid does not answer; "
     shown = " ".join(capsys.readouterr().out.split())
     assert f"generate: {told}" in shown
     assert "tried again (1 of 5), without nowhere.invalid, after 600 s" in shown
     supervisor.terminate()
-    assert supervisor.wait(30) == 1
+    assert supervisor.wait(LIMIT_S) == 1
     assert RunState.read(layout).stages["generate"].state == "cancelled"
     tree = read_json(layout.info)
     tree["profile"]["ssh"]["pause_s"] = 0
     write_json(layout.info, tree)
     supervisor = start(layout, "generate=hosts")
-    until(lambda: (layout.stage("generate") / f"on-{SPARE}").exists(), 60)
+    until(lambda: (layout.stage("generate") / f"on-{SPARE}").exists(), layout)
     entry = RunState.read(layout).stages["generate"]
     assert (entry.state, entry.attempt) == ("running", 3)
     given = json.loads((layout.stage("generate") / f"on-{SPARE}").read_bytes())
     assert given["VQSCALE_NODE"] == SPARE
     supervisor.terminate()
-    assert supervisor.wait(30) == 1
+    assert supervisor.wait(LIMIT_S) == 1
     assert not process.tagged(HOST_TAG, f"{SPARE}:{layout.root}")
 
 
@@ -240,10 +235,10 @@ def test_what_a_dead_supervisor_left_on_hosts_is_ended_by_cancel(layout: RunLayo
     tagged = {**os.environ, HOST_TAG: f"two:{layout.root}"}
     stray = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=tagged)
     assert main(["cancel", "mine"]) == 0
-    assert stray.wait(10) == -signal.SIGTERM
+    assert stray.wait(LIMIT_S) == -signal.SIGTERM
 
 
-def on_host(request: Request, silence_s: float = 60) -> subprocess.Popen[bytes]:
+def on_host(request: Request, silence_s: float = 600) -> subprocess.Popen[bytes]:
     code = f"import sys, launcher.on_host as m; m._SILENCE_S = {silence_s}; sys.exit(m.main())"
     made = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     assert made.stdin is not None
@@ -262,12 +257,20 @@ def request_(tmp_path: Path) -> Request:
 @pytest.mark.fault
 @pytest.mark.parametrize("how", ["closed", "silent"])
 def test_a_host_that_hears_nobody_ends_its_processes(request_: Request, how: str) -> None:
-    host = on_host(request_, silence_s=0.5 if how == "silent" else 60)
-    until((Path(request_.run) / "begun").exists)
+    host = on_host(request_, silence_s=5 if how == "silent" else 600)
+    assert host.stdin is not None
+
+    def begun() -> bool:
+        """Says that somebody is there as long as the stage has not begun."""
+        with suppress(BrokenPipeError):
+            host.stdin.write(b"\n")
+            host.stdin.flush()
+        return (Path(request_.run) / "begun").exists()
+
+    until(begun)
     if how == "closed":
-        assert host.stdin is not None
         host.stdin.close()
-    assert host.wait(30) == 128 + signal.SIGTERM
+    assert host.wait(LIMIT_S) == 128 + signal.SIGTERM
     assert host.stderr is not None
     assert b"nobody is there any more" in host.stderr.read()
     assert not process.tagged(HOST_TAG, request_.tag)
@@ -276,7 +279,7 @@ def test_a_host_that_hears_nobody_ends_its_processes(request_: Request, how: str
 def test_a_host_without_the_shared_files_says_so(request_: Request) -> None:
     (Path(request_.run) / "run.json").unlink()
     host = on_host(request_)
-    assert host.wait(30) == 2
+    assert host.wait(LIMIT_S) == 2
     assert host.stderr is not None
     assert b"run.json is not there; the hosts need one file system" in host.stderr.read()
 

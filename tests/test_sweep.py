@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from launcher.state import RunState
 from launcher.status import read_status
 from launcher.sweep import Sweep, parse_axis, points
 from tests.recipes import write_recipe
+from tests.waiting import until
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
 from vqscale.files import read_json, write_json
@@ -274,17 +274,12 @@ def test_on_one_machine_the_others_wait(words: list[str], home: Path, capsys: py
     assert main(["submit", *words]) == 0
     folder = home / "tries"
     first, last = RunLayout(folder / "tries.0"), RunLayout(folder / "tries.3")
-    limit = time.monotonic() + 60
-    while read_status(first).state == "waiting":
-        assert time.monotonic() < limit
-        time.sleep(0.05)
+    until(lambda: read_status(first).state != "waiting", first)
     assert read_status(last).words == "waiting, waits for its turn in sweep tries"
     found = sweep.find("tries")
     assert found
     assert main(["cancel", str(folder)]) == 0
-    while process.is_alive(Sweep(**read_json(folder / "sweep.json")).runner):
-        assert time.monotonic() < limit
-        time.sleep(0.05)
+    until(lambda: not process.is_alive(Sweep(**read_json(folder / "sweep.json")).runner))
     for number in range(4):
         layout = RunLayout(folder / f"tries.{number}")
         assert read_status(layout).state in ("cancelled", "done")

@@ -6,13 +6,15 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import LIMIT_S, run_ranks
+from vqscale.training import pace as pace_module
 from vqscale.training import watchdog
 from vqscale.training.pace import Pace
 from vqscale.training.preemption import Notice
@@ -57,7 +59,7 @@ def test_a_silent_rank_leaves_stacks_and_a_note(tmp_path: Path) -> None:
     with Watchdog(tmp_path, rank=1, limit_s=0.2, end=ended.set) as watchdog:
         watchdog.beat("own part", 6)
         watchdog.beat("collective", 7)
-        assert ended.wait(30)
+        assert ended.wait(LIMIT_S)
     note = json.loads((tmp_path / "hang/rank-00001.json").read_text())
     assert (note["rank"], note["step"], note["doing"]) == (1, 7, "collective")
     assert note["silent_s"] >= 0.2
@@ -71,7 +73,7 @@ def test_all_ranks_dump_when_one_is_over_time(tmp_path: Path) -> None:
         Watchdog(tmp_path, 0, limit_s=50, end=ended[0].set),
         Watchdog(tmp_path, 1, limit_s=0.2, end=ended[1].set),
     ):
-        assert all(event.wait(30) for event in ended)
+        assert all(event.wait(LIMIT_S) for event in ended)
     assert sorted(path.name for path in (tmp_path / "hang").glob("rank-*")) == ["rank-00000.json", "rank-00001.json"]
 
 
@@ -99,7 +101,7 @@ def test_the_start_may_take_four_times_as_long(tmp_path: Path) -> None:
     ended = threading.Event()
     with Watchdog(tmp_path, 0, limit_s=0.3, end=ended.set) as watchdog:
         watchdog.beat("own part", 20)
-        assert ended.wait(30)
+        assert ended.wait(LIMIT_S)
     note = json.loads((tmp_path / "hang/rank-00000.json").read_text())
     assert note["silent_s"] >= 1.2
 
@@ -110,16 +112,25 @@ def test_signs_of_life_keep_the_watchdog_quiet(tmp_path: Path) -> None:
     assert not (tmp_path / "hang").exists()
 
 
-def test_a_sign_in_the_midst_of_something_keeps_what_it_was(tmp_path: Path) -> None:
-    """As the batches of a validation give one each; what then hangs is still the validation."""
-    ended = threading.Event()
-    with Watchdog(tmp_path, 0, limit_s=2, end=ended.set) as watchdog:
-        watchdog.beat("own part", 1)
-        watchdog.beat("validation", 2)
-        for _ in range(15):
-            assert not ended.wait(0.2)
-            watchdog.alive()
-        assert ended.wait(30)
+def test_a_sign_in_the_midst_of_something_keeps_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the batches of a validation give one each; what then hangs is still the validation. On a clock of the test."""
+    clock, ended, looks = [0.0], list[float](), iter(range(10))
+
+    def wait(seconds: float) -> bool:
+        """Between two looks, whatever they are apart, a second goes by; only the first five see a sign."""
+        clock[0] += 1
+        if next(looks) < 5:
+            watched.alive()
+        return False
+
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    watched = Watchdog(tmp_path, 0, limit_s=2, end=lambda: ended.append(clock[0]))
+    monkeypatch.setattr(watched, "_over", SimpleNamespace(wait=wait))
+    watched._began = time.time()
+    watched.beat("own part", 1)
+    watched.beat("validation", 2)
+    watched._look()
+    assert ended == [9.0], "five with a sign, three until it is too long, one in which others may dump"
     note = json.loads((tmp_path / "hang/rank-00000.json").read_text())
     assert (note["doing"], note["step"]) == ("validation", 2)
 
@@ -160,13 +171,15 @@ def test_one_of_two_ranks_can_be_slow() -> None:
     assert Pace(["alone"]).judge([1.0], 2) == ({}, "")
 
 
-def test_pace_counts_own_work_and_waiting_for_data() -> None:
+def test_pace_counts_own_work_and_waiting_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([7.0, 7.5])
+    monkeypatch.setattr(pace_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     pace = Pace(["a", "b"])
     pace.begin()
     pace.meet()
     own = pace.own(rank=1, waited_for_data=2.0)
     assert own[0] == 0.0
-    assert 2.0 <= own[1] < 2.5
+    assert own[1] == 2.5
     assert pace.own(1, 0.0) == [0.0, 0.0], "the next window begins"
 
 

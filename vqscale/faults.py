@@ -14,7 +14,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +31,7 @@ ACTIONS = {
     "nan": "the loss is not a number",
     "enospc": "the disk is full",
     "slow": "a sleep of `seconds`",
+    "hold": "a wait until the process is asked to stop, or `file` is there",
     "truncate-shard": "the next shard that is opened ends in its middle",
 }
 """Action → what it does."""
@@ -45,8 +46,9 @@ POINTS = {
 }
 """Point → where it lies. At the three of a save, `step` counts finished steps."""
 
-_ONLY_AT = {"nan": "step", "truncate-shard": "loader", "enospc": "during-save"}
+_ONLY_AT = {"nan": "step", "hold": "step", "truncate-shard": "loader", "enospc": "during-save"}
 _LEFT_TO_THE_CALLER = {"nan", "truncate-shard"}
+_LOOK_S = 0.02
 _EXAMPLE = "kill:step=37,rank=1,point=during-save"
 
 
@@ -69,6 +71,8 @@ class Fault:
     """How often it happens before it is spent; each time in an attempt of its own."""
     seconds: float = 1.0
     """Length of `slow`."""
+    file: str = ""
+    """Path that ends `hold`."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -132,8 +136,13 @@ class Faults:
     def __bool__(self) -> bool:
         return bool(self._mine)
 
-    def at(self, point: str, step: int) -> set[str]:
+    def at(self, point: str, step: int, asked: Callable[[], object] = lambda: False) -> set[str]:
         """Let happen what is due here.
+
+        Args:
+            point: one of `POINTS`.
+            step: what is counted there.
+            asked: whether the process was asked to stop, which ends `hold`.
 
         Returns:
             Actions that are the caller's to carry out: `nan`, `truncate-shard`.
@@ -146,7 +155,7 @@ class Faults:
         for fault in due:
             self._mine.remove(fault)
             self._note(fault)
-            _happen(fault)
+            _happen(fault, asked)
         return {fault.action for fault in due} & _LEFT_TO_THE_CALLER
 
     def _note(self, fault: Fault) -> None:
@@ -170,13 +179,16 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
     return tuple(Fault.parse(part) for part in text.split(";") if part.strip())
 
 
-def _happen(fault: Fault) -> None:
+def _happen(fault: Fault, asked: Callable[[], object]) -> None:
     if fault.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.action == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault.action == "slow":
         time.sleep(fault.seconds)
+    elif fault.action == "hold":
+        while not asked() and not (fault.file and os.path.exists(fault.file)):
+            time.sleep(_LOOK_S)
     elif fault.action == "exception":
         raise InjectedError(f"fault on demand: {fault}")
     elif fault.action == "enospc":

@@ -49,9 +49,10 @@ def main() -> None:
 
 def hang(layout: RunLayout, stage: str) -> None:
     """Like a rank that cannot be asked: in a session of its own, deaf to TERM, with a child."""
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    child = subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True)
-    time.sleep(0.2)  # until the child is deaf
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()  # now it is deaf
     write_bytes(layout.stage(stage) / "pids", f"{os.getpid()} {child.pid}".encode())
     time.sleep(600)
 

@@ -36,7 +36,7 @@ class Vigil:
         self._watchdog.beat("own part", step)
         self.pace.begin()
         self.notice.begin()
-        return "nan" in self.faults.at("step", step)
+        return "nan" in self.faults.at("step", step, asked=lambda: self.notice.received)
 
     def meet(self, step: int) -> None:
         """This rank's own part is done, and it is about to wait for the others."""
