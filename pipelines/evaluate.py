@@ -15,6 +15,7 @@ from pipelines.stage import Stage, run_stage
 from vqscale.config.layout import RunLayout
 from vqscale.data.images import decode_whole
 from vqscale.data.manifest import CodeLevel
+from vqscale.data.order import evaluation_shards
 from vqscale.evaluation.markup import Picture
 from vqscale.evaluation.page import page
 from vqscale.files import read_json, write_bytes, write_json
@@ -47,8 +48,10 @@ def main(stage: Stage) -> dict[str, Any]:
 
 
 def own_images(stage: Stage) -> int:
-    """Images that a rank measures, and that classifiers learn from on it, about."""
-    return -(-image_source(stage, "validation").manifest.samples // stage.ranks.world) + classifier_images(stage)
+    """Images that a rank measures, and that classifiers learn from on it."""
+    counts = image_source(stage, "validation").manifest.counts
+    own = evaluation_shards(len(counts), stage.ranks.rank, stage.ranks.world)
+    return sum(counts[shard] for shard in own) + classifier_images(stage)
 
 
 def write_report(folder: Path, layout: RunLayout, report: dict[str, Any]) -> None:
