@@ -30,8 +30,8 @@ from vqscale.data.images import decode
 from vqscale.data.manifest import CodeLevel
 from vqscale.data.reader import EvaluationReader
 from vqscale.data.shards import open_shards
-from vqscale.export import TrainedTokenizer
 from vqscale.extraction import Extraction
+from vqscale.loading import TrainedTokenizer
 from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Donors
 from vqscale.models.vqvae import VQVAE

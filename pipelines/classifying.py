@@ -16,7 +16,7 @@ from vqscale.data.drawn import RECORD, DrawnSet, open_drawn
 from vqscale.data.image_source import ImageSource
 from vqscale.errors import UserError
 from vqscale.evaluation.accuracy import Share, accuracy, train_classifier
-from vqscale.export import TrainedTokenizer
+from vqscale.loading import TrainedTokenizer
 
 Change = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 

@@ -84,7 +84,7 @@ def require_tokenizer(run: str, *codes: ShardSet) -> Any:
     Raises:
         UserError: there is none, or the codes are another one's.
     """
-    from vqscale.export import load_tokenizer
+    from vqscale.loading import load_tokenizer
 
     tokenizer = load_tokenizer(run)
     for shards in codes:

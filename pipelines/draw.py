@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from pipelines import given
 from pipelines.data_report import print_json, progress
 from pipelines.draw_options import command_parser, levels_of, require_one_source, settings_of
-from pipelines.drawing import SHEET, conclude, drawn_set, fill
 from pipelines.processes import Alone, launch, ranks_of
+from pipelines.sample_folder import SHEET, conclude, drawn_set, fill
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import load_recipe
 from vqscale.config.recipe import Recipe, Sample
 from vqscale.data.drawn import DrawnSet
 from vqscale.errors import EXIT_USER_ERROR, UserError
-from vqscale.export import TrainedTokenizer, class_names, load_prior, load_tokenizer
+from vqscale.loading import TrainedTokenizer, class_names, load_prior, load_tokenizer
 from vqscale.models.prior import Prior
 from vqscale.sampling import chosen_classes, draw_images, labels_to_draw
 from vqscale.training.checkpoints.fitting import require_prior_of

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.classifying import classifier_images
-from pipelines.drawing import SHEET
 from pipelines.measuring import RECONSTRUCTIONS, measure
+from pipelines.sample_folder import SHEET
 from pipelines.sources import image_source
 from pipelines.stage import Stage, run_stage
 from vqscale.config.layout import RunLayout

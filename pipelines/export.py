@@ -12,8 +12,8 @@ from vqscale import storage
 from vqscale.arguments import RUN_HELP, OneLineParser, examples
 from vqscale.config.layout import RunLayout
 from vqscale.errors import EXIT_USER_ERROR, UserError
-from vqscale.exported import is_run
 from vqscale.exporting import export_run
+from vqscale.model_files import is_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

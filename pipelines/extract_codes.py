@@ -29,9 +29,9 @@ from vqscale.data.crops import Crops
 from vqscale.data.image_source import ImageSource
 from vqscale.data.manifest import MANIFEST, write_manifest
 from vqscale.events import EventLog
-from vqscale.export import TrainedTokenizer, load_tokenizer
 from vqscale.extraction import DIFFERENCES, Extraction
 from vqscale.files import clear_beside
+from vqscale.loading import TrainedTokenizer, load_tokenizer
 from vqscale.models.quantizer import usage_figures
 from vqscale.quarantine import Quarantine
 

@@ -21,7 +21,7 @@ from vqscale.data.keep import hide, kept_cells, pixel_mask, read_image
 from vqscale.data.labels import NO_LABEL
 from vqscale.data.sheet import labelled_sheet
 from vqscale.errors import UserError
-from vqscale.export import TrainedTokenizer
+from vqscale.loading import TrainedTokenizer
 from vqscale.storage import open_shard
 
 DRAWN = -1

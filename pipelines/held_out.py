@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from pipelines.sources import image_source
 from pipelines.stage import Stage
 from vqscale.data.image_source import ImageSource
+from vqscale.evaluation.image_nats import Fitted, Own, Pixels
 from vqscale.evaluation.likelihood import PixelLikelihood, fit_pixels
-from vqscale.evaluation.likelihoods import Fitted, Own, Pixels
 from vqscale.evaluation.measures import Shown
-from vqscale.export import Arrays, TrainedTokenizer
+from vqscale.loading import Arrays, TrainedTokenizer
 
 FIT_IMAGES = 1_024
 """Training images that the pixels' distribution is fitted to, the first ones of the shards."""

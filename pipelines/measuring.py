@@ -19,15 +19,15 @@ from vqscale.data.sheet import code_colours, colour_codes, labelled_sheet
 from vqscale.evaluation.estimates import LikelihoodEstimates, best_figures
 from vqscale.evaluation.features import FeatureNetwork, load_features
 from vqscale.evaluation.hours import HourCounts
+from vqscale.evaluation.image_nats import Likelihoods
 from vqscale.evaluation.latents import PosteriorStatistics, PosteriorSurgery
 from vqscale.evaluation.likelihood import LevelCodes
-from vqscale.evaluation.likelihoods import Likelihoods
 from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Measure, Shown, learned_figures
 from vqscale.evaluation.reconstructions import Reconstructions
 from vqscale.evaluation.samples import SampleQuality
 from vqscale.evaluation.sharpness import FIRST, MeanSharpness, Sharpness, shares
-from vqscale.export import TrainedTokenizer, load_prior, load_tokenizer
 from vqscale.files import write_bytes
+from vqscale.loading import TrainedTokenizer, load_prior, load_tokenizer
 from vqscale.models.lpips import load_lpips
 from vqscale.models.prior import Prior
 from vqscale.training.checkpoints.fitting import require_prior_of

@@ -20,7 +20,7 @@ from vqscale.arguments import RUN_HELP, OneLineParser, examples
 from vqscale.config.layout import RunLayout
 from vqscale.config.load import load_recipe
 from vqscale.errors import EXIT_USER_ERROR, UserError
-from vqscale.exported import is_run
+from vqscale.model_files import is_run
 from vqscale.training.distributed import Ranks
 
 

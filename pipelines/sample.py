@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.drawing import conclude, drawn_set, fill
+from pipelines.sample_folder import conclude, drawn_set, fill
 from pipelines.stage import Stage, run_stage
 from vqscale.data.drawn import DrawnSet
-from vqscale.export import class_names, load_prior, load_tokenizer
+from vqscale.loading import class_names, load_prior, load_tokenizer
 from vqscale.sampling import draw_images, labels_to_draw
 from vqscale.training.checkpoints.fitting import require_prior_of
 

@@ -14,7 +14,7 @@ from vqscale.checkpoint.manifest import CODES_OF
 from vqscale.config.inputs import check_levels
 from vqscale.data.code_source import CodeSource
 from vqscale.errors import UserError
-from vqscale.export import load_tokenizer
+from vqscale.loading import load_tokenizer
 from vqscale.sampling import preview
 from vqscale.training.build import build_prior, grid_shapes
 from vqscale.training.engine import Engine

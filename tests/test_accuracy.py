@@ -17,8 +17,8 @@ from tests.training_helpers import OneRank, stage_of, whole_stage
 from vqscale.config.classifier import Classifier as Settings
 from vqscale.errors import UserError
 from vqscale.evaluation.accuracy import Share, _batch, accuracy, train_classifier
-from vqscale.export import load_tokenizer
 from vqscale.files import read_json, write_json
+from vqscale.loading import load_tokenizer
 from vqscale.models.classifier import Classifier
 from vqscale.training.distributed import process_group
 

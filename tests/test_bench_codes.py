@@ -10,7 +10,7 @@ import pytest
 from benchmarks import codes, codes_read
 from benchmarks.harness import Bench, Options, WrongResultError
 from vqscale.data.manifest import CodeLevel
-from vqscale.export import TrainedTokenizer
+from vqscale.loading import TrainedTokenizer
 
 LEVELS = [CodeLevel(name="bottom", grid=4, codes=512), CodeLevel(name="top", grid=2, codes=512)]
 CODES = {

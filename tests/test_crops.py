@@ -23,7 +23,7 @@ from vqscale.data.images import decode, decode_whole, encode_jpeg, encode_png
 from vqscale.data.manifest import read_manifest
 from vqscale.data.shards import open_shards
 from vqscale.errors import UserError
-from vqscale.export import load_tokenizer
+from vqscale.loading import load_tokenizer
 
 SIZE = 16
 

@@ -21,7 +21,7 @@ from vqscale.data.drawn import open_drawn
 from vqscale.data.images import decode, encode_png
 from vqscale.data.keep import HALVES, hide, kept_cells, pixel_mask
 from vqscale.errors import UserError
-from vqscale.export import load_tokenizer
+from vqscale.loading import load_tokenizer
 
 SIZE = 16
 

@@ -164,7 +164,7 @@ def test_data_and_codes_belong_together(finished: Finished) -> None:
         assert (images.samples, codes.samples) == (count, count)
         assert images.classes == codes.classes == CLASSES
         assert [level.grid for level in codes.levels] == [4, 2]
-    from vqscale.export import load_tokenizer
+    from vqscale.loading import load_tokenizer
 
     assert load_tokenizer(layout.root).fingerprint == read_manifest(layout.codes("train")).fingerprint
 

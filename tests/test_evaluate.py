@@ -24,8 +24,8 @@ from tests.trained import copy_of, trained_run
 from tests.training_helpers import stage_of, whole_stage
 from vqscale.data.image_source import ImageSource
 from vqscale.data.shards import open_shards
-from vqscale.export import load_prior, load_tokenizer
 from vqscale.files import read_json
+from vqscale.loading import load_prior, load_tokenizer
 from vqscale.training.distributed import process_group
 
 DIMENSIONS = 16 * 16 * 3

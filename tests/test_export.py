@@ -19,9 +19,9 @@ from tests.training_helpers import tf32_allowed
 from vqscale import load_prior, load_tokenizer, storage
 from vqscale.config.layout import RunLayout
 from vqscale.errors import UserError
-from vqscale.exported import read_exported
 from vqscale.exporting import export_run
 from vqscale.files import write_json
+from vqscale.model_files import read_exported
 
 
 @pytest.fixture(scope="module")

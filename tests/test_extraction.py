@@ -27,8 +27,8 @@ from vqscale.data.manifest import read_manifest
 from vqscale.data.shards import open_shards
 from vqscale.data.verify import verify
 from vqscale.errors import UserError
-from vqscale.export import load_tokenizer
 from vqscale.files import read_json, write_json
+from vqscale.loading import load_tokenizer
 from vqscale.models.pixels import from_uint8
 from vqscale.training.distributed import process_group
 

@@ -31,7 +31,7 @@ LIGHT = (
 """Modules at the root of `vqscale` that every room may use; they import the standard library and each other."""
 
 MAY_IMPORT = {
-    "vqscale": {"vqscale.export"},  # the package itself: the names that users import, loaded on first use
+    "vqscale": {"vqscale.loading"},  # the package itself: the names that users import, loaded on first use
     **{f"vqscale.{name}": set() for name in LIGHT},
     # The three at the bottom. The recipe's checker reads manifests, which import neither numpy nor torch.
     "vqscale.config": {"vqscale.data"},
@@ -41,16 +41,16 @@ MAY_IMPORT = {
     "vqscale.models": set(),
     "vqscale.training": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.storage", "vqscale.checkpoint"},
     "vqscale.evaluation": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.storage"},
-    "vqscale.sampling": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.export"},
-    "vqscale.extraction": {"vqscale.data", "vqscale.storage", "vqscale.export"},
-    "vqscale.export": {
-        *("vqscale.config", "vqscale.data", "vqscale.models", "vqscale.training", "vqscale.exported"),
+    "vqscale.sampling": {"vqscale.config", "vqscale.data", "vqscale.models", "vqscale.loading"},
+    "vqscale.extraction": {"vqscale.data", "vqscale.storage", "vqscale.loading"},
+    "vqscale.loading": {
+        *("vqscale.config", "vqscale.data", "vqscale.models", "vqscale.training", "vqscale.model_files"),
     },
-    "vqscale.exported": {"vqscale.config", "vqscale.storage"},
+    "vqscale.model_files": {"vqscale.config", "vqscale.storage"},
     "vqscale.card": {"vqscale.config"},
     "vqscale.exporting": {
         *("vqscale.config", "vqscale.checkpoint", "vqscale.storage", "vqscale.training"),
-        *("vqscale.card", "vqscale.export", "vqscale.exported"),
+        *("vqscale.card", "vqscale.loading", "vqscale.model_files"),
     },
     "launcher": {"cluster", "vqscale.config", "vqscale.checkpoint"},
     "cluster": set(),

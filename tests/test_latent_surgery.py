@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.training_helpers import OneRank
+from vqscale.evaluation.image_nats import ImageNats
 from vqscale.evaluation.latent_surgery import active_units, aggregated_nats, dissect_latents
 from vqscale.evaluation.latents import PosteriorSurgery
-from vqscale.evaluation.likelihoods import ImageNats
 from vqscale.evaluation.measures import Shown
 from vqscale.models.density import normal_nats
 from vqscale.models.gaussian import draw_latents, one_row_each, posterior_nats

@@ -21,8 +21,8 @@ from vqscale.config.load import parse
 from vqscale.config.recipe import Recipe
 from vqscale.data import clocks
 from vqscale.errors import UserError
-from vqscale.export import load_prior, load_tokenizer
 from vqscale.exporting import export_run
+from vqscale.loading import load_prior, load_tokenizer
 from vqscale.models.pixels import from_uint8, to_uint8
 from vqscale.models.raw_pixels import RawPixels
 from vqscale.training.distributed import process_group

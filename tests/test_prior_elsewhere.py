@@ -21,7 +21,7 @@ from vqscale.config.inputs import check_inputs
 from vqscale.config.load import load_recipe
 from vqscale.data.manifest import read_manifest, write_manifest
 from vqscale.errors import UserError
-from vqscale.export import load_prior
+from vqscale.loading import load_prior
 from vqscale.models.generate import Sampling
 from vqscale.training.checkpoints.fitting import require_prior_of
 

@@ -12,8 +12,8 @@ import torch
 
 from tests.training_helpers import Experiment, clock_run, one_process, tokenizer_experiment
 from vqscale.config.layout import RunLayout
-from vqscale.export import TrainedTokenizer, load_tokenizer
 from vqscale.exporting import export_run
+from vqscale.loading import TrainedTokenizer, load_tokenizer
 from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Codebook
 from vqscale.training.checkpoints.reader import content_hash, require

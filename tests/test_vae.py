@@ -25,8 +25,8 @@ from vqscale.models import bounds
 from vqscale.models.autoregressive import AutoregressivePixels
 from vqscale.models.latent_watch import divergence
 from vqscale.models.latents import centres, draw
-from vqscale.models.likelihoods import GaussianPixels, MixturePixels, PixelDistribution, log_probability
 from vqscale.models.noise import uniforms_of
+from vqscale.models.pixel_distributions import GaussianPixels, MixturePixels, PixelDistribution, log_probability
 from vqscale.models.pixels import from_uint8
 from vqscale.models.vae import VAE
 from vqscale.training.build import build_tokenizer

@@ -31,8 +31,8 @@ from vqscale.data import clocks
 from vqscale.data.manifest import read_manifest
 from vqscale.data.shards import open_shards
 from vqscale.errors import UserError
-from vqscale.export import load_prior, load_tokenizer
 from vqscale.exporting import export_run
+from vqscale.loading import load_prior, load_tokenizer
 from vqscale.training.distributed import Ranks, process_group
 
 pytestmark = pytest.mark.dist

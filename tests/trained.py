@@ -12,7 +12,7 @@ from tests.recipes import write_recipe
 from tests.training_helpers import clock_run, code_shards, save_network
 from vqscale.config.layout import RunLayout
 from vqscale.data import clocks
-from vqscale.export import load_tokenizer
+from vqscale.loading import load_tokenizer
 from vqscale.models.pixels import from_uint8
 from vqscale.models.quantizer import Donors
 from vqscale.models.vqvae import VQVAE

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vqscale.version import __version__
 
 if TYPE_CHECKING:
-    from vqscale.export import load_prior, load_tokenizer
+    from vqscale.loading import load_prior, load_tokenizer
 
 __all__ = ["__version__", "load_prior", "load_tokenizer"]
 
@@ -21,7 +21,7 @@ __all__ = ["__version__", "load_prior", "load_tokenizer"]
 def __getattr__(name: str) -> Any:
     # torch is imported on first use only: the launcher imports this package too.
     if name in __all__:
-        from vqscale import export
+        from vqscale import loading
 
-        return getattr(export, name)
+        return getattr(loading, name)
     raise AttributeError(f"module 'vqscale' has no attribute '{name}'")

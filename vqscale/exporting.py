@@ -15,9 +15,9 @@ from vqscale.config.exported import CARD, CONFIG, PRIOR, TOKENIZER, Exported
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
 from vqscale.errors import UserError
-from vqscale.export import class_names, load_prior, load_tokenizer
-from vqscale.exported import pack_weights, stored, write_exported
 from vqscale.files import read_json
+from vqscale.loading import class_names, load_prior, load_tokenizer
+from vqscale.model_files import pack_weights, stored, write_exported
 from vqscale.training.checkpoints.fitting import require_prior_of
 
 

@@ -18,7 +18,7 @@ from vqscale.data.code_records import PLAIN, CodeRecord, Views
 from vqscale.data.codes import CodeBlock, write_code_shard
 from vqscale.data.image_source import ImageSource
 from vqscale.data.manifest import CodeLevel
-from vqscale.export import Arrays, TrainedTokenizer
+from vqscale.loading import Arrays, TrainedTokenizer
 
 DIFFERENCES = ("codes_differ_from_fp32", "posteriors_differ_from_fp32")
 """Names of what `Extraction.difference_from_fp32` gives: of codes, and of Gaussian posteriors."""

@@ -13,7 +13,7 @@ from vqscale.config.recipe import Sample
 from vqscale.data.labels import NO_LABEL
 from vqscale.data.sheet import labelled_sheet
 from vqscale.errors import UserError
-from vqscale.export import TrainedTokenizer
+from vqscale.loading import TrainedTokenizer
 from vqscale.models.generate import Sampling
 from vqscale.models.prior import Prior
 from vqscale.seeds import mix

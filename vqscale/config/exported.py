@@ -8,7 +8,7 @@ from pydantic import Field
 
 from vqscale.config.recipe import Prior
 from vqscale.config.section import Positive, Section
-from vqscale.config.tokenizers import Tokenizer
+from vqscale.config.tokenizer_kinds import Tokenizer
 from vqscale.data.manifest import CodeLevel
 
 CONFIG, TOKENIZER, PRIOR, CARD = "config.json", "tokenizer.safetensors", "prior.safetensors", "README.md"

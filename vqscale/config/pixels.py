@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from vqscale.config.tokenizer import TokenizerSection
+from vqscale.config.tokenizer_base import TokenizerSection
 from vqscale.data.manifest import CodeLevel
 
 

@@ -15,7 +15,7 @@ from vqscale.config.latents import ContinuousLatents
 from vqscale.config.prior import Network, kinds_for, spans
 from vqscale.config.resources import Resources
 from vqscale.config.section import Fraction, Places, Positive, Section
-from vqscale.config.tokenizers import Tokenizer
+from vqscale.config.tokenizer_kinds import Tokenizer
 from vqscale.config.training import Training
 from vqscale.data.manifest import CodeLevel
 from vqscale.stages import STAGES, TRAINED

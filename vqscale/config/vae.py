@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from vqscale.config.section import Positive, Section, kind_or
-from vqscale.config.tokenizer import HierarchySection, LevelSection
+from vqscale.config.tokenizer_base import HierarchySection, LevelSection
 from vqscale.data.manifest import CodeLevel
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from vqscale.config.section import Fraction, Places, Positive, Section
-from vqscale.config.tokenizer import HierarchySection, LevelSection
+from vqscale.config.tokenizer_base import HierarchySection, LevelSection
 from vqscale.data.manifest import CodeLevel
 
 

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from vqscale.data.manifest import CodeLevel
+from vqscale.evaluation.image_nats import Likelihoods
 from vqscale.evaluation.latent_surgery import active_units, dissect_latents
-from vqscale.evaluation.likelihoods import Likelihoods
 from vqscale.evaluation.measures import Shown, Together
 from vqscale.models.gaussian import one_row_each
 from vqscale.models.latent_watch import LatentWatch

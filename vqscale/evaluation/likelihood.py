@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqscale.evaluation.metrics import Doubles
-from vqscale.models.likelihoods import Family, log_probability
+from vqscale.models.pixel_distributions import Family, log_probability
 
 _FIT_PIXELS = 256  # of each image that the scales are fitted to
 _NARROWEST, _WIDEST, _PRECISION = 1e-3, 1e3, 1e-4  # of a scale in grey levels, and of its logarithm

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqscale.models.likelihoods import MixturePixels, PixelDistribution
 from vqscale.models.noise import uniforms_of
+from vqscale.models.pixel_distributions import MixturePixels, PixelDistribution
 from vqscale.models.pixelcnn import GatedLayer, PixelSteps
 
 _UNIFORMS = 4  # of a pixel: which component, and one a colour

@@ -20,7 +20,7 @@ from vqscale.models.density import normal_nats
 from vqscale.models.gaussian import means_and_scales
 from vqscale.models.hierarchy import Hierarchy, contexts, encoders, upsamplers
 from vqscale.models.latents import draw
-from vqscale.models.likelihoods import PixelDistribution
+from vqscale.models.pixel_distributions import PixelDistribution
 from vqscale.models.pixelcnn import GatedLayer
 from vqscale.models.tokenizer import silenced
 

@@ -8,8 +8,8 @@ from typing import Any
 from vqscale.config.pixels import Pixels
 from vqscale.config.prior import spans
 from vqscale.config.recipe import Prior
-from vqscale.config.tokenizer import HierarchySection, LevelSection
-from vqscale.config.tokenizers import Tokenizer
+from vqscale.config.tokenizer_base import HierarchySection, LevelSection
+from vqscale.config.tokenizer_kinds import Tokenizer
 from vqscale.config.vae import GaussianVAE
 from vqscale.config.vqvae2 import VQVAE2, Level
 from vqscale.data.manifest import CodeLevel
@@ -21,10 +21,10 @@ from vqscale.models.convnets import Widths
 from vqscale.models.density import Normal
 from vqscale.models.dequantized import Dequantized
 from vqscale.models.iaf import IAF
-from vqscale.models.likelihoods import GaussianPixels, MixturePixels, PixelDistribution
 from vqscale.models.maf import MAF
 from vqscale.models.masked import Masked
 from vqscale.models.network import GridShape, Network
+from vqscale.models.pixel_distributions import GaussianPixels, MixturePixels, PixelDistribution
 from vqscale.models.pixelcnn import PixelCNN
 from vqscale.models.prior import Prior as PriorNetwork
 from vqscale.models.quantizer import Codebook

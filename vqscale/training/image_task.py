@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vqscale.config.tokenizer import TokenizerSection
+from vqscale.config.tokenizer_base import TokenizerSection
 from vqscale.errors import UserError
 from vqscale.models.pixels import from_uint8
 from vqscale.training.averaging import AveragedWeights

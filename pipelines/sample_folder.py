@@ -14,8 +14,8 @@ from vqscale.config.recipe import Sample
 from vqscale.data.drawn import DrawnSet, write_parts
 from vqscale.data.images import encode_png
 from vqscale.data.sheet import labelled_sheet
-from vqscale.export import TrainedTokenizer
 from vqscale.files import write_bytes
+from vqscale.loading import TrainedTokenizer
 from vqscale.models.prior import Prior
 from vqscale.training.checkpoints.reader import content_hash
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from vqscale.config.exported import PRIOR, TOKENIZER
 from vqscale.config.layout import RunLayout
 from vqscale.config.recipe import Recipe
-from vqscale.config.tokenizers import Tokenizer
+from vqscale.config.tokenizer_kinds import Tokenizer
 from vqscale.data.manifest import read_manifest
 from vqscale.errors import UserError
-from vqscale.exported import fill, is_run, read_exported
+from vqscale.model_files import fill, is_run, read_exported
 from vqscale.models.fp32 import exact_fp32
 from vqscale.models.latents import centres, draw
 from vqscale.models.noise import normals_of
