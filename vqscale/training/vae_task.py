@@ -61,7 +61,7 @@ class VAETask(ImageTask):
         self._values = sum(channels * side**2 for channels, side in self._shapes)
         self._dimensions = fixed[0].size
         device = engine.ranks.device
-        self._watch, self._met, self._judge = (LatentWatch(levels, self._shapes, device) for _ in range(3))
+        self._watch, self._met, self._held_out_watch = (LatentWatch(levels, self._shapes, device) for _ in range(3))
         self._latest = [torch.full((channels,), math.inf, device=device) for channels, _ in self._shapes]
         self._step = 0
         self.warnings: dict[str, str] = {}
@@ -137,7 +137,7 @@ class VAETask(ImageTask):
         with self.engine.autocast():
             terms = network(pixels, noise)
             rebuilt = network.decode(centres(terms.posteriors))
-        self._judge.see(terms.posteriors)
+        self._held_out_watch.see(terms.posteriors)
         divergences = [divergence(posterior) for posterior in terms.posteriors]
         bits = -bounds.elbo(terms, divergences) / self._dimensions / math.log(2)
         each = (bits, *(own.sum(dim=1) for own in divergences))
@@ -145,10 +145,10 @@ class VAETask(ImageTask):
 
     def validate(self) -> dict[str, float]:
         """What is `measured`, a mean over held-out images, and each level's share of active units over all of them."""
-        self._judge.forget()
+        self._held_out_watch.forget()
         figures = super().validate()
-        self._judge.meet(self.engine.ranks.sum)
-        return figures | {f"active_{name}": level["active"] for name, level in self._judge.figures().items()}
+        self._held_out_watch.meet(self.engine.ranks.sum)
+        return figures | {f"active_{name}": level["active"] for name, level in self._held_out_watch.figures().items()}
 
     def draw(self, network: VAE, step: int, tracker: Tracker) -> None:
         """The fixed images beside their reconstructions; what the prior N(0, 1) makes; divergences by channel."""
