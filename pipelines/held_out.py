@@ -11,8 +11,8 @@ from pipelines.sources import image_source
 from pipelines.stage import Stage
 from vqscale.data.image_source import ImageSource
 from vqscale.evaluation.image_nats import Fitted, Own, Pixels
-from vqscale.evaluation.likelihood import PixelLikelihood, fit_pixels
 from vqscale.evaluation.measures import Shown
+from vqscale.evaluation.pixel_fit import PixelLikelihood, fit_pixels
 from vqscale.loading import Arrays, TrainedTokenizer
 
 FIT_IMAGES = 1_024

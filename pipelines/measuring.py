@@ -16,12 +16,12 @@ from vqscale.checkpoint.folder import steps
 from vqscale.data.drawn import RECORD, DrawnSet, open_drawn
 from vqscale.data.images import encode_png
 from vqscale.data.sheet import code_colours, colour_codes, labelled_sheet
+from vqscale.evaluation.bits import LevelCodes
 from vqscale.evaluation.estimates import LikelihoodEstimates, best_figures
 from vqscale.evaluation.features import FeatureNetwork, load_features
 from vqscale.evaluation.hours import HourCounts
 from vqscale.evaluation.image_nats import Likelihoods
 from vqscale.evaluation.latents import PosteriorStatistics, PosteriorSurgery
-from vqscale.evaluation.likelihood import LevelCodes
 from vqscale.evaluation.measures import CodeStatistics, FeatureDistance, Measure, Shown, learned_figures
 from vqscale.evaluation.reconstructions import Reconstructions
 from vqscale.evaluation.samples import SampleQuality

@@ -10,16 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from vqscale.evaluation.likelihood import (
-    Family,
-    LevelCodes,
-    PixelLikelihood,
-    fit_pixels,
-    log_probability,
-    prior_figures,
-    standard_error,
-    uniform_figures,
-)
+from vqscale.evaluation.bits import LevelCodes, prior_figures, standard_error, uniform_figures
+from vqscale.evaluation.pixel_fit import PixelLikelihood, fit_pixels
+from vqscale.models.pixel_distributions import Family, log_probability
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 LEVELS = torch.arange(256, dtype=torch.float64)

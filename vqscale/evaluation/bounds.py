@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqscale.evaluation.likelihood import standard_error
+from vqscale.evaluation.bits import standard_error
 from vqscale.models.bounds import log_mean_exp
 from vqscale.models.generate import Draws, Sampling
 from vqscale.models.latents import draw

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vqscale.config.latents import ContinuousLatents
+from vqscale.evaluation.bits import standard_error
 from vqscale.evaluation.bounds import (
     Estimate,
     importance_bound,
@@ -19,7 +20,6 @@ from vqscale.evaluation.bounds import (
     weights_from_posterior,
     weights_from_prior,
 )
-from vqscale.evaluation.likelihood import standard_error
 from vqscale.evaluation.measures import Shown, Together
 from vqscale.evaluation.metrics import Doubles
 from vqscale.models.prior import Prior

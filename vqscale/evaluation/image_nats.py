@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqscale.evaluation.likelihood import LevelCodes, PixelLikelihood, normal_figures, prior_figures, uniform_figures
+from vqscale.evaluation.bits import LevelCodes, normal_figures, prior_figures, uniform_figures
 from vqscale.evaluation.measures import Shown, Together
 from vqscale.evaluation.metrics import Doubles
+from vqscale.evaluation.pixel_fit import PixelLikelihood
 from vqscale.models.density import normal_nats
 from vqscale.models.prior import Prior
 from vqscale.models.tokenizer import CERTAIN

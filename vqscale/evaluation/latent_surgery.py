@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqscale.evaluation.likelihood import standard_error
+from vqscale.evaluation.bits import standard_error
 from vqscale.models.gaussian import component_nats, means_and_scales, posterior_nats
 from vqscale.models.latent_watch import ACTIVE_ABOVE
 
