@@ -25,8 +25,9 @@ from vqscale.models.conditioning import Conditioner
 from vqscale.models.convnets import Stack
 from vqscale.models.generate import LOGIT_BYTES, Draws
 from vqscale.models.network import CodeNetwork, GridShape
-from vqscale.models.pass_order import Order, make_passes, spread_parts, wave_parts
+from vqscale.models.pass_order import Order, Passes, make_passes, spread_parts, wave_parts
 from vqscale.models.steady import steady
+from vqscale.models.steady_block import SteadyBlock
 from vqscale.models.transformer_block import (
     Block,
     Feed,
@@ -36,9 +37,6 @@ from vqscale.models.transformer_block import (
     attend,
     initialise,
     make_norm,
-    merge_heads,
-    rotate,
-    split_heads,
 )
 from vqscale.models.transformer_body import turns_of
 
@@ -116,15 +114,7 @@ class Blockwise(CodeNetwork):
         parts = wave_parts(side) if order == "wave" else spread_parts(side, passes, schedule)
         passed = make_passes(side, parts, window)
         self.starts, self.sizes = passed.starts, passed.sizes
-        for name, table in {"order": passed.order, "place": passed.order.argsort(), "carried": passed.carried}.items():
-            self.register_buffer(name, table, persistent=False)
-        self.order: Tensor
-        self.place: Tensor
-        self.carried: Tensor
-        self.register_buffer("near", passed.near, persistent=False)
-        self.near: Tensor
-        self.register_buffer("seen", passed.seen, persistent=False)
-        self.seen: Tensor
+        self._keep_places(passed)
         self.tokens = nn.Embedding(self.grid.codes + 1, width)  # the last one stands for "none before"
         self.neighbours = nn.Embedding(self.grid.codes + 2, width)  # then "not drawn yet" and "outside of the grid"
         self.around = nn.Linear(width, (window**2 - 1) * width, bias=False)
@@ -138,6 +128,17 @@ class Blockwise(CodeNetwork):
         self.norm = make_norm(shape)
         self.head = nn.Linear(width, self.grid.codes, bias=False)
         initialise(self, layers)
+
+    def _keep_places(self, passed: Passes) -> None:
+        """Which cell each place is about and what it is told, as buffers that no checkpoint holds."""
+        tables = {"order": passed.order, "place": passed.order.argsort(), "carried": passed.carried}
+        for name, table in {**tables, "near": passed.near, "seen": passed.seen}.items():
+            self.register_buffer(name, table, persistent=False)
+        self.order: Tensor
+        self.place: Tensor
+        self.carried: Tensor
+        self.near: Tensor
+        self.seen: Tensor
 
     def forward(self, given: Sequence[Tensor], codes: Sequence[Tensor], classes: Tensor) -> list[Tensor]:
         """Logits [[B, side², K]] of every code given those of the passes before."""
@@ -241,11 +242,7 @@ class PassSteps:
 
     def __init__(self, block: PassBlock, rows: int, length: int, dtype: torch.dtype | None = None) -> None:
         shape, weight = block.shape, block.project.weight
-        first, self._bend, last = block.feed
-        assert isinstance(first, nn.Linear)
-        assert isinstance(last, nn.Linear)
-        self._block, self._into, self._out = block, steady(first, dtype), steady(last, dtype)
-        self._query_key_value, self._project = steady(block.query_key_value, dtype), steady(block.project, dtype)
+        self._block = SteadyBlock(block, dtype)
         self._keys = weight.new_empty(rows, shape.groups, length, shape.head_width, dtype=dtype)
         self._values = torch.empty_like(self._keys)
 
@@ -257,11 +254,10 @@ class PassSteps:
             start: place of the first.
             turns: rotations [2, n, d / 2] of the positions.
         """
-        query, key, value = split_heads(self._query_key_value(self._block.norm_attention(x)), self._block.shape)
-        if turns is not None:
-            query, key = rotate(query, turns), rotate(key, turns)
         stop = start + x.shape[1]
-        self._keys[:, :, start:stop], self._values[:, :, start:stop] = key, value
-        mixed = attend(query, self._keys[:, :, :stop], self._values[:, :, :stop], causal=False)
-        x = x + self._project(merge_heads(mixed))
-        return x + self._out(self._bend(self._into(self._block.norm_feed(x))))
+
+        def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self._keys[:, :, start:stop], self._values[:, :, start:stop] = key, value
+            return attend(query, self._keys[:, :, :stop], self._values[:, :, :stop], causal=False)
+
+        return self._block(x, turns, mix)

@@ -9,7 +9,7 @@ To draw, all masked codes are drawn at once, and those stay that the network is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from vqscale.models.generate import LOGIT_BYTES, Draws
 from vqscale.models.network import CodeNetwork, GridShape, nats
 from vqscale.models.pass_order import SCHEDULES
 from vqscale.models.steady import steady
+from vqscale.models.steady_block import SteadyBlock
 from vqscale.models.transformer_block import (
     Block,
     Feed,
@@ -29,9 +30,6 @@ from vqscale.models.transformer_block import (
     Shape,
     attend,
     make_norm,
-    merge_heads,
-    rotate,
-    split_heads,
 )
 from vqscale.models.transformer_body import turns_of
 
@@ -165,7 +163,7 @@ class MaskedSteps:
     def __init__(self, network: Masked, context: Tensor, dtype: torch.dtype | None = None) -> None:
         self._network, self._context = network, context
         self._around, self._head = steady(network.around, dtype), steady(network.head, dtype)
-        self._blocks = [_steady_block(block, dtype) for block in network.blocks if isinstance(block, Block)]
+        self._blocks = [SteadyBlock(block, dtype) for block in network.blocks if isinstance(block, Block)]
 
     def logits(self, flat: Tensor) -> Tensor:
         """Logits [B, side², K] of codes [B, side²], negative where they are masked."""
@@ -173,27 +171,12 @@ class MaskedSteps:
         windows = F.unfold(cells.transpose(1, 2).unflatten(2, (side, side)), 3, padding=1).transpose(1, 2)
         x = cells + self._around(windows) + self._context
         for block in self._blocks:
-            x = block(x, self._network.turns)
+            x = block(x, self._network.turns, _see_all)
         return self._head(self._network.norm(x))
 
 
-def _steady_block(block: Block, dtype: torch.dtype | None) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """A block's forward without dropout, with linear layers that are `steady`."""
-    first, bend, last = block.feed
-    assert isinstance(first, nn.Linear)
-    assert isinstance(last, nn.Linear)
-    query_key_value, project, into, out = (
-        steady(layer, dtype) for layer in (block.query_key_value, block.project, first, last)
-    )
-
-    def run(x: Tensor, turns: Tensor | None) -> Tensor:
-        query, key, value = split_heads(query_key_value(block.norm_attention(x)), block.shape)
-        if turns is not None:
-            query, key = rotate(query, turns), rotate(key, turns)
-        x = x + project(merge_heads(attend(query, key, value, causal=False)))
-        return x + out(bend(into(block.norm_feed(x))))
-
-    return run
+def _see_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attend(query, key, value, causal=False)
 
 
 def _keep_surest(codes: Tensor, drawn: Tensor, sure: Tensor, left: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vqscale.models.generate import Draws
 from vqscale.models.steady import Linear, steady
-from vqscale.models.transformer_block import Block, attend, merge_heads, rotate, split_heads
+from vqscale.models.steady_block import SteadyBlock
+from vqscale.models.transformer_block import Block, attend
 from vqscale.models.transformer_body import TransformerBody
 
 STRETCH = 256
@@ -35,10 +36,7 @@ class BlockSteps:
 
     def __init__(self, block: Block, rows: int, length: int, dtype: torch.dtype | None = None) -> None:
         shape, weight = block.shape, block.project.weight
-        self._shape, self._block = shape, block
-        self._query_key_value, self._project = steady(block.query_key_value, dtype), steady(block.project, dtype)
-        first, self._bend, last = block.feed
-        self._into, self._out = _linear(first, dtype), _linear(last, dtype)
+        self._block = SteadyBlock(block, dtype)
         # Zeros: what is masked may not be NaN, of which even nothing is NaN.
         self._keys = weight.new_zeros(rows, shape.groups, length, shape.head_width, dtype=dtype)
         self._values = torch.zeros_like(self._keys)
@@ -53,14 +51,13 @@ class BlockSteps:
             mask: bool [1, 1, 1, end], what of that is filled; None: all of it.
             turns: rotations [2, 1, d / 2] of the position.
         """
-        query, key, value = split_heads(self._query_key_value(self._block.norm_attention(x)), self._shape)
-        if turns is not None:
-            query, key = rotate(query, turns), rotate(key, turns)
-        self._keys.index_copy_(2, at, key)
-        self._values.index_copy_(2, at, value)
-        out = attend(query, self._keys[:, :, :end], self._values[:, :, :end], mask)
-        x = x + self._project(merge_heads(out))
-        return x + self._out(self._bend(self._into(self._block.norm_feed(x))))
+
+        def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self._keys.index_copy_(2, at, key)
+            self._values.index_copy_(2, at, value)
+            return attend(query, self._keys[:, :, :end], self._values[:, :, :end], mask)
+
+        return self._block(x, turns, mix)
 
 
 class Decoder:
