@@ -2,7 +2,8 @@
 
 A step begins with image bytes and ends with moved weights and codes. Ours goes through the engine and the task that
 train; the peers are the same layers in plain torch with vector-quantize-pytorch. The ceiling is the convolutions of all
-layers by themselves, in bf16, forward and backward. It runs on the GPU where there is one, else on two threads.
+layers by themselves, forward and backward. It runs on the GPU where there is one, else on two threads; ours and the
+ceiling in bf16, but in fp32 on a processor that has no units for bf16, as `precision: auto` does.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from vqscale.config.load import load_recipe
 from vqscale.config.recipe import Recipe
 from vqscale.config.vqvae2 import VQVAE2
 from vqscale.models.vqvae import VQVAE
+from vqscale.processor import has_bf16
 from vqscale.seeds import mix
 from vqscale.training.build import build_tokenizer
 from vqscale.training.distributed import Ranks
@@ -64,6 +66,16 @@ class Problem:
     """uint8 [B, S, S, 3] each, on the device."""
     steps: int
     """Steps of a lap."""
+
+    @property
+    def half(self) -> bool:
+        """Whether ours and the ceiling compute in bf16."""
+        return self.settings.training.precision == "bf16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which they do."""
+        return torch.bfloat16 if self.half else torch.float32
 
     @property
     def grids(self) -> list[int]:
@@ -128,19 +140,21 @@ def run(bench: Bench) -> None:
         layers = layers_of(ours.network, problem.settings, problem.recipe.data.image_size)
         describe(bench, problem, layers)
         ours.step(problem.sets[0])  # sets the first codes from its latents
-        check_cost(bench, layers, problem.batch, lambda: ours.step(problem.sets[1]))
+        check_cost(bench, layers, problem.batch, problem.dtype.itemsize, lambda: ours.step(problem.sets[1]))
         contenders = [problem.contender("ours", ours.step), *peers(bench, problem, ours.network)]
         limits = [ceiling(layers, problem), peak(layers, problem)]
         race = bench.race("training steps", [*contenders, *limits])
     keep(bench, problem, race, contenders)
-    bounds(bench, race, sum(layer.training_flops for layer in layers))
+    bounds(bench, race, problem, sum(layer.training_flops for layer in layers))
 
 
 def make_problem(quick: bool, device: torch.device) -> Problem:
     """Recipe `imagenet256` on one process, with a batch that fits, and smooth noise for images."""
     large = _GPU_BATCH if device.type == "cuda" else _CPU_BATCH
     batch = _QUICK_BATCH if quick else large
-    changed = ("resources.processes=1", f"tokenizer.training.global_batch={batch}", *(SMALL if quick else ()))
+    precision = "bf16" if device.type != "cpu" or has_bf16() else "fp32"
+    changed = ("resources.processes=1", f"tokenizer.training.global_batch={batch}")
+    changed += (f"tokenizer.training.precision={precision}", *(SMALL if quick else ()))
     recipe = load_recipe(RECIPE, changed)
     assert isinstance(recipe.tokenizer, VQVAE2)
     side, generator = recipe.data.image_size, torch.Generator().manual_seed(0)
@@ -169,13 +183,15 @@ def describe(bench: Bench, problem: Problem, layers: Sequence[Convolution]) -> N
         "device": problem.device.type,
         "threads": THREADS,
         "images": "smooth noise, uint8, in memory; three batches take turns",
-        "ours": "bf16 autocast, channels last, gradient clipping, AdamW, restarts, as the recipe has it",
+        "precision": problem.settings.training.precision,
+        "ours": f"{'bf16 autocast' if problem.half else 'fp32'}, channels last, gradient clipping, AdamW, restarts, as "
+        "the recipe has it",
         "plain": "fp32, NCHW, Adam without clipping; VectorQuantize with the recipe's decay and commitment, "
         "rotation_trick=False (straight through, as ours, and cheaper), otherwise its defaults (no restarts)",
         "plain_bf16": "the same under bf16 autocast",
         "flops_per_image": sum(layer.training_flops for layer in layers),
         "search_flops_per_image": search_flops(*sizes),
-        "conv_bytes_per_batch": sum(layer.training_bytes(problem.batch) for layer in layers),
+        "conv_bytes_per_batch": sum(layer.training_bytes(problem.batch, problem.dtype.itemsize) for layer in layers),
     }
 
 
@@ -188,7 +204,11 @@ def peers(bench: Bench, problem: Problem, ours: VQVAE) -> Iterator[Contender]:
     settings = problem.settings
     level, commitment = settings.levels[0], settings.quantizer.commitment
     shape = Shape(settings.hidden, settings.residual_blocks, settings.residual_hidden, level.dim, level.codes)
-    for name, half in (("plain", False), ("plain_bf16", True)):
+    ways = [("plain", False), ("plain_bf16", True)]
+    if not problem.half:
+        bench.skip("bf16", "this processor has no units for it: ours and the ceiling are in fp32, as its peer")
+        ways.pop()
+    for name, half in ways:
         network = PlainVQVAE2(package, shape, settings.quantizer.decay, commitment).to(problem.device)
         if not half:
             check_networks(bench, ours, network, normalised(problem.sets[2][:2]), commitment)
@@ -199,7 +219,7 @@ def peers(bench: Bench, problem: Problem, ours: VQVAE) -> Iterator[Contender]:
 
 def ceiling(layers: Sequence[Convolution], problem: Problem) -> Contender:
     """Forward and backward of every layer's convolution, one after the other, and nothing else."""
-    calls = [call for layer in layers for call in alone(layer, problem.batch, problem.device)]
+    calls = [call for layer in layers for call in alone(layer, problem.batch, problem.device, problem.dtype)]
 
     def step(_: Tensor) -> None:
         for call in calls:
@@ -211,7 +231,7 @@ def ceiling(layers: Sequence[Convolution], problem: Problem) -> Contender:
 def peak(layers: Sequence[Convolution], problem: Problem) -> Contender:
     """The forward of that 3×3 layer that has the most operations; operations."""
     layer = max((layer for layer in layers if layer.kernel == 3), key=lambda layer: layer.flops)
-    forward, _ = alone(layer, problem.batch, problem.device)
+    forward, _ = alone(layer, problem.batch, problem.device, problem.dtype)
 
     def work() -> float:
         for _ in range(8 * problem.steps):
@@ -222,12 +242,18 @@ def peak(layers: Sequence[Convolution], problem: Problem) -> Contender:
     return Contender("peak", work)
 
 
-def alone(layer: Convolution, batch: int, device: torch.device) -> tuple[Callable[[], Tensor], Callable[[], object]]:
-    """Forward and backward of a layer without its bias, in bf16 and channels-last memory."""
+def alone(
+    layer: Convolution, batch: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], Callable[[], object]]:
+    """Forward and backward of a layer without its bias, in channels-last memory."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
+
     ends = (layer.inputs, layer.outputs) if layer.transposed else (layer.outputs, layer.inputs)
-    image = _half((batch, layer.inputs, layer.side, layer.side), device)
-    gradient = _half((batch, layer.outputs, layer.out_side, layer.out_side), device)
-    kernel = _half((*ends, layer.kernel, layer.kernel), device)
+    image = random(batch, layer.inputs, layer.side, layer.side)
+    gradient = random(batch, layer.outputs, layer.out_side, layer.out_side)
+    kernel = random(*ends, layer.kernel, layer.kernel)
     stride, padding = [layer.stride] * 2, [layer.padding] * 2
     options = (stride, padding, [1, 1], layer.transposed, [0, 0], 1)
     wanted = [not layer.first, True, False]
@@ -235,10 +261,6 @@ def alone(layer: Convolution, batch: int, device: torch.device) -> tuple[Callabl
         lambda: torch.ops.aten.convolution(image, kernel, None, *options),
         lambda: torch.ops.aten.convolution_backward(gradient, image, kernel, None, *options, wanted),
     )
-
-
-def _half(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.randn(shape, device=device).bfloat16().to(memory_format=torch.channels_last)
 
 
 def keep(bench: Bench, problem: Problem, race: Race, contenders: Sequence[Contender]) -> None:
@@ -251,13 +273,13 @@ def keep(bench: Bench, problem: Problem, race: Race, contenders: Sequence[Conten
             bench.ratio(f"vs_{name}_peer", race.rates("ours"), race.rates(name))
 
 
-def bounds(bench: Bench, race: Race, flops: int) -> None:
+def bounds(bench: Bench, race: Race, problem: Problem, flops: int) -> None:
     """Ours against the convolutions by themselves, and against the best rate that any of them has."""
     rates = race.rates("ours")
     bench.figure("ours_gflops", [rate * flops / 1e9 for rate in rates], "GFLOP/s")
     formula = (
         "forward, gradient of the kernel and gradient of the input of every layer's convolution, one after the other, "
-        "bf16, channels last, no bias: a step in which nothing else costs time"
+        f"{problem.settings.training.precision}, channels last, no bias: a step in which nothing else costs time"
     )
     bench.floor("convolutions", race.rates("convolutions"), _UNIT, formula)
     bench.ratio("fraction_of_bf16_conv_ceiling", rates, race.rates("convolutions"))

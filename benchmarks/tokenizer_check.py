@@ -20,8 +20,8 @@ _CODES, _FAR, _LOSS, _GRADIENT = 0.002, 0.05, 1e-4, 0.01
 """Where two codes are equally near, rounding decides; a code of the upper level that differs changes all around it."""
 
 
-def check_cost(bench: Bench, layers: Sequence[Convolution], batch: int, step: Callable[[], object]) -> None:
-    """Formulas against what is counted while `step` trains on a batch."""
+def check_cost(bench: Bench, layers: Sequence[Convolution], batch: int, size: int, step: Callable[[], object]) -> None:
+    """Formulas against what is counted while `step` trains on a batch, in numbers of `size` bytes."""
     with FlopCounterMode(display=False) as counter, OperandBytes() as operands:
         step()
     flops = batch * sum(layer.training_flops for layer in layers)
@@ -31,7 +31,7 @@ def check_cost(bench: Bench, layers: Sequence[Convolution], batch: int, step: Ca
         abs(flops - counter.get_total_flops()),
         0,
     )
-    moved = sum(layer.training_bytes(batch) for layer in layers)
+    moved = sum(layer.training_bytes(batch, size) for layer in layers)
     bench.check("bytes", "the same for the operands of convolutions, in bytes", abs(moved - operands.total), 0)
 
 

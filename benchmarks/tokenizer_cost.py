@@ -18,8 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vqscale.models.convnets import Widths, doublings, trunk_width
 from vqscale.models.vqvae import LevelShape
 
-_BYTES = 2  # of a bf16 value
-
 
 @dataclass(frozen=True)
 class Convolution:
@@ -59,11 +57,11 @@ class Convolution:
         """Operations of forward and backward, for one image."""
         return (2 if self.first else 3) * self.flops
 
-    def training_bytes(self, batch: int) -> int:
-        """Bytes that forward and backward of a batch move in bf16, each operand once."""
+    def training_bytes(self, batch: int, size: int) -> int:
+        """Bytes that forward and backward of a batch move, each operand once, with numbers of `size` bytes."""
         read, written = self.inputs * self.side**2 * batch, self.outputs * self.out_side**2 * batch
         kernel = self.kernel**2 * self.inputs * self.outputs
-        return (2 if self.first else 3) * (read + written + kernel) * _BYTES
+        return (2 if self.first else 3) * (read + written + kernel) * size
 
 
 def convolutions(shapes: Sequence[LevelShape], dims: Sequence[int], side: int, channels: int = 3) -> list[Convolution]:

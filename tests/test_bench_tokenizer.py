@@ -31,21 +31,24 @@ def bench(tmp_path: Path) -> Bench:
     return Bench("tokenizer", tmp_path, Options(quick=True), tokenizer.GOALS, tokenizer.PACKAGES)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("factors", [[4], [4, 2], [2, 4, 2]])
-def test_formulas_count_what_torch_counts_for_any_number_of_levels(bench: Bench, factors: list[int]) -> None:
+def test_formulas_count_what_torch_counts_for_any_number_of_levels(
+    bench: Bench, factors: list[int], dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     shapes, dims = [LevelShape(factor, TINY) for factor in factors], [4, 6, 8][: len(factors)]
-    network = VQVAE([Codebook(8, dim) for dim in dims], shapes).bfloat16()
-    images = torch.randn(2, 3, 32, 32).bfloat16()
+    network = VQVAE([Codebook(8, dim) for dim in dims], shapes).to(dtype)
+    images = torch.randn(2, 3, 32, 32).to(dtype)
 
     def step() -> None:
         output = network(images)
         (output.images.float().square().mean() + sum(level.commitment for level in output.levels)).backward()
 
     layers = convolutions(shapes, dims, 32)
-    check_cost(bench, layers, 2, step)
+    check_cost(bench, layers, 2, dtype.itemsize, step)
     with pytest.raises(WrongResultError, match="flops"):
-        check_cost(bench, layers[1:], 2, step)
+        check_cost(bench, layers[1:], 2, dtype.itemsize, step)
 
 
 def test_the_recipe_s_cost_is_the_one_that_is_known() -> None:
@@ -59,7 +62,7 @@ def test_the_recipe_s_cost_is_the_one_that_is_known() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_layer_alone_has_the_shapes_of_its_formula(transposed: bool) -> None:
     layer = Convolution(3, 5, 4, 8, stride=2, transposed=transposed)
-    forward, backward = tokenizer.alone(layer, 2, torch.device("cpu"))
+    forward, backward = tokenizer.alone(layer, 2, torch.device("cpu"), torch.float32)
     assert forward().shape == (2, 5, layer.out_side, layer.out_side)
     image, kernel, bias = backward()
     assert image.shape == (2, 3, 8, 8)
@@ -104,7 +107,8 @@ def test_it_runs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     if isinstance(find("vector_quantize_pytorch", "vector-quantize-pytorch"), str):
         assert "plain" in found.skipped
     else:
-        assert {"vs_plain_peer", "vs_plain_bf16_peer"} <= set(found.ratios)
+        assert ("vs_plain_bf16_peer" in found.ratios) == (found.config["precision"] == "bf16")
+        assert "vs_plain_peer" in found.ratios
         assert {"parameters", "codes_bottom", "codes_top", "images", "loss", "gradients"} <= set(found.correctness)
 
 
