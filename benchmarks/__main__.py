@@ -7,6 +7,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks import compare, plots, registry
@@ -111,7 +114,7 @@ def _measure(options: argparse.Namespace) -> int:
     found, failed = [], []
     for name in names:
         try:
-            result = measure(name, asked)
+            result = measure(name, asked) if len(names) == 1 else apart(name, asked)
         except WrongResultError as error:
             if len(names) == 1:
                 raise
@@ -131,7 +134,7 @@ def _measure(options: argparse.Namespace) -> int:
     if found:
         _say_what_next(options, write_page(options.out))
     if failed:
-        print(f"error: wrong results, nothing written: {', '.join(failed)}", file=sys.stderr)
+        print(f"error: no results, nothing written: {', '.join(failed)}", file=sys.stderr)
     return EXIT_WRONG if failed else 0
 
 
@@ -173,6 +176,19 @@ def measure(name: str, options: Options) -> Result:
         bench = Bench(name, Path(folder), options, benchmark.GOALS, benchmark.PACKAGES, report)
         benchmark.run(bench)
         return bench.finish()
+
+
+def apart(name: str, options: Options) -> Result:
+    """Run one benchmark in a process of its own, since some keep all memory that they ever had, as stages do.
+
+    Raises:
+        WrongResultError: a contender computes something wrong, or the process was killed.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:  # torch is not loaded yet
+        try:
+            return pool.submit(measure, name, options).result()
+        except BrokenProcessPool:
+            raise WrongResultError(f"{name}: its process was killed; is there too little memory?") from None
 
 
 if __name__ == "__main__":

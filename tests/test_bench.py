@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -297,11 +298,15 @@ def test_one_wrong_result_does_not_cost_the_others(
         bench.check("pixels", "difference", 2.0, 1.0)
 
     monkeypatch.setitem(sys.modules, "wrong_one", SimpleNamespace(GOALS={}, PACKAGES=(), run=wrong))  # type: ignore[arg-type]
-    both = {"wrong": registry.Entry("wrong_one", ""), **registry.BENCHMARKS}
-    monkeypatch.setattr(registry, "BENCHMARKS", both)
+    killed = SimpleNamespace(GOALS={}, PACKAGES=(), run=lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setitem(sys.modules, "killed_one", killed)  # type: ignore[arg-type]
+    others = {name: registry.Entry(f"{name}_one", "") for name in ("wrong", "killed")}
+    monkeypatch.setattr(registry, "BENCHMARKS", others | registry.BENCHMARKS)
     assert command.main(["--out", str(tmp_path)]) == 1
     assert (tmp_path / "made-up.json").exists()
-    assert "wrong results, nothing written: wrong" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: killed: its process was killed; is there too little memory?" in said
+    assert "no results, nothing written: wrong, killed" in said
 
 
 def test_a_terminal_gets_bars(
