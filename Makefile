@@ -28,7 +28,7 @@ $(VENV)/.ready-bench: $(VENV)/.ready
 	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
 	touch $@
 
-quickstart: setup  ## clock faces to sampled clocks on this machine, in five to nine minutes
+quickstart: setup  ## clock faces to sampled clocks on this machine, in about nine minutes
 	$(BIN)/vqscale quickstart
 
 # Two at a time: most tests start processes, and wait for them longer than they compute. A file stays in one process,

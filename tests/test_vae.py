@@ -297,11 +297,13 @@ def test_a_step_that_is_not_taken_leaves_the_figures_as_they_are(monkeypatch: py
         torch.manual_seed(0)
         task = tokenizer_task(tiny_recipe(**vae()), ranks, list, pixels[:1].numpy())
         steps = Steps(task)
+        steps.take(DeviceBatch(0, {"image": pixels}, torch.arange(8)), spoil=True)
+        assert task.figures().keys() == {"kl_weight"}, "nothing is known yet, of collapse least of all"
         steps.take(DeviceBatch(0, {"image": pixels}, torch.arange(8)))
         known = task.figures()
         assert known["top/kl"] > 0
         steps.take(DeviceBatch(1, {"image": pixels * 0}, torch.arange(8)), spoil=True)
-        assert steps.skipped == 1
+        assert steps.skipped == 2
         assert task.figures() == known
         steps.take(DeviceBatch(2, {"image": pixels}, torch.arange(8)))
         assert task.figures() != known

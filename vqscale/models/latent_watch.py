@@ -56,7 +56,9 @@ class LatentWatch:
         return list(means.float().split(self._channels))
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """By level name: `kl`, nats an image, and `active`, the share of its units that are."""
+        """By level name: `kl`, nats an image, and `active`, the share of its units that are; none without images."""
+        if not self._sums[0]:
+            return {}
         units = sum(self._sizes)
         means, squares = self._sums[1 : 1 + 2 * units].view(2, units) / self._sums[0]
         active = (squares - means.square() > ACTIVE_ABOVE).double().split(self._sizes)
